@@ -1,0 +1,134 @@
+"""The command line's root: a lazy group over the entry points `bourse.commands`, so that no room names another."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bourse_schemas.errors import BourseError, ConfigurationError
+
+__all__ = ["LazyGroup", "bourse", "main"]
+
+
+class LazyGroup(click.Group):
+    """A group whose commands come from an entry-point group; each is imported when it is looked at.
+
+    One that cannot be imported does not take the others down; two of one name are an error that names both origins.
+    """
+
+    def __init__(self, *args: Any, entry_point_group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.entry_point_group = entry_point_group
+
+    def _found(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.entry_point_group):
+            other = found.setdefault(point.name, point)
+            if other.value != point.value:
+                raise ConfigurationError(
+                    f"two installed packages provide {self.entry_point_group} {point.name!r}: "
+                    f"{_origin(other)} and {_origin(point)}; uninstall one"
+                )
+        return found
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *self._found()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command; one whose import fails becomes a command that says why."""
+        own = super().get_command(ctx, cmd_name)
+        point = self._found().get(cmd_name)
+        if own is not None or point is None:
+            return own
+        try:
+            command = point.load()
+        except Exception as error:  # a foreign module may raise anything; the others must still work
+            return _broken(cmd_name, point, error)
+        if not isinstance(command, click.Command):
+            return _broken(cmd_name, point, TypeError(f"{point.value} is no click command"))
+        return command
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} ({point.value})" if point.dist else point.value
+
+
+def _broken(name: str, point: EntryPoint, error: Exception) -> click.Command:
+    hint = f"{_origin(point)} cannot be imported: {error!r}"
+    if isinstance(error, ModuleNotFoundError) and point.dist and point.dist.name == "bourse-stream":
+        hint = f"`{name}` needs the module {error.name}: pip install 'bourse-stream[sandbox]' brings everything"
+
+    def fail(**_: Any) -> None:
+        raise ConfigurationError(hint)
+
+    return click.Command(
+        name,
+        callback=fail,
+        help=hint,
+        short_help=f"(broken) {hint}",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        add_help_option=False,
+    )
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        if not Path("bourse.toml").is_file():
+            return
+        path = Path("bourse.toml")
+    try:
+        ctx.default_map = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not TOML: {error}") from error
+
+
+@click.group(
+    cls=LazyGroup,
+    entry_point_group="bourse.commands",
+    context_settings={"auto_envvar_prefix": "BOURSE", "help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="bourse-stream")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_read_config,
+    is_eager=True,
+    expose_value=False,
+    help="Defaults for any option, a table per command. [default: bourse.toml, where there is one]",
+)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+def bourse(log_level: str) -> None:
+    """The Tehran exchange's market on Apache Kafka: nothing lost, nothing twice, nothing stale unnoticed."""
+    context = click.get_current_context()
+    context.obj = log_level
+
+
+def main() -> None:
+    """Run the command line; an operator's mistake is a line or two on stderr and exit code 2."""
+    try:
+        code = bourse.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = 3
+    except KeyboardInterrupt:
+        code = 3
+    except BourseError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = 2 if isinstance(error, ConfigurationError) else 1
+    except BrokenPipeError:
+        # The reader of our output is gone (`bourse tail … | head`): nothing is left to say, not even at exit.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,315 @@
+"""Events to bytes and back: Avro in the Confluent wire format, and the record around it.
+
+Encoders are Python source generated once from a schema: per field one expression, joined in one go, which is about
+twice as fast as a generic writer. Decoding goes through fastavro, which resolves any writer's schema, older or newer,
+against ours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable, Mapping
+from datetime import UTC, date, datetime
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import fastavro
+import msgspec
+
+from bourse_schemas.errors import Undecodable
+from bourse_schemas.events import Candle, Event, TradeEvent
+from bourse_schemas.topics import Topic
+
+__all__ = [
+    "Deserializer",
+    "Record",
+    "Serializer",
+    "avro_schema",
+    "candle_and_event_records",
+    "encoder",
+    "millis",
+    "schema_text",
+    "to_json",
+]
+
+E = TypeVar("E", bound=Event)
+Schema = dict[str, Any]
+
+MAGIC = 0
+FRAME = struct.Struct(">bI")
+EPOCH_DAY = date(1970, 1, 1).toordinal()
+# Strings that come back in every poll: their encoded form is kept.
+RECURRING = {"instrument", "symbol", "symbol_raw", "title", "source", "trading_day_jalali", "exchange_type"}
+
+
+@cache
+def schema_text(event: type[Event]) -> str:
+    """Return the `.avsc` of an event type as it ships."""
+    return (resources.files("bourse_schemas") / "avro" / f"{event.__name__}.avsc").read_text("utf-8")
+
+
+@cache
+def avro_schema(event: type[Event]) -> Schema:
+    """Return the schema of an event type, parsed from JSON."""
+    return cast("Schema", json.loads(schema_text(event)))
+
+
+@cache
+def _parsed(event: type[Event]) -> Schema:
+    return cast("Schema", fastavro.parse_schema(avro_schema(event)))
+
+
+def millis(instant: datetime) -> int:
+    """Return milliseconds since the epoch of an aware datetime."""
+    return round(instant.timestamp() * 1000)
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+_ONE = [bytes([i]) for i in range(0x80)] + [bytes([i & 0x7F | 0x80, i >> 7]) for i in range(0x80, 0x4000)]
+_TWO_MORE = [bytes([i & 0x7F | 0x80, i >> 7 | 0x80]) for i in range(0x4000)]
+
+
+def _long(number: int) -> bytes:
+    """Encode a 64-bit integer: zigzag, then base 128; two base-128 digits at a time from a table."""
+    rest = number << 1 if number >= 0 else (-number << 1) - 1
+    if rest < 0x4000:
+        return _ONE[rest]
+    if rest < 0x1000_0000:
+        return _TWO_MORE[rest & 0x3FFF] + _ONE[rest >> 14]
+    if rest >> 64:
+        raise OverflowError(f"{number} does not fit into an Avro long")
+    parts = []
+    while rest >= 0x4000:
+        parts.append(_TWO_MORE[rest & 0x3FFF])
+        rest >>= 14
+    parts.append(_ONE[rest])
+    return b"".join(parts)
+
+
+def _bytes(value: bytes) -> bytes:
+    return _long(len(value)) + value
+
+
+def _string(value: str) -> bytes:
+    return _bytes(value.encode())
+
+
+_recurring = lru_cache(1 << 16)(_string)
+
+
+@lru_cache(64)
+def _date(value: date) -> bytes:
+    return _long(value.toordinal() - EPOCH_DAY)
+
+
+def _instant(value: datetime) -> bytes:
+    return _long(round(value.timestamp() * 1000))
+
+
+def _map(values: Mapping[str, Any], item: Callable[[Any], bytes]) -> bytes:
+    if not values:
+        return b"\0"
+    return b"".join((_long(len(values)), *(_string(key) + item(value) for key, value in values.items()), b"\0"))
+
+
+def _array(values: list[Any], item: Callable[[Any], bytes]) -> bytes:
+    return b"".join((_long(len(values)), *map(item, values), b"\0")) if values else b"\0"
+
+
+_RUNTIME: dict[str, Any] = {
+    "long": _long,
+    "string": _string,
+    "recurring": _recurring,
+    "bytes_": _bytes,
+    "date": _date,
+    "instant": _instant,
+    "double": struct.Struct("<d").pack,
+    "map_": _map,
+    "array": _array,
+    "join": b"".join,
+}
+
+
+def _expression(avro: Any, value: str, name: str, names: dict[str, Any]) -> str:
+    """Return the Python expression that encodes `value` as `avro`; constants it needs are added to `names`."""
+    match avro:
+        case ["null", inner]:
+            return f"(b'\\0' if {value} is None else b'\\2' + {_expression(inner, value, name, names)})"
+        case {"logicalType": "timestamp-millis"}:
+            return f"instant({value})"
+        case {"logicalType": "date"}:
+            return f"date({value})"
+        case {"type": "enum", "name": enum, "symbols": symbols}:
+            names[enum] = {symbol: _long(index) for index, symbol in enumerate(symbols)}
+            return f"{enum}[{value}]"
+        case {"type": "map", "values": inner}:
+            return f"map_({value}, lambda x: {_expression(inner, 'x', '', names)})"
+        case {"type": "array", "items": inner}:
+            return f"array({value}, lambda x: {_expression(inner, 'x', '', names)})"
+        case "int" | "long":
+            return f"long({value})"
+        case "string":
+            return f"recurring({value})" if name in RECURRING else f"string({value})"
+        case "bytes":
+            return f"bytes_({value})"
+        case "boolean":
+            return f"(b'\\1' if {value} else b'\\0')"
+        case "double":
+            return f"double({value})"
+    raise ValueError(f"no encoder for the Avro type {avro!r} of field {name!r}")
+
+
+def _compile(fields: list[Any], names: dict[str, Any], arguments: str = "e") -> Callable[..., bytes]:
+    """Compile an encoder of these fields of `e`; a field given as a plain string is an argument already encoded."""
+    parts = [f if isinstance(f, str) else _expression(f["type"], f"e.{f['name']}", f["name"], names) for f in fields]
+    code = f"lambda {arguments}: join(({', '.join(parts)},))"
+    # The source is made of our own schema files only.
+    return cast("Callable[..., bytes]", eval(code, {**_RUNTIME, **names}))  # noqa: S307
+
+
+@cache
+def encoder(event: type[E]) -> Callable[[E], bytes]:
+    """Return the encoder of an event type: an event in, its Avro binary out (without the frame)."""
+    return _compile(avro_schema(event)["fields"], {})
+
+
+@cache
+def _around_candle() -> Callable[[TradeEvent, bytes], bytes]:
+    """Return an encoder of TradeEvents that takes the bytes of the event's candle, which lie in it as they are."""
+    fields = avro_schema(TradeEvent)["fields"]
+    block = [field["name"] for field in avro_schema(Candle)["fields"]]
+    first = [field["name"] for field in fields].index(block[0])
+    return _compile([*fields[:first], "candle", *fields[first + len(block) :]], {}, "e, candle")
+
+
+class Record(NamedTuple):
+    """A Kafka record, ready to be produced: `producer.produce(topic, value, key, timestamp=…, headers=…)`."""
+
+    topic: str
+    key: bytes
+    value: bytes
+    timestamp: int
+    headers: list[tuple[str, str | bytes | None]]
+
+
+class Serializer(Generic[E]):
+    """Turn events into records of their topic: framed Avro, key, timestamp, CloudEvents headers."""
+
+    def __init__(self, topic: Topic, schema_id: int, prefix: str) -> None:
+        self.topic = topic.full_name(prefix)
+        self.frame = FRAME.pack(MAGIC, schema_id)
+        self._declared = topic
+        self._encode: Callable[[E], bytes] = encoder(topic.event)
+        self._type = topic.cloudevents_type.encode()
+
+    def __call__(self, event: E) -> Record:
+        """Return the event's record."""
+        return self.record(event, self._encode(event))
+
+    def record(self, event: E, body: bytes) -> Record:
+        """Return the event's record, its Avro binary given."""
+        declared = self._declared
+        instant = declared.timestamp(event)
+        key = declared.key(event).encode()
+        return Record(
+            self.topic,
+            key,
+            self.frame + body,
+            millis(instant),
+            [
+                ("ce_specversion", b"1.0"),
+                ("ce_id", declared.identity(event).encode()),
+                ("ce_source", getattr(event, "source", self.topic).encode()),
+                ("ce_type", self._type),
+                ("ce_time", _rfc3339(instant)),
+                ("ce_subject", key),
+                ("content-type", b"application/vnd.apache.avro"),
+            ],
+        )
+
+
+@lru_cache(4096)
+def _rfc3339(instant: datetime) -> bytes:
+    return _iso(instant).encode()
+
+
+def candle_and_event_records(
+    candles: Serializer[Candle], trades: Serializer[TradeEvent], candle: Candle, event: TradeEvent
+) -> tuple[Record, Record]:
+    """Return the records of a candle and of the event that led to it; what they share is encoded once."""
+    body = encoder(Candle)(candle)
+    return candles.record(candle, body), trades.record(event, _around_candle()(event, body))
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+class Deserializer(Generic[E]):
+    """Turn payloads into events, whatever schema wrote them.
+
+    `writer` maps a schema id to the writer's schema (`Registry.schema`); each id is asked for once.
+    """
+
+    def __init__(self, event: type[E], writer: Callable[[int], Schema]) -> None:
+        self._event = event
+        self._writer = writer
+        self._parsed: dict[int, Schema] = {}
+
+    def __call__(self, payload: bytes | None) -> E:
+        """Return the event.
+
+        Raises Undecodable when the bytes are not one framed Avro record, whole and nothing else, that resolves
+        against our schema.
+        """
+        return msgspec.convert(self.fields(payload), self._event)
+
+    def fields(self, payload: bytes | None) -> dict[str, Any]:
+        """Return the event as a mapping of Avro field names: dates, datetimes and enum symbols as plain values."""
+        if payload is None or len(payload) < FRAME.size or payload[0] != MAGIC:
+            raise Undecodable("not in the Confluent wire format (magic byte 0 and a 4-byte schema id)")
+        schema_id: int = FRAME.unpack_from(payload)[1]
+        parsed = self._parsed.get(schema_id)
+        if parsed is None:
+            parsed = self._parsed[schema_id] = self._resolve(schema_id)
+        ours = _parsed(self._event)
+        stream = io.BytesIO(payload)
+        stream.seek(FRAME.size)
+        try:
+            fields = fastavro.schemaless_reader(stream, parsed, None if parsed is ours else ours)
+        except (
+            EOFError,
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            fastavro.read.SchemaResolutionError,
+        ) as error:
+            raise Undecodable(f"not a {self._event.__name__} by schema id {schema_id}: {error!r}") from error
+        if stream.tell() != len(payload):
+            raise Undecodable(f"{len(payload) - stream.tell()} bytes after the record")
+        return cast("dict[str, Any]", fields)
+
+    def _resolve(self, schema_id: int) -> Schema:
+        schema = self._writer(schema_id)
+        if schema.get("name") != self._event.__name__:
+            raise Undecodable(f"schema id {schema_id} is {schema.get('name')!r}, not {self._event.__name__!r}")
+        return (
+            _parsed(self._event)
+            if schema == avro_schema(self._event)
+            else cast("Schema", fastavro.parse_schema(schema))
+        )
+
+
+def _iso(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def to_json(fields: Mapping[str, Any]) -> str:
+    """Return one line of JSON: dates as YYYY-MM-DD, instants as ISO 8601 in UTC with milliseconds, bytes as base64."""
+    values = {key: _iso(value) if isinstance(value, datetime) else value for key, value in fields.items()}
+    return msgspec.json.encode(values).decode()

@@ -1,0 +1,355 @@
+"""`bourse topics`, `bourse schemas` and `bourse tail`: the contract on a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.topics import TOPICS, Topic
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Message
+
+__all__ = ["Plan", "apply_topics", "plan_topics", "schemas", "tail", "topics"]
+
+TIMEOUT_SECONDS = 10.0
+OVERRIDES = {"partitions", "replication_factor", "config"}
+
+
+# --- topics -----------------------------------------------------------------------------------------------------------
+
+
+@click.group
+def topics() -> None:
+    """Create and show the topics on a cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What applying the declaration does to one topic: nothing where `create`, `grow_from` and `alter` are empty."""
+
+    topic: Topic
+    name: str
+    replicas: int
+    settings: Mapping[str, str]
+    create: bool
+    grow_from: int | None
+    alter: Mapping[str, tuple[str | None, str]]
+
+    def __str__(self) -> str:
+        if self.create:
+            shown = " ".join(f"{key}={value}" for key, value in self.settings.items())
+            return f"{self.name}: create, {self.topic.partitions} partitions, {self.replicas} replicas, {shown}"
+        changes = [f"{key} {old} → {new}" for key, (old, new) in self.alter.items()]
+        if self.grow_from is not None:
+            changes.insert(0, f"partitions {self.grow_from} → {self.topic.partitions}")
+        return f"{self.name}: {', '.join(changes) or 'as declared'}"
+
+
+@topics.command
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@click.option(
+    "--replication-factor",
+    type=click.IntRange(min=1),
+    help="Replicas of new topics. [default: 3 on three brokers or more; else it must be said]",
+)
+@click.option("--any-time", is_flag=True, help="Keep records of any past or future day: for replays and practice.")
+@cluster_options
+@click.pass_context
+def apply(
+    ctx: click.Context, cluster: Cluster, *, dry_run: bool, replication_factor: int | None, any_time: bool
+) -> None:
+    """Create what is declared and missing, alter what differs; never delete.
+
+    Per-topic overrides stand in bourse.toml: [topic.trades] partitions = 12, replication_factor = 3, and
+    [topic.trades.config] with any of Kafka's topic settings.
+    """
+    overrides = (ctx.find_root().default_map or {}).get("topic", {})
+    plans = plan_topics(cluster, overrides, replication_factor, any_time=any_time)
+    if not dry_run:
+        apply_topics(cluster, plans)
+    for plan in plans:
+        click.echo(f"{'(dry run) ' if dry_run else ''}{plan}")
+
+
+@topics.command(name="list")
+@cluster_options
+def list_topics(cluster: Cluster) -> None:
+    """Show what is declared, and what of it the cluster has."""
+    found = _existing(cluster)
+    for topic in TOPICS:
+        name = topic.full_name(cluster.prefix)
+        state = f"{found[name]} partitions" if name in found else "missing"
+        click.echo(
+            f"{name:<24} {state:<14} {topic.cleanup:<8} key: {topic.key_doc:<38} {topic.event.__name__:<11} {topic.doc}"
+        )
+
+
+def _existing(cluster: Cluster) -> dict[str, int]:
+    from confluent_kafka import KafkaException
+
+    try:
+        found = cluster.admin().list_topics(timeout=TIMEOUT_SECONDS).topics
+    except KafkaException as error:
+        raise _unreachable(cluster, error) from error
+    return {name: len(topic.partitions) for name, topic in found.items() if topic.error is None}
+
+
+def _unreachable(cluster: Cluster, error: Exception) -> Unreachable:
+    return Unreachable(
+        f"Kafka at {cluster.bootstrap_servers} does not answer ({error.args[0].str()}): "
+        "is it running, and is --bootstrap-servers right?"
+    )
+
+
+def plan_topics(
+    cluster: Cluster, overrides: Mapping[str, Any], replication_factor: int | None, *, any_time: bool
+) -> list[Plan]:
+    """Return, per declared topic, what has to be done on this cluster.
+
+    Raises ConfigurationError where an override is wrong, or would lose partitions.
+    """
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+
+    for name, override in overrides.items():
+        if name not in {topic.name for topic in TOPICS} or not set(override) <= OVERRIDES:
+            raise ConfigurationError(
+                f"bourse.toml: [topic.{name}] is not understood; topics are {', '.join(t.name for t in TOPICS)}, "
+                f"keys {', '.join(sorted(OVERRIDES))}"
+            )
+    existing = _existing(cluster)
+    admin = cluster.admin()
+    brokers = len(admin.list_topics(timeout=TIMEOUT_SECONDS).brokers)
+    plans = []
+    for declared in TOPICS:
+        override = overrides.get(declared.name, {})
+        topic = replace(declared, partitions=int(override.get("partitions", declared.partitions)))
+        name = topic.full_name(cluster.prefix)
+        replicas = override.get("replication_factor") or replication_factor or (3 if brokers >= 3 else None)
+        has = existing.get(name)
+        if has is None and replicas is None:
+            raise ConfigurationError(
+                f"the cluster has {brokers} broker{'s' * (brokers != 1)}: say how many replicas new topics get, "
+                f"--replication-factor {brokers} at most"
+            )
+        if has is not None and has > topic.partitions:
+            raise ConfigurationError(
+                f"{name} has {has} partitions and {topic.partitions} are declared: partitions cannot be taken away; "
+                f"put `partitions = {has}` under [topic.{declared.name}] in bourse.toml"
+            )
+        settings = topic.settings(replicas=replicas or 1, any_time=any_time)
+        settings |= {str(key): str(value) for key, value in override.get("config", {}).items()}
+        alter: dict[str, tuple[str | None, str]] = {}
+        if has is not None:
+            if replicas is None:
+                settings.pop("min.insync.replicas")
+            resource = ConfigResource(ResourceType.TOPIC, name)
+            try:
+                current = admin.describe_configs([resource])[resource].result(TIMEOUT_SECONDS)
+            except KafkaException as error:
+                raise _unreachable(cluster, error) from error
+            values = {key: current[key].value if key in current else None for key in settings}
+            alter = {key: (values[key], value) for key, value in settings.items() if values[key] != value}
+        grow_from = has if has is not None and has < topic.partitions else None
+        plans.append(Plan(topic, name, replicas or 0, settings, has is None, grow_from, alter))
+    return plans
+
+
+def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
+    """Do what is planned; return when all of it is done. Raises ConfigurationError where the cluster refuses."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its __all__
+        AlterConfigOpType,
+        ConfigEntry,
+        ConfigResource,
+        NewPartitions,
+        NewTopic,
+        ResourceType,
+    )
+
+    admin = cluster.admin()
+    pending: dict[str, Any] = {}
+    new = [
+        NewTopic(plan.name, plan.topic.partitions, plan.replicas, config=dict(plan.settings))
+        for plan in plans
+        if plan.create
+    ]
+    grown = [NewPartitions(plan.name, plan.topic.partitions) for plan in plans if plan.grow_from is not None]
+    altered = [
+        ConfigResource(
+            ResourceType.TOPIC,
+            plan.name,
+            incremental_configs=[
+                ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
+                for key, (_, value) in plan.alter.items()
+            ],
+        )
+        for plan in plans
+        if plan.alter
+    ]
+    pending |= admin.create_topics(new) if new else {}
+    pending |= admin.create_partitions(grown) if grown else {}
+    pending |= {r.name: f for r, f in admin.incremental_alter_configs(altered).items()} if altered else {}
+    for name, done in pending.items():
+        try:
+            done.result(TIMEOUT_SECONDS)
+        except KafkaException as error:
+            raise ConfigurationError(f"{name}: the cluster refuses: {error.args[0].str()}") from error
+
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+
+@click.group
+def schemas() -> None:
+    """Register, check and show the schemas of the topics."""
+
+
+@schemas.command
+@cluster_options
+def register(cluster: Cluster) -> None:
+    """Register every topic's schema, compatibility FULL_TRANSITIVE. Repeating it changes nothing."""
+    for subject, schema_id in cluster.registry().register_all(cluster.prefix).items():
+        click.echo(f"{subject}: id {schema_id}")
+
+
+@schemas.command
+@cluster_options
+@click.pass_context
+def check(ctx: click.Context, cluster: Cluster) -> None:
+    """Say whether the registry has, or would take, this release's schemas. Exit 1 where not."""
+    registry = cluster.registry()
+    wrong = 0
+    for topic in TOPICS:
+        problem = registry.check(topic, cluster.prefix)
+        wrong += problem is not None
+        click.echo(problem or f"{topic.subject(cluster.prefix)}: well")
+    ctx.exit(1 if wrong else 0)
+
+
+@schemas.command
+@click.argument("topic", metavar="TOPIC")
+def show(topic: str) -> None:
+    """Print the schema of a topic's values."""
+    from bourse_schemas.codec import schema_text
+
+    click.echo(schema_text(_declared(topic, "").event), nl=False)
+
+
+def _declared(name: str, prefix: str) -> Topic:
+    for topic in TOPICS:
+        if name in {topic.name, topic.full_name(prefix)} or name.endswith(f".{topic.name}"):
+            return topic
+    raise ConfigurationError(f"no topic {name!r}: there are {', '.join(topic.name for topic in TOPICS)}")
+
+
+# --- tail -------------------------------------------------------------------------------------------------------------
+
+
+@click.command
+@click.argument("topic", metavar="TOPIC")
+@click.option("--from-beginning", is_flag=True, help="Begin with the oldest record instead of the next one.")
+@click.option("--exit-at-end", is_flag=True, help="End when all that is there has been shown.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with the Avro field names.")
+@click.option("--with-metadata", is_flag=True, help="Add _topic, _partition, _offset, _timestamp, _key and _headers.")
+@click.option("--key", help="Only records with this key.")
+@click.option("--limit", type=click.IntRange(min=1), help="End after so many records.")
+@cluster_options
+def tail(
+    cluster: Cluster,
+    *,
+    topic: str,
+    from_beginning: bool,
+    exit_at_end: bool,
+    as_json: bool,
+    with_metadata: bool,
+    key: str | None,
+    limit: int | None,
+) -> None:
+    """Show the decoded records of a topic (trades, candles, polls, alerts, dead-letters) as they are committed."""
+    from bourse_schemas.codec import to_json
+
+    declared = _declared(topic, cluster.prefix)
+    name = declared.full_name(cluster.prefix)
+    partitions = cluster.require_topics([name])[name]
+    decode = cluster.registry().deserializer(declared.event)
+    consumer = cluster.consumer(enable_partition_eof=True)
+    shown = 0
+    try:
+        for message in _messages(consumer, name, partitions, from_beginning=from_beginning, exit_at_end=exit_at_end):
+            raw_key = message.key()
+            text_key = raw_key.decode(errors="replace") if isinstance(raw_key, bytes) else raw_key
+            if key is not None and text_key != key:
+                continue
+            try:
+                fields = decode.fields(_bytes(message.value()))
+            except Undecodable as error:
+                click.echo(f"{name}-{message.partition()}-{message.offset()}: {error}", err=True)
+                continue
+            if with_metadata:
+                fields |= _metadata(message, text_key)
+            click.echo(to_json(fields) if as_json else _line(fields, text_key, declared))
+            shown += 1
+            if shown == limit:
+                break
+    except KeyboardInterrupt:
+        pass
+    finally:
+        consumer.close()
+
+
+def _messages(
+    consumer: Consumer, topic: str, partitions: int, *, from_beginning: bool, exit_at_end: bool
+) -> Iterator[Message]:
+    from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, TopicPartition
+
+    start = OFFSET_BEGINNING if from_beginning else OFFSET_END
+    consumer.assign([TopicPartition(topic, number, start) for number in range(partitions)])
+    ended: set[int | None] = set()
+    while not (exit_at_end and len(ended) == partitions):
+        for message in consumer.consume(1000, 0.2):
+            error = message.error()
+            if error is None:
+                ended.discard(message.partition())
+                yield message
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                ended.add(message.partition())
+            elif error.code() in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.UNKNOWN_TOPIC_OR_PART}:
+                raise ConfigurationError(f"{topic} cannot be read: {error.str()}")
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _metadata(message: Message, key: str | None) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    pairs: Any = message.headers() or []
+    headers = {name: value.decode(errors="replace") if isinstance(value, bytes) else value for name, value in pairs}
+    return {
+        "_topic": message.topic(),
+        "_partition": message.partition(),
+        "_offset": message.offset(),
+        "_timestamp": datetime.fromtimestamp(message.timestamp()[1] / 1000, UTC),
+        "_key": key,
+        "_headers": headers,
+    }
+
+
+def _line(fields: Mapping[str, Any], key: str | None, topic: Topic) -> str:
+    """Return a record as a line for people: what is null or repeats the key is left out."""
+    from bourse_schemas.codec import to_json
+
+    plain = json.loads(to_json({name: value for name, value in fields.items() if value not in (None, {}, [])}))
+    instant = str(plain.get("observed_at") or plain.get("received_at") or plain.get("raised_at") or "")
+    hidden = {"symbol_raw", "instrument", "observed_at", "event_id", topic.key_doc}
+    shown = (f"{name}={value}" for name, value in plain.items() if name not in hidden)
+    return f"{instant} {key or '-'} {' '.join(shown)}".strip()

@@ -1,0 +1,92 @@
+"""Every error the product raises on purpose, grouped by what the caller does about it.
+
+BourseError
+├─ ConfigurationError          the operator must change something: printed, exit 2
+├─ ExchangeError
+│  ├─ ExchangeUnavailable      keep polling, back off
+│  ├─ ExchangeRefused          token, scope, quota: says which
+│  └─ ExchangeNonsense         keep the body, count, skip this poll
+├─ SchemaIncompatible          refuse to start
+├─ Undecodable                 one record is at fault: dead-letter it
+└─ PublishError                throw the Kafka producer away, restore, go on
+   └─ Fenced                   another instance took over: leave
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BourseError",
+    "ConfigurationError",
+    "ExchangeError",
+    "ExchangeNonsense",
+    "ExchangeRefused",
+    "ExchangeUnavailable",
+    "Fenced",
+    "PublishError",
+    "SchemaIncompatible",
+    "Undecodable",
+    "Unreachable",
+]
+
+
+class BourseError(Exception):
+    """The root: `except BourseError` catches whatever this product raises on purpose."""
+
+
+class ConfigurationError(BourseError):
+    """The operator must change something; the text says what. The command line exits with 2."""
+
+
+class Unreachable(ConfigurationError):
+    """A broker or registry does not answer: a service waits and says so, a one-shot command exits with 2."""
+
+
+class ExchangeError(BourseError):
+    """A call to the exchange gave no snapshot.
+
+    `kind` is one of token, scope, address, quota, rate, provider, nonsense, timeout, network, internal; `code` and the
+    text are the exchange's own words where it said any; `retry_after` is in seconds, `track_id` the last attempt's.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after: float | None = None,
+        track_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.code = code
+        self.retry_after = retry_after
+        self.track_id = track_id
+
+
+class ExchangeUnavailable(ExchangeError):
+    """The exchange or the way to it is down: keep polling, back off."""
+
+
+class ExchangeRefused(ExchangeError):
+    """The exchange answered and refused: token, scope, address or quota."""
+
+
+class ExchangeNonsense(ExchangeError):
+    """The exchange answered with something that is no snapshot: count it, skip this poll."""
+
+
+class SchemaIncompatible(BourseError):
+    """A schema breaks the contract with what is released or registered: refuse to start."""
+
+
+class Undecodable(BourseError):
+    """A record's bytes are not what the topic promises: it becomes a dead letter."""
+
+
+class PublishError(BourseError):
+    """A transaction failed: throw the Kafka producer away, restore the state, go on."""
+
+
+class Fenced(PublishError):
+    """Another instance with the same transactional id took over."""

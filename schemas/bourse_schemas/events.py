@@ -1,0 +1,304 @@
+"""The events on the topics, field for field as in `avro/*.avsc` (which say what each field means).
+
+Prices and values are whole rial, instants are aware datetimes in UTC with millisecond precision, days are Tehran days.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from enum import StrEnum
+
+import msgspec
+
+__all__ = [
+    "AlertKind",
+    "AlertState",
+    "Candle",
+    "DeadLetter",
+    "Event",
+    "FeedState",
+    "Op",
+    "Outcome",
+    "Phase",
+    "PollMarker",
+    "PriceAlert",
+    "Reason",
+    "ResolvedBy",
+    "Severity",
+    "Stage",
+    "TradeEvent",
+    "Unit",
+]
+
+
+class Op(StrEnum):
+    """What kind of change a TradeEvent is."""
+
+    OPENED = "OPENED"
+    TRADED = "TRADED"
+    REVISED = "REVISED"
+    CANCELLED = "CANCELLED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Outcome(StrEnum):
+    """How a poll ended."""
+
+    PUBLISHED = "PUBLISHED"
+    UNCHANGED = "UNCHANGED"
+    FAILED = "FAILED"
+    SKIPPED = "SKIPPED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Phase(StrEnum):
+    """Phase of the trading session, by the calendar."""
+
+    CLOSED = "CLOSED"
+    PRE_OPEN = "PRE_OPEN"
+    OPEN = "OPEN"
+    AFTER_CLOSE = "AFTER_CLOSE"
+    UNKNOWN = "UNKNOWN"
+
+
+class FeedState(StrEnum):
+    """How far the feed can be trusted."""
+
+    FRESH = "FRESH"
+    STALE = "STALE"
+    FROZEN = "FROZEN"
+    PARTIAL = "PARTIAL"
+    DOWN = "DOWN"
+    IDLE = "IDLE"
+    UNKNOWN = "UNKNOWN"
+
+
+class AlertState(StrEnum):
+    """Begin or end of an alert's episode."""
+
+    FIRING = "FIRING"
+    RESOLVED = "RESOLVED"
+    UNKNOWN = "UNKNOWN"
+
+
+class AlertKind(StrEnum):
+    """What kind of rule raised an alert."""
+
+    CHANGE = "CHANGE"
+    CROSSING = "CROSSING"
+    BAND = "BAND"
+    VOLUME = "VOLUME"
+    VALUE = "VALUE"
+    CANCELLED = "CANCELLED"
+    QUIET = "QUIET"
+    FEED = "FEED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Severity(StrEnum):
+    """How urgent a rule's author finds it."""
+
+    INFO = "INFO"
+    WARNING = "WARNING"
+    CRITICAL = "CRITICAL"
+    UNKNOWN = "UNKNOWN"
+
+
+class Unit(StrEnum):
+    """Unit of an alert's observed value and threshold."""
+
+    PERCENT = "PERCENT"
+    RIAL = "RIAL"
+    SHARES = "SHARES"
+    COUNT = "COUNT"
+    SECONDS = "SECONDS"
+    NONE = "NONE"
+    UNKNOWN = "UNKNOWN"
+
+
+class ResolvedBy(StrEnum):
+    """What ended an alert's episode."""
+
+    CONDITION = "CONDITION"
+    RULE_REMOVED = "RULE_REMOVED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Reason(StrEnum):
+    """Why a row or record could not be used."""
+
+    MALFORMED_ROW = "MALFORMED_ROW"
+    INVALID_VALUE = "INVALID_VALUE"
+    FUTURE_ROW = "FUTURE_ROW"
+    UNDECODABLE = "UNDECODABLE"
+    REJECTED = "REJECTED"
+    NOTIFICATION_FAILED = "NOTIFICATION_FAILED"
+    UNKNOWN = "UNKNOWN"
+
+
+class Stage(StrEnum):
+    """Where a dead letter was found."""
+
+    PARSE = "PARSE"
+    CONSUME = "CONSUME"
+    NOTIFY = "NOTIFY"
+    UNKNOWN = "UNKNOWN"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What every record on a topic is: an immutable value."""
+
+
+class Candle(Event, frozen=True, kw_only=True, gc=False):
+    """The trading day's running candle of one instrument."""
+
+    instrument: str
+    sequence: int
+    trading_day: date
+    trading_day_jalali: str | None = None
+    traded_at: datetime
+    traded_at_estimated: bool
+    observed_at: datetime
+    poll_sequence: int
+    source: str
+    company_id: int | None = None
+    symbol: str
+    symbol_raw: str
+    title: str
+    is_right: bool
+    open_price: int | None = None
+    high_price: int | None = None
+    low_price: int | None = None
+    last_price: int | None = None
+    closing_price: int | None = None
+    previous_close: int | None = None
+    volume: int
+    value: int
+    trade_count: int
+    closing_change: int | None = None
+    closing_change_percent: float | None = None
+    shares_outstanding: int | None = None
+    market_value: int | None = None
+    exchange_type: str | None = None
+
+
+class TradeEvent(Event, frozen=True, kw_only=True, gc=False):
+    """One change of one instrument between two polls: the candle after it, what kind it is, and by how much."""
+
+    event_id: str
+    op: Op
+    instrument: str
+    sequence: int
+    trading_day: date
+    trading_day_jalali: str | None = None
+    traded_at: datetime
+    traded_at_estimated: bool
+    observed_at: datetime
+    poll_sequence: int
+    source: str
+    company_id: int | None = None
+    symbol: str
+    symbol_raw: str
+    title: str
+    is_right: bool
+    open_price: int | None = None
+    high_price: int | None = None
+    low_price: int | None = None
+    last_price: int | None = None
+    closing_price: int | None = None
+    previous_close: int | None = None
+    volume: int
+    value: int
+    trade_count: int
+    closing_change: int | None = None
+    closing_change_percent: float | None = None
+    shares_outstanding: int | None = None
+    market_value: int | None = None
+    exchange_type: str | None = None
+    volume_delta: int
+    value_delta: int
+    trade_count_delta: int
+    last_price_delta: int | None = None
+    closing_price_delta: int | None = None
+    backfilled: bool
+
+
+class PollMarker(Event, frozen=True, kw_only=True, gc=False):
+    """One poll of the exchange, good or bad."""
+
+    poll_sequence: int
+    poll_id: str | None = None
+    rights_poll_id: str | None = None
+    source: str
+    outcome: Outcome
+    phase: Phase
+    feed_state: FeedState
+    session_day: date | None = None
+    requested_at: datetime
+    received_at: datetime | None = None
+    next_poll_at: datetime | None = None
+    day_final: bool
+    latest_traded_at: datetime | None = None
+    rows: int
+    opened: int
+    traded: int
+    revised: int
+    cancelled: int
+    stale_rows: int
+    rejected_rows: int
+    duplicate_rows: int
+    backfilled_rows: int
+    gap_from: datetime | None = None
+    error_kind: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class PriceAlert(Event, frozen=True, kw_only=True, gc=False):
+    """An alert raised or resolved."""
+
+    alert_id: str
+    state: AlertState
+    kind: AlertKind
+    rule: str
+    rule_version: str
+    severity: Severity
+    trading_day: date
+    source: str
+    instrument: str | None = None
+    symbol: str | None = None
+    title: str | None = None
+    event_id: str | None = None
+    poll_sequence: int | None = None
+    condition: str
+    observed: float | None = None
+    threshold: float | None = None
+    unit: Unit
+    price: int | None = None
+    reference_price: int | None = None
+    traded_at: datetime | None = None
+    started_at: datetime
+    raised_at: datetime
+    resolved_by: ResolvedBy | None = None
+    message: str | None = None
+    labels: dict[str, str]
+    channels: list[str]
+
+
+class DeadLetter(Event, frozen=True, kw_only=True, gc=False):
+    """A row or record that could not be used, with the reason and the bytes."""
+
+    reason: Reason
+    message: str
+    stage: Stage
+    origin: str
+    consumer: str | None = None
+    payload: bytes
+    original_topic: str | None = None
+    original_key: bytes | None = None
+    original_partition: int | None = None
+    original_offset: int | None = None
+    original_headers: dict[str, bytes]
+    poll_sequence: int | None = None
+    poll_id: str | None = None
+    failed_at: datetime

@@ -1,0 +1,212 @@
+"""How to reach the cluster, and the client settings that correctness needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bourse_schemas.errors import ConfigurationError, Unreachable
+from bourse_schemas.topics import DEFAULT_PREFIX
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Producer
+    from confluent_kafka.admin import AdminClient
+
+    from bourse_schemas.registry import Registry
+
+__all__ = ["Cluster", "cluster_options", "shared_default"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C")
+
+REGISTRY_KEYS = "schema.registry."
+SECRETS = ("sasl.password", "ssl.key.password", "ssl.keystore.password", "basic.auth.user.info", "bearer.auth.token")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A Kafka cluster and its schema registry, as the operator named them.
+
+    `settings` are librdkafka's (`-X key=value`); they may hold secrets and are therefore never shown.
+    """
+
+    bootstrap_servers: str
+    registry_url: str
+    prefix: str = DEFAULT_PREFIX
+    settings: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def client(self, pinned: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a client's settings: ours, then the operator's, then those that correctness needs."""
+        for key, value in self.settings.items():
+            if key in pinned and str(pinned[key]).lower() != value.lower():
+                raise ConfigurationError(f"-X {key}={value}: this setting is fixed to {pinned[key]}; leave it out")
+        operator = {key: value for key, value in self.settings.items() if not key.startswith(REGISTRY_KEYS)}
+        return {"client.id": "bourse-stream", **operator, **pinned, "bootstrap.servers": self.bootstrap_servers}
+
+    def transactional_producer(self, transactional_id: str, timeout_ms: int = 20_000) -> Producer:
+        """Return a transactional producer, not yet initialised."""
+        from confluent_kafka import Producer
+
+        from bourse_schemas.telemetry import kafka_logger
+
+        tuned = {"linger.ms": 0, "compression.type": "lz4"}
+        pinned = {
+            "transactional.id": transactional_id,
+            "transaction.timeout.ms": timeout_ms,
+            "message.timeout.ms": timeout_ms,
+            "enable.idempotence": True,
+            "acks": "all",
+            # From the first day, so that Java, Flink and ksqlDB can co-partition.
+            "partitioner": "murmur2_random",
+        }
+        return self._make(Producer, {**tuned, **self.client(pinned)}, logger=kafka_logger())
+
+    def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
+        """Return a read_committed consumer that never commits by itself; `pinned` are more settings (`a_b` is a.b)."""
+        from confluent_kafka import Consumer
+
+        from bourse_schemas.telemetry import kafka_logger
+
+        tuned = {"fetch.wait.max.ms": 10, "fetch.queue.backoff.ms": 5}
+        fixed = {
+            "group.id": group or "bourse-unused",
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            **{key.replace("_", "."): value for key, value in pinned.items()},
+        }
+        return self._make(Consumer, {**tuned, **self.client(fixed)}, logger=kafka_logger())
+
+    def admin(self) -> AdminClient:
+        """Return an administration client."""
+        from confluent_kafka.admin import AdminClient
+
+        from bourse_schemas.telemetry import kafka_logger
+
+        return self._make(AdminClient, self.client({}), logger=kafka_logger())
+
+    def registry(self) -> Registry:
+        """Return the schema registry's client."""
+        from bourse_schemas.registry import Registry
+
+        prefix = len(REGISTRY_KEYS)
+        own = {key[prefix:]: value for key, value in self.settings.items() if key.startswith(REGISTRY_KEYS)}
+        return Registry(self.registry_url, own)
+
+    def require_topics(self, names: Sequence[str], timeout: float = 10.0) -> dict[str, int]:
+        """Return the number of partitions of each topic.
+
+        Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when a topic is missing.
+        """
+        from confluent_kafka import KafkaException
+
+        admin = self.admin()
+        try:
+            found = admin.list_topics(timeout=timeout).topics
+        except KafkaException as error:
+            raise Unreachable(
+                f"Kafka at {self.bootstrap_servers} does not answer ({error.args[0].str()}): "
+                "is it running, and is --bootstrap-servers right?"
+            ) from error
+        missing = [name for name in names if name not in found or found[name].error is not None]
+        if missing:
+            raise ConfigurationError(
+                f"no topic {', '.join(missing)} on {self.bootstrap_servers}: create what is declared with "
+                f"`bourse topics apply --bootstrap-servers {self.bootstrap_servers}`"
+            )
+        return {name: len(found[name].partitions) for name in names}
+
+    @staticmethod
+    def _make(client: Callable[..., C], settings: dict[str, Any], **extra: Any) -> C:
+        from confluent_kafka import KafkaException
+
+        try:
+            return client(settings, **extra)
+        except KafkaException as error:
+            raise ConfigurationError(f"Kafka settings are refused: {error.args[0].str()}; see -X") from error
+
+
+def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
+    """Return a default for an option that many commands share: the top level of `bourse.toml`, else `otherwise`."""
+
+    def default() -> Any:
+        context = click.get_current_context(silent=True)
+        return ((context and context.find_root().default_map) or {}).get(key, otherwise)
+
+    return default
+
+
+def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not key=value")
+        if value.startswith("@"):
+            try:
+                value = Path(value[1:]).read_text("utf-8").strip()
+            except OSError as error:
+                raise click.BadParameter(f"{key}: cannot read {value[1:]}: {error.strerror}") from error
+        elif key.removeprefix(REGISTRY_KEYS) in SECRETS:
+            raise click.BadParameter(f"{key} is a secret: put it into a file and say -X {key}=@FILE")
+        settings[key] = value
+    return settings
+
+
+def cluster_options(command: F) -> F:
+    """Add the options that name the cluster; the command gets `cluster: Cluster` in their place."""
+    from functools import wraps
+
+    @wraps(command)
+    def with_cluster(
+        *args: Any,
+        bootstrap_servers: str,
+        registry_url: str,
+        topic_prefix: str,
+        kafka_settings: dict[str, str],
+        **rest: Any,
+    ) -> Any:
+        return command(*args, cluster=Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings), **rest)
+
+    options = [
+        click.option(
+            "--bootstrap-servers",
+            metavar="HOST:PORT,…",
+            envvar="BOURSE_BOOTSTRAP_SERVERS",
+            default=shared_default("bootstrap_servers", "127.0.0.1:9092"),
+            show_default="127.0.0.1:9092",
+            help="Kafka brokers.",
+        ),
+        click.option(
+            "--registry-url",
+            metavar="URL",
+            envvar="BOURSE_REGISTRY_URL",
+            default=shared_default("registry_url", "http://127.0.0.1:8081"),
+            show_default="http://127.0.0.1:8081",
+            help="Schema registry (Confluent's API).",
+        ),
+        click.option(
+            "--topic-prefix",
+            envvar="BOURSE_TOPIC_PREFIX",
+            default=shared_default("topic_prefix", DEFAULT_PREFIX),
+            show_default=DEFAULT_PREFIX,
+            help="Prefix of the topics' names.",
+        ),
+        click.option(
+            "-X",
+            "kafka_settings",
+            metavar="KEY=VALUE",
+            envvar="BOURSE_KAFKA_SETTINGS",
+            multiple=True,
+            default=shared_default("kafka_settings", None),
+            callback=_settings,
+            help="A librdkafka setting, or schema.registry.… for the registry's client; =@FILE reads it. Repeatable.",
+        ),
+    ]
+    for option in reversed(options):
+        with_cluster = option(with_cluster)
+    return with_cluster  # type: ignore[return-value]  # click's decorators keep the callable

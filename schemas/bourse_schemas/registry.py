@@ -1,0 +1,135 @@
+"""The schema registry, through Confluent's client: services look ids up and never register."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
+from confluent_kafka.schema_registry.error import SchemaRegistryError
+
+from bourse_schemas.codec import Deserializer, Serializer, avro_schema
+from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, Unreachable
+from bourse_schemas.events import Event
+from bourse_schemas.topics import TOPICS, Topic
+
+__all__ = ["COMPATIBILITY", "Registry"]
+
+E = TypeVar("E", bound=Event)
+R = TypeVar("R")
+
+COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
+TIMEOUT_SECONDS = 5
+
+
+class Registry:
+    """What the product asks of a schema registry.
+
+    Every method raises Unreachable when the registry does not answer and ConfigurationError when it refuses us.
+    """
+
+    def __init__(self, url: str, settings: Mapping[str, str] | None = None) -> None:
+        self.url = url
+        self._client = SchemaRegistryClient(
+            {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **(settings or {}), "url": url}
+        )
+
+    def serializer(self, topic: Topic, prefix: str) -> Serializer[Any]:
+        """Return the serializer of a topic; a subject or schema that is not registered is a ConfigurationError."""
+        subject = topic.subject(prefix)
+        try:
+            schema_id = self._ask(lambda: self._client.lookup_schema(subject, _schema(topic.event)).schema_id)
+        except SchemaRegistryError as error:
+            if error.http_status_code != 404:
+                raise
+            what = "is not registered" if error.error_code == 40401 else "has no version equal to this release's schema"
+            raise ConfigurationError(
+                f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url}`"
+            ) from error
+        return Serializer(topic, cast("int", schema_id), prefix)
+
+    def deserializer(self, event: type[E]) -> Deserializer[E]:
+        """Return a deserializer that looks the writers' schemas up here."""
+        return Deserializer(event, self.schema)
+
+    def schema(self, schema_id: int) -> dict[str, Any]:
+        """Return a writer's schema by id; an id unknown to the registry is Undecodable."""
+        try:
+            text = self._ask(lambda: self._client.get_schema(schema_id).schema_str)
+        except SchemaRegistryError as error:
+            if error.http_status_code != 404:
+                raise
+            raise Undecodable(f"schema id {schema_id} is unknown to the registry at {self.url}") from error
+        try:
+            schema = json.loads(text or "")
+        except ValueError as error:
+            raise Undecodable(f"schema id {schema_id} is not Avro") from error
+        if not isinstance(schema, dict):
+            raise Undecodable(f"schema id {schema_id} is not an Avro record")
+        return schema
+
+    def register(self, topic: Topic, prefix: str) -> int:
+        """Set the subject's compatibility, register the topic's schema, return its id. Repeating it changes nothing.
+
+        Raises SchemaIncompatible when the registry refuses the schema beside the versions it has.
+        """
+        subject = topic.subject(prefix)
+        try:
+            self._ask(lambda: self._client.set_config(subject, ServerConfig(compatibility=COMPATIBILITY)))
+            return self._ask(lambda: self._client.register_schema(subject, _schema(topic.event)))
+        except SchemaRegistryError as error:
+            if error.http_status_code != 409:
+                raise
+            raise SchemaIncompatible(f"{subject}: {error.error_message}") from error
+
+    def register_all(self, prefix: str) -> dict[str, int]:
+        """Register every topic's schema; return the ids by subject."""
+        return {topic.subject(prefix): self.register(topic, prefix) for topic in TOPICS}
+
+    def check(self, topic: Topic, prefix: str) -> str | None:
+        """Return None when the topic's schema is registered, or may be; else what is wrong, in one line."""
+        subject = topic.subject(prefix)
+        try:
+            versions = self._ask(lambda: self._client.get_versions(subject))
+        except SchemaRegistryError as error:
+            if error.http_status_code != 404:
+                raise
+            return f"{subject} is not registered: run `bourse schemas register`"
+        for version in versions:
+            if not self._compatible(topic, subject, version):
+                return f"{subject}: this release's schema is not compatible with version {version}"
+        try:
+            level = self._ask(lambda: self._client.get_config(subject)).compatibility_level
+        except SchemaRegistryError:
+            level = None
+        if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
+            return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
+        return None
+
+    def _compatible(self, topic: Topic, subject: str, version: int) -> bool:
+        return self._ask(lambda: self._client.test_compatibility(subject, _schema(topic.event), str(version)))
+
+    def _ask(self, question: Callable[[], R]) -> R:
+        import httpx
+
+        try:
+            return question()
+        except httpx.HTTPError as error:
+            raise Unreachable(
+                f"the schema registry at {self.url} does not answer ({type(error).__name__}): "
+                "is it running, and is --registry-url right?"
+            ) from error
+        except SchemaRegistryError as error:
+            if error.http_status_code in {401, 403}:
+                raise ConfigurationError(
+                    f"the schema registry at {self.url} refuses our credentials (HTTP {error.http_status_code}): "
+                    "see -X schema.registry.basic.auth.user.info=@FILE"
+                ) from error
+            if error.http_status_code >= 500:
+                raise Unreachable(f"the schema registry at {self.url} fails: {error.error_message}") from error
+            raise
+
+
+def _schema(event: type[Event]) -> Schema:
+    return Schema(json.dumps(avro_schema(event), ensure_ascii=False), "AVRO")
