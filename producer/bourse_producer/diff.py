@@ -1,0 +1,124 @@
+"""What changed between the candles known and a response: pure, the same after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from operator import attrgetter
+
+from msgspec import structs
+
+from bourse_schemas.events import Candle, Op, Reason, TradeEvent
+from bourse_schemas.topics import event_id
+
+__all__ = ["Changes", "InstrumentCode", "RejectedRow", "Snapshot", "diff"]
+
+InstrumentCode = str
+
+# What a change is not: when and by whom a row was seen.
+PROVENANCE = {
+    "traded_at",
+    "traded_at_estimated",
+    "trading_day_jalali",
+    "observed_at",
+    "poll_sequence",
+    "sequence",
+    "source",
+}
+_business = attrgetter(*(name for name in Candle.__struct_fields__ if name not in PROVENANCE))
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A row that could not be used: `identity` is equal for the same mistake of the same instrument."""
+
+    reason: Reason
+    message: str
+    payload: bytes
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A response of the exchange: per instrument its candle, with no sequence yet.
+
+    `session_day` is the latest trading day whose continuous session had begun at `received_at`. `rows` counts what the
+    response held, `duplicate_rows` those beside a better one of the same instrument; `oddities` counts what was
+    unusual and still used, by name.
+    """
+
+    candles: Mapping[InstrumentCode, Candle]
+    received_at: datetime
+    session_day: date | None
+    rejected: Sequence[RejectedRow] = ()
+    rows: int = 0
+    duplicate_rows: int = 0
+    oddities: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Events, the candle after each (`events[i]` led to `candles[i]`), and how many rows were too old for one."""
+
+    events: Sequence[TradeEvent]
+    candles: Sequence[Candle]
+    stale_rows: int
+
+    def count(self, op: Op) -> int:
+        """Return how many events are of this kind."""
+        return sum(event.op is op for event in self.events)
+
+
+def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
+    """Return what changed from the candles known to those of the snapshot, in the snapshot's order."""
+    events: list[TradeEvent] = []
+    candles: list[Candle] = []
+    stale = 0
+    for instrument, candle in now.candles.items():
+        if now.session_day is not None and candle.trading_day < now.session_day:
+            stale += 1
+            continue
+        before = known.get(instrument)
+        if before is None or candle.trading_day > before.trading_day:
+            op, before = Op.OPENED, None
+        elif candle.trading_day < before.trading_day or candle.traded_at < before.traded_at:
+            stale += 1
+            continue
+        elif _business(candle) == _business(before):
+            continue
+        else:
+            op = _op(before, candle)
+        after = structs.replace(candle, sequence=before.sequence + 1 if before else 1)
+        candles.append(after)
+        events.append(_event(op, before, after))
+    return Changes(events, candles, stale)
+
+
+def _op(before: Candle, after: Candle) -> Op:
+    volume, value, count = (
+        after.volume - before.volume,
+        after.value - before.value,
+        after.trade_count - before.trade_count,
+    )
+    if volume < 0 or value < 0 or count < 0:
+        return Op.CANCELLED
+    return Op.TRADED if volume or value or count else Op.REVISED
+
+
+def _less(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
+
+
+def _event(op: Op, before: Candle | None, after: Candle) -> TradeEvent:
+    return TradeEvent(
+        event_id=event_id(after.instrument, after.trading_day, after.sequence),
+        op=op,
+        volume_delta=after.volume - (before.volume if before else 0),
+        value_delta=after.value - (before.value if before else 0),
+        trade_count_delta=after.trade_count - (before.trade_count if before else 0),
+        last_price_delta=_less(after.last_price, before.last_price) if before else None,
+        closing_price_delta=_less(after.closing_price, before.closing_price) if before else None,
+        backfilled=False,
+        **structs.asdict(after),
+    )

@@ -1,0 +1,487 @@
+"""Finnotech's `trades/realtime`: calls, tokens, and (pure) what a response says.
+
+Source: the exchange's documentation and what public clients have seen of it; `docs/exchange.md` has both.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Annotated, Any
+from uuid import uuid4
+
+import httpx
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from bourse_producer.calendar import TEHRAN
+from bourse_producer.diff import RejectedRow, Snapshot
+from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
+from bourse_schemas.events import Candle, Reason
+
+__all__ = ["ADDRESSES", "SOURCE", "Context", "Credentials", "Finnotech", "Reply", "merge", "parse"]
+
+SOURCE = "finnotech/trades-realtime"
+SCOPE = "bourse:trades-realtime:get"
+ADDRESSES = {"production": "https://apibeta.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"}
+FUTURE = timedelta(minutes=5)
+
+
+# --- what a response says (pure) --------------------------------------------------------------------------------------
+
+Rial = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Signed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class _Row(Struct):
+    """A row as documented. No field has a default, so that a renamed one is noticed and read by the patient way."""
+
+    CoID: Signed | None
+    BourseSymbol: str
+    TseSymbolCode: str
+    FullTitle: str
+    PrecedencyRight: bool | None
+    TradeDateGre: str
+    TradeDate: str | None
+    MaxPrice: Rial | None
+    minPrice: Rial | None  # noqa: N815  # the API's own spelling
+    OpeningPrice: Rial | None
+    ClosingPrice: Rial | None
+    LastPrice: Rial | None
+    TradeVolume: Rial
+    TradeValue: Rial
+    TradeQty: Rial
+    PreviousClosingPrice: Rial | None
+    ClosingPriceChange: Signed | None
+    ClosingPChgPercent: float | None
+    ShareCount: Rial | None
+    MarketValue: Rial | None
+    Type: str | int | float | None
+
+
+class _Envelope(Struct):
+    result: Raw | UnsetType = UNSET
+    state: str | None = None
+    status: str | None = None
+
+
+_envelope = msgspec.json.Decoder(_Envelope)
+_rows = msgspec.json.Decoder(list[_Row])
+_raw_rows = msgspec.json.Decoder(list[Raw])
+_anything = msgspec.json.Decoder()
+
+_NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {"tradedateger": "TradeDateGre"}
+_TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
+_CODE = re.compile(r"[A-Z0-9]{12}")
+_TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a response does not say of itself.
+
+    `received_at` is when it arrived; `dated` is its `Date` header, or our clock where it had none; `track_id` is what
+    was sent with the call, `is_right` which of the two calls it was.
+    """
+
+    poll_sequence: int
+    received_at: datetime
+    dated: datetime
+    session_day: date | None
+    is_right: bool
+    track_id: str
+
+
+class _BadRow(Exception):
+    def __init__(self, reason: Reason, message: str, field_name: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field_name
+
+
+def parse(body: bytes, context: Context) -> Snapshot:
+    """Return what a response says.
+
+    Raises ExchangeNonsense when the body is no response, and the matching ExchangeError when it says that the call
+    failed. A row that cannot be used is in `rejected`; the others count.
+    """
+    try:
+        envelope = _envelope.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ExchangeNonsense("nonsense", f"the body is no response: {error}", track_id=context.track_id) from error
+    state = envelope.state or envelope.status
+    if state != "DONE":
+        raise _refusal(200, body, context.track_id)
+    result = b"null" if envelope.result is UNSET else bytes(envelope.result).strip()
+    if result[:1] == b"{":
+        result = b"[" + result + b"]"
+    elif result == b"null":
+        result = b"[]"
+    elif result[:1] != b"[":
+        raise ExchangeNonsense("nonsense", "the result is neither rows nor a row", track_id=context.track_id)
+    oddities: Counter[str] = Counter()
+    if b'"' + context.track_id.encode() + b'"' not in body:
+        oddities["foreign_track_id"] += 1
+    candles: list[Candle] = []
+    rejected: list[RejectedRow] = []
+    latest = context.dated + FUTURE
+    try:
+        rows: Iterable[_Row | Raw] = _rows.decode(result)
+    except msgspec.ValidationError:
+        rows = _raw_rows.decode(result)
+    count = 0
+    for row in rows:
+        count += 1
+        try:
+            known = row if isinstance(row, _Row) else _patiently(row)
+            candle = _candle(known, context, latest)
+        except _BadRow as bad:
+            rejected.append(_rejected(row, bad))
+            continue
+        candles.append(candle)
+        if known.PrecedencyRight is not None and known.PrecedencyRight is not context.is_right:
+            oddities["right_contradicted"] += 1
+        if candle.trading_day_jalali != _jalali(candle.trading_day):
+            oddities["jalali_contradicted"] += 1
+    best, duplicates = _best(candles)
+    return Snapshot(best, context.received_at, context.session_day, rejected, count, duplicates, oddities)
+
+
+def merge(parts: Sequence[Snapshot]) -> Snapshot:
+    """Return the responses of one poll's calls as one snapshot."""
+    if len(parts) == 1:
+        return parts[0]
+    best, duplicates = _best(candle for part in parts for candle in part.candles.values())
+    return Snapshot(
+        best,
+        max(part.received_at for part in parts),
+        parts[0].session_day,
+        [row for part in parts for row in part.rejected],
+        sum(part.rows for part in parts),
+        duplicates + sum(part.duplicate_rows for part in parts),
+        sum((Counter(part.oddities) for part in parts), Counter()),
+    )
+
+
+def _best(candles: Iterable[Candle]) -> tuple[dict[str, Candle], int]:
+    """Return per instrument its best row: the later trade time wins, then the higher trade count."""
+    best: dict[str, Candle] = {}
+    duplicates = 0
+    for candle in candles:
+        other = best.get(candle.instrument)
+        if other is not None:
+            duplicates += 1
+            if (other.traded_at, other.trade_count) >= (candle.traded_at, candle.trade_count):
+                continue
+        best[candle.instrument] = candle
+    return best, duplicates
+
+
+def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
+    instrument = row.TseSymbolCode
+    if not _is_code(instrument):
+        raise _BadRow(
+            Reason.INVALID_VALUE, f"TseSymbolCode {instrument[:40]!r} is not 12 of A-Z and 0-9", "TseSymbolCode"
+        )
+    traded_at, trading_day = _trade_time(row.TradeDateGre)
+    if traded_at is None or trading_day is None:
+        raise _BadRow(Reason.INVALID_VALUE, f"TradeDateGre {row.TradeDateGre[:40]!r} is no time", "TradeDateGre")
+    if traded_at > latest:
+        raise _BadRow(
+            Reason.FUTURE_ROW,
+            f"TradeDateGre {row.TradeDateGre} is more than 5 minutes after the response",
+            "TradeDateGre",
+        )
+    unknown = 0 if row.LastPrice else None
+    return Candle(
+        instrument=instrument,
+        sequence=0,
+        trading_day=trading_day,
+        trading_day_jalali=row.TradeDate,
+        traded_at=traded_at,
+        traded_at_estimated=False,
+        observed_at=context.received_at,
+        poll_sequence=context.poll_sequence,
+        source=SOURCE,
+        company_id=row.CoID,
+        symbol=_tidy(row.BourseSymbol),
+        symbol_raw=row.BourseSymbol,
+        title=_tidy(row.FullTitle),
+        is_right=context.is_right,
+        # Beside a last price a zero here is not a price but "not known".
+        open_price=None if row.OpeningPrice == unknown else row.OpeningPrice,
+        high_price=None if row.MaxPrice == unknown else row.MaxPrice,
+        low_price=None if row.minPrice == unknown else row.minPrice,
+        last_price=row.LastPrice,
+        closing_price=row.ClosingPrice,
+        previous_close=row.PreviousClosingPrice,
+        volume=row.TradeVolume,
+        value=row.TradeValue,
+        trade_count=row.TradeQty,
+        closing_change=row.ClosingPriceChange,
+        closing_change_percent=row.ClosingPChgPercent,
+        shares_outstanding=row.ShareCount,
+        market_value=row.MarketValue,
+        exchange_type=None if row.Type is None else str(row.Type),
+    )
+
+
+def _patiently(raw: Raw) -> _Row:
+    """Read a row whose names are in another case or whose numbers are texts or integral floats."""
+    fields = _anything.decode(raw)
+    if not isinstance(fields, dict):
+        raise _BadRow(Reason.MALFORMED_ROW, "the row is no object", "")
+    row: dict[str, Any] = dict.fromkeys(_Row.__struct_fields__)
+    for name, value in fields.items():
+        ours = _NAMES.get(name.lower())
+        if ours is not None and (value is not None or row[ours] is None):
+            row[ours] = value if ours in _TEXTS else _number(ours, value)
+    try:
+        return msgspec.convert(row, _Row, strict=False)
+    except msgspec.ValidationError as error:
+        found = re.search(r"\$\.(\w+)", str(error))
+        where = found[1] if found else ""
+        raise _BadRow(
+            Reason.MALFORMED_ROW if row.get(where) is None else Reason.INVALID_VALUE, f"{where}: {error}", where
+        ) from error
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        text = value.strip().replace(",", "")
+        try:
+            value = int(text)
+        except ValueError:
+            try:
+                value = float(text)
+            except ValueError:
+                return value if text else None
+    if isinstance(value, float) and name != "ClosingPChgPercent":
+        if not value.is_integer():
+            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value!r} has a fraction", name)
+        if abs(value) > 2**53:
+            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value!r} is too large to be exact", name)
+        return int(value)
+    return value
+
+
+def _rejected(row: _Row | Raw, bad: _BadRow) -> RejectedRow:
+    payload = bytes(row) if isinstance(row, Raw) else msgspec.json.encode(row)
+    fields = _anything.decode(payload)
+    code = fields.get("TseSymbolCode") if isinstance(fields, dict) else None
+    return RejectedRow(bad.reason, str(bad), payload, f"{code or payload.hex()}/{bad.reason}/{bad.field}")
+
+
+@lru_cache(1 << 16)
+def _is_code(code: str) -> bool:
+    return _CODE.fullmatch(code) is not None
+
+
+@lru_cache(1 << 14)
+def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
+    found = _TIME.fullmatch(text.strip())
+    if found is None:
+        return None, None
+    try:
+        local = datetime(*map(int, found.groups()), tzinfo=TEHRAN)  # type: ignore[misc,arg-type]
+    except ValueError:
+        return None, None
+    return local.astimezone(UTC), local.date()
+
+
+@lru_cache(1 << 16)
+def _tidy(text: str) -> str:
+    """Normalise Persian text: ي→ی, ك→ک, one space between words, no ZWNJ but between letters."""
+    text = " ".join(text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک").split())
+    return re.sub("\u200c*( |^|$)\u200c*", r"\1", re.sub("\u200c+", "\u200c", text))
+
+
+@lru_cache(64)
+def _jalali(day: date) -> str:
+    from persiantools.jdatetime import JalaliDate
+
+    return str(JalaliDate(day).strftime("%Y/%m/%d"))  # type: ignore[no-untyped-call]  # the library has no types
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """An account at the exchange; the secret and the national id are never shown."""
+
+    client_id: str
+    secret: str = field(repr=False)
+    nid: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A response as it came: `dated` is its `Date` header, `received_at` our clock."""
+
+    track_id: str
+    body: bytes = field(repr=False)
+    received_at: datetime
+    dated: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    value: str = field(repr=False)
+    refresh: str | None = field(repr=False)
+    renew_at: float
+
+
+class Finnotech:
+    """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing."""
+
+    def __init__(self, client: httpx.Client, address: str, credentials: Credentials) -> None:
+        self._client = client
+        self._address = address.rstrip("/")
+        self._credentials = credentials
+        self._token: _Token | None = None
+        self._status = 0
+
+    def realtime(self, *, rights: bool) -> Reply:
+        """Return the last state of all companies' shares, or of all subscription rights.
+
+        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs.
+        """
+        try:
+            return self._realtime(rights)
+        except ExchangeRefused as refused:
+            if refused.kind != "token":
+                raise
+        self._token = None
+        try:
+            return self._realtime(rights)
+        except ExchangeRefused as refused:
+            if refused.kind == "token" and self._status == 403:
+                raise ExchangeRefused(
+                    "scope",
+                    f"a new token is refused: the client needs the scope {SCOPE} and a whitelisted address ({refused})",
+                    code=refused.code,
+                    track_id=refused.track_id,
+                ) from refused
+            raise
+
+    def _realtime(self, rights: bool) -> Reply:
+        token = self._valid_token()
+        track_id = uuid4().hex
+        response = self._send(
+            "GET",
+            f"/bourse/v2/clients/{self._credentials.client_id}/trades/realtime",
+            track_id,
+            params={"trackId": track_id, "isTimePeriod": "false", "precedencyRight": "true" if rights else "false"},
+            headers={"Authorization": f"Bearer {token}"},
+        )
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content, track_id, response.headers.get("retry-after"))
+        return Reply(track_id, response.content, datetime.now(UTC), _dated(response))
+
+    def _valid_token(self) -> str:
+        token = self._token
+        if token is None or time.monotonic() >= token.renew_at:
+            token = self._token = self._renew(token)
+        return token.value
+
+    def _renew(self, old: _Token | None) -> _Token:
+        if old is not None and old.refresh is not None:
+            try:
+                return self._mint(
+                    {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": old.refresh}
+                )
+            except ExchangeRefused:
+                # A refresh token can be used up or revoked; the credentials still stand.
+                self._token = None
+        return self._mint({"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": SCOPE})
+
+    def _mint(self, grant: dict[str, str]) -> _Token:
+        asked = time.monotonic()
+        response = self._send(
+            "POST",
+            "/dev/v2/oauth2/token",
+            None,
+            json=grant,
+            auth=httpx.BasicAuth(self._credentials.client_id, self._credentials.secret),
+        )
+        try:
+            answer = _anything.decode(response.content)
+            result = answer["result"]
+            value, life_ms = str(result["value"]), float(result["lifeTime"])
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            if response.status_code in {400, 401, 403}:
+                code, message = _said(response.content)
+                raise ExchangeRefused(
+                    "token", f"the exchange gives no token: {message or response.status_code}", code=code
+                ) from error
+            raise _refusal(response.status_code, response.content, None) from error
+        # Counted from our own clock; a tenth of its life before the end it is renewed.
+        return _Token(value, result.get("refreshToken"), asked + life_ms / 1000 * 0.9)
+
+    def _send(self, method: str, path: str, track_id: str | None, **request: Any) -> httpx.Response:
+        try:
+            response = self._client.request(method, self._address + path, **request)
+        except httpx.TimeoutException as error:
+            raise ExchangeUnavailable(
+                "timeout", f"the exchange did not answer in time ({type(error).__name__})", track_id=track_id
+            ) from error
+        except httpx.DecodingError as error:
+            raise ExchangeNonsense("nonsense", f"the body cannot be unpacked: {error}", track_id=track_id) from error
+        except httpx.HTTPError as error:
+            raise ExchangeUnavailable(
+                "network", f"{type(error).__name__}: {error}".rstrip(": "), track_id=track_id
+            ) from error
+        self._status = response.status_code
+        return response
+
+
+def _dated(response: httpx.Response) -> datetime | None:
+    try:
+        return parsedate_to_datetime(response.headers["date"]).astimezone(UTC)
+    except (KeyError, ValueError):
+        return None
+
+
+def _said(body: bytes) -> tuple[str | None, str]:
+    """Return the error code and message in a body, wherever it hides them."""
+    try:
+        answer = _anything.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None, ""
+    for holder in (answer, answer.get("result") if isinstance(answer, dict) else None):
+        if isinstance(holder, dict):
+            error = holder.get("error", holder)
+            if isinstance(error, str):
+                return None, error
+            if isinstance(error, dict) and (error.get("code") or error.get("message")):
+                code = error.get("code")
+                return (None if code is None else str(code)), str(error.get("message") or "")
+    return None, ""
+
+
+def _refusal(status: int, body: bytes, track_id: str | None, retry_after: str | None = None) -> ExchangeError:
+    """Return the error that a response which is not DONE amounts to."""
+    code, message = _said(body)
+    text = message or f"HTTP {status} without a reason"
+    said = message.lower()
+    wait = float(retry_after) if retry_after and retry_after.isdigit() else None
+    if status in {401, 403} or code == "UNAUTHORIZED" or "invalid token" in said:
+        return ExchangeRefused("token", text, code=code, track_id=track_id)
+    if "quota" in said or "سقف" in said:
+        return ExchangeRefused("quota", text, code=code, track_id=track_id, retry_after=wait)
+    if status == 429:
+        return ExchangeUnavailable("rate", text, code=code, track_id=track_id, retry_after=wait)
+    if status == 408 or code == "REQUEST_TIME_OUT":
+        return ExchangeUnavailable("timeout", text, code=code, track_id=track_id)
+    if status == 400 and code == "VALIDATION_ERROR":
+        return ExchangeRefused("internal", text, code=code, track_id=track_id)
+    if status == 200 and code is None and not message:
+        return ExchangeNonsense("nonsense", "the response is neither DONE nor an error", track_id=track_id)
+    return ExchangeUnavailable("provider", text, code=code, track_id=track_id, retry_after=wait)

@@ -1,0 +1,209 @@
+"""Publication: one Kafka transaction a poll, and the state read back from what was committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
+
+from bourse_producer.diff import Changes, InstrumentCode
+from bourse_schemas.codec import Record, candle_and_event_records
+from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, Unreachable
+from bourse_schemas.events import Candle, DeadLetter, Event, Outcome, PollMarker
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Message
+
+__all__ = ["Publisher", "State"]
+
+E = TypeVar("E", bound=Event)
+
+RESTORE_SECONDS = 60.0
+POLL_SECONDS = 1.0
+TAIL = 10_000
+# Nearer to now than this, no sensible topic refuses a record or deletes it at once.
+OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
+FOREVER = timedelta(days=365 * 1000)
+ADMIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is committed for a source: each instrument's candle, the last poll's sequence, the last good poll's time."""
+
+    candles: dict[InstrumentCode, Candle]
+    poll_sequence: int
+    last_good_at: datetime | None
+
+
+class Publisher:
+    """Publishes polls for one source, all or nothing.
+
+    After any PublishError the instance is void: close it, make a new one, `restore()`, poll again. There is no other
+    recovery, and no guess whether a commit went through: what is committed is read back.
+    """
+
+    def __init__(self, cluster: Cluster, source: str) -> None:
+        self._cluster = cluster
+        self._source = source
+        self._room: tuple[timedelta, timedelta] | None = None
+        registry = cluster.registry()
+        self._trades = registry.serializer(TRADES, cluster.prefix)
+        self._candles = registry.serializer(CANDLES, cluster.prefix)
+        self._polls = registry.serializer(POLLS, cluster.prefix)
+        self._letters = registry.serializer(DEAD_LETTERS, cluster.prefix)
+        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)])
+        self._producer: Producer = cluster.transactional_producer(f"{cluster.prefix}-producer-{source}")
+
+    def restore(self) -> State:
+        """Fence any older instance, then return what is committed.
+
+        The order matters: initialising settles the older instance's transaction, so that nothing can be committed after
+        it was read. Raises PublishError.
+        """
+        self._do(lambda: self._producer.init_transactions(RESTORE_SECONDS))
+        candles: dict[InstrumentCode, Candle] = {}
+        for candle in self._committed(CANDLES, Candle):
+            candles[candle.instrument] = candle
+        candles = {code: candle for code, candle in candles.items() if candle.source == self._source}
+        # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
+        sequence = max((candle.poll_sequence for candle in candles.values()), default=0)
+        last_good_at = None
+        for marker in self._committed(POLLS, PollMarker, tail=True):
+            if marker.source == self._source:
+                sequence = max(sequence, marker.poll_sequence)
+                if marker.outcome in {Outcome.PUBLISHED, Outcome.UNCHANGED}:
+                    last_good_at = marker.received_at
+        return State(candles, sequence, last_good_at)
+
+    def publish(self, changes: Changes, letters: Iterable[DeadLetter], marker: PollMarker) -> None:
+        """Publish one poll: events, candles, dead letters and the marker in one transaction, or nothing of it.
+
+        Raises PublishError; Fenced where another instance took over.
+        """
+        self._do(self._producer.begin_transaction)
+        for candle, event in zip(changes.candles, changes.events, strict=True):
+            state, change = candle_and_event_records(self._candles, self._trades, candle, event)
+            self._produce(change)
+            self._produce(state)
+        for letter in letters:
+            self._produce(self._letters(letter))
+        self._produce(self._polls(marker))
+        # Without a time-out of its own: how long it may take is the transaction's business.
+        self._do(self._producer.commit_transaction)
+
+    def require_room_for(self, instant: datetime) -> None:
+        """Raise ConfigurationError where records of this time would be deleted at once or refused by the brokers."""
+        now = datetime.now(UTC)
+        if now - OLD < instant < now + AHEAD:
+            return
+        if self._room is None:
+            self._room = _room(self._cluster)
+        retention, ahead = self._room
+        if instant < now - retention or instant > now + ahead:
+            raise ConfigurationError(
+                f"records of {instant:%Y-%m-%d} would not stay on {TRADES.full_name(self._cluster.prefix)} (it keeps "
+                f"{retention.days} days): for a day of another time run `bourse topics apply --any-time`"
+            )
+
+    def close(self) -> None:
+        """Give the producer up, whatever state it is in; a transaction under way is aborted."""
+        self._producer.close()
+
+    def _produce(self, record: Record) -> None:
+        try:
+            self._producer.produce(
+                record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
+            )
+        except BufferError:
+            self._producer.poll(POLL_SECONDS)
+            self._produce(record)
+        except KafkaException as error:
+            raise _publish_error(error.args[0]) from error
+
+    @staticmethod
+    def _do(step: Callable[[], object]) -> None:
+        try:
+            step()
+        except KafkaException as error:
+            raise _publish_error(error.args[0]) from error
+
+    def _committed(self, topic: Topic, event: type[E], *, tail: bool = False) -> Iterable[E]:
+        """Yield the committed events of a topic, in order per partition; with `tail` only the last ones."""
+        name = topic.full_name(self._cluster.prefix)
+        decode = self._cluster.registry().deserializer(event)
+        consumer = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+        try:
+            partitions = list(consumer.list_topics(name, RESTORE_SECONDS).topics[name].partitions)
+            consumer.assign([_start(consumer, name, number, tail) for number in partitions])
+            yield from _until_end(consumer, decode, len(partitions))
+        except KafkaException as error:
+            raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
+        except Undecodable as error:
+            raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
+        finally:
+            consumer.close()
+
+
+def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
+    """Return how far into the past and the future a record's time may lie, by the topic's settings."""
+    from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+
+    admin = cluster.admin()
+    resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
+    try:
+        settings = admin.describe_configs([resource])[resource].result(ADMIN_SECONDS)
+    except KafkaException:
+        # Where settings may not be read nothing is known against it.
+        return FOREVER, FOREVER
+    past, future = (int(settings[key].value) for key in ("retention.ms", "message.timestamp.after.max.ms"))
+    return (
+        FOREVER if past < 0 else min(FOREVER, timedelta(milliseconds=past)),
+        min(FOREVER, timedelta(milliseconds=min(future, 10**14))),
+    )
+
+
+def _start(consumer: Consumer, topic: str, partition: int, tail: bool) -> TopicPartition:
+    if not tail:
+        return TopicPartition(topic, partition, OFFSET_BEGINNING)
+    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), RESTORE_SECONDS)
+    # Of the last marker of each source, commit markers and aborted records between them included.
+    return TopicPartition(topic, partition, max(low, high - TAIL))
+
+
+def _until_end(consumer: Consumer, decode: Callable[[bytes | None], E], partitions: int) -> Iterable[E]:
+    ended: set[int | None] = set()
+    deadline = time.monotonic() + RESTORE_SECONDS
+    while len(ended) < partitions:
+        # `consume` waits for the whole batch or the whole time: the time is what the end costs.
+        for message in consumer.consume(1000, 0.02):
+            deadline = time.monotonic() + RESTORE_SECONDS
+            error = message.error()
+            if error is None:
+                yield decode(_value(message))
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                ended.add(message.partition())
+            elif not error.retriable():
+                raise KafkaException(error)
+        if time.monotonic() > deadline:
+            raise PublishError(f"reading the state back: no record for {RESTORE_SECONDS:.0f} s")
+
+
+def _value(message: Message) -> bytes | None:
+    value = message.value()
+    return value.encode() if isinstance(value, str) else value
+
+
+def _publish_error(error: KafkaError) -> PublishError | Unreachable:
+    fenced = error.code() in {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}  # noqa: SLF001
+    if fenced:
+        return Fenced("another instance with the same source took over")
+    if error.code() in {KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED}:
+        return PublishError(f"Kafka does not allow it: {error.str()}")
+    return PublishError(error.str())
