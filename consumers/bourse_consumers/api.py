@@ -1,0 +1,196 @@
+"""The SDK: what a consumer of the bus implements. Everything else is the runner's.
+
+A consumer's life, all calls from one thread:
+
+1. `open(assigned)` whenever partitions are assigned, with all of them: what was in memory before is void.
+2. `process(batch)` with records of those partitions, in order per partition. It may block; the runner keeps the
+   group's membership alive meanwhile. When it returns, the batch is done (`Resume`, `Rebuild`) or taken over (`Own`).
+3. `idle(now)` at least once a second, batches or not.
+4. `durable()` for `Own` only, after each `process` and `idle`: what is safe so far.
+5. `close()` once; nothing is called afterwards.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from bourse_schemas.errors import BourseError
+from bourse_schemas.events import Event
+from bourse_schemas.topics import TRADES, Topic
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "Assignment",
+    "Batch",
+    "Consumer",
+    "Emit",
+    "Offsets",
+    "Own",
+    "Partition",
+    "Rebuild",
+    "Record",
+    "Reject",
+    "Resume",
+    "Retry",
+    "Rewind",
+    "Start",
+]
+
+
+class Partition(NamedTuple):
+    """One partition of one topic, by the topic's full name."""
+
+    topic: str
+    number: int
+
+
+Offsets = Mapping[Partition, int]
+"""Per partition the offset of the next record to read."""
+
+
+class Assignment(dict[Partition, int]):
+    """The partitions assigned and, for each, the offset the group has committed (the topic's start where none is).
+
+    `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
+    the committed offset: where to rebuild state that lives at most a trading day.
+    """
+
+    def __init__(self, committed: Offsets, day_start: Callable[[], Offsets] | None = None) -> None:
+        super().__init__(committed)
+        self._day_start = day_start
+
+    def day_start(self) -> Offsets:
+        """Return where the current trading day of each partition begins; may ask the broker."""
+        return self._day_start() if self._day_start else dict.fromkeys(self, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Begin at the group's committed offsets. Emits and input offsets of a batch are one Kafka transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """Begin earlier, to fold records into memory again.
+
+    Batches below the committed offsets have `replay=True`: what `process` returns for them is dropped and nothing is
+    committed. No batch straddles the committed offset.
+    """
+
+    offsets: Offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Begin at offsets kept with the sink's own data; the group's offsets are a hint for dashboards."""
+
+    offsets: Offsets
+
+
+Start = Resume | Rebuild | Own
+
+
+class Record(NamedTuple):
+    """A Kafka record as it came."""
+
+    partition: Partition
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Mapping[str, bytes]
+
+
+class Emit(NamedTuple):
+    """An event to publish on one of the declared topics."""
+
+    topic: Topic
+    event: Event
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one or more partitions, in order per partition, all decodable.
+
+    `events` are the typed values, decoded when first asked for; `table()` is the same as one Arrow table with the
+    schema's columns, plus `_partition`, `_offset` and `_timestamp`. `next` is, per partition in the batch, the offset
+    after it: the consumer's position, which may lie beyond the last record by transaction markers.
+    """
+
+    records: Sequence[Record]
+    next: Offsets
+    replay: bool = False
+    decode: Callable[[Record], Any] = field(default=lambda record: record.value, repr=False)
+
+    @cached_property
+    def events(self) -> Sequence[Any]:
+        """Return the records' events, in the records' order."""
+        return [self.decode(record) for record in self.records]
+
+    def table(self) -> pa.Table:
+        """Return the records, at least one and all of one topic, as one Arrow table. Needs the extra `archive`."""
+        from bourse_consumers.rows import to_table
+
+        return to_table(self.events, self.records)
+
+
+class Retry(BourseError):
+    """The world is at fault: the same batch again, later, with the partitions paused meanwhile.
+
+    `after` is the wait in seconds; by default the runner backs off by itself.
+    """
+
+    def __init__(self, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class Reject(BourseError):
+    """This record is at fault: it becomes a dead letter, and the batch comes again without it."""
+
+    def __init__(self, record: Record, message: str) -> None:
+        super().__init__(message)
+        self.record = record
+
+
+class Rewind(BourseError):
+    """`Own` only: someone else got there first; go on from these offsets."""
+
+    def __init__(self, offsets: Offsets, message: str = "another writer was faster") -> None:
+        super().__init__(message)
+        self.offsets = offsets
+
+
+class Consumer(ABC):
+    """A consumer of the bus. Any error but Retry, Reject and Rewind ends the process; uncommitted work comes again."""
+
+    topics: ClassVar[Sequence[Topic]] = (TRADES,)
+    """What it reads."""
+    emits: ClassVar[Sequence[Topic]] = ()
+    """What it publishes, dead letters apart: looked at before it starts."""
+
+    def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
+        """Begin with these partitions; called anew at every rebalance."""
+        return Resume()
+
+    @abstractmethod
+    def process(self, batch: Batch) -> Sequence[Emit] | None:
+        """Take a batch; return what to publish."""
+
+    def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
+        """Do what is due by time: timers, closing files by age. `now` is the wall clock, in UTC."""
+        return None
+
+    def durable(self) -> Offsets:
+        """Return, for `Own`, the offsets below which everything is safe."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027  # most consumers hold nothing
+        """Release what is held. For `Own`: make durable what is buffered."""

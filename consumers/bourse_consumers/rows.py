@@ -1,0 +1,80 @@
+"""Events as Arrow tables; the columns are derived from the events' Avro schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from bourse_schemas.codec import RECURRING, avro_schema
+from bourse_schemas.events import Event
+
+if TYPE_CHECKING:
+    from bourse_consumers.api import Record
+
+__all__ = ["arrow_schema", "dictionary_columns", "to_table"]
+
+PLAIN = {
+    "string": pa.string(),
+    "long": pa.int64(),
+    "int": pa.int32(),
+    "boolean": pa.bool_(),
+    "double": pa.float64(),
+    "bytes": pa.binary(),
+}
+INSTANT = pa.timestamp("ms", "UTC")
+WHERE = (pa.field("_partition", pa.int32()), pa.field("_offset", pa.int64()), pa.field("_timestamp", INSTANT))
+
+
+def _type(avro: Any) -> Any:
+    match avro:
+        case ["null", inner]:
+            return _type(inner)
+        case {"logicalType": "timestamp-millis"}:
+            return INSTANT
+        case {"logicalType": "date"}:
+            return pa.date32()
+        case {"type": "enum"}:
+            return pa.string()
+        case {"type": "map", "values": inner}:
+            return pa.map_(pa.string(), _type(inner))
+        case {"type": "array", "items": inner}:
+            return pa.list_(_type(inner))
+    return PLAIN[avro]
+
+
+@cache
+def arrow_schema(event: type[Event]) -> pa.Schema:
+    """Return the columns of an event type: Avro's names, exact types, each field's doc as its `description`."""
+    return pa.schema(
+        [
+            pa.field(
+                field["name"],
+                _type(field["type"]),
+                nullable=isinstance(field["type"], list),
+                metadata={"description": field["doc"]},
+            )
+            for field in avro_schema(event)["fields"]
+        ]
+    )
+
+
+def dictionary_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns whose values come back again and again."""
+    return [name for name in schema.names if name in RECURRING or name in {"op", "trading_day"}]
+
+
+def to_table(events: Sequence[Event], records: Sequence[Record]) -> pa.Table:
+    """Return events of one type as a table: the schema's columns, then `_partition`, `_offset` and `_timestamp`."""
+    schema = arrow_schema(type(events[0]))
+    columns = [pa.array(map(attrgetter(field.name), events), field.type) for field in schema]
+    places = (
+        [record.partition.number for record in records],
+        [record.offset for record in records],
+        [record.timestamp for record in records],
+    )
+    columns += [pa.array(place, field.type) for place, field in zip(places, WHERE, strict=True)]
+    return pa.Table.from_arrays(columns, schema=pa.schema([*schema, *WHERE]))
