@@ -1,0 +1,104 @@
+"""`bourse sandbox`: the outside world, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["sandbox"]
+
+
+class _Sandbox(click.Group):
+    """Imports the practice exchange only when it is asked for: it needs an HTTP server."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["exchange", *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "exchange":
+            from bourse_sandbox.exchange import exchange
+
+            return exchange
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Sandbox)
+def sandbox() -> None:
+    """Practise: an exchange, Apache Kafka and a registry on this machine, without account, Docker or Java."""
+
+
+@sandbox.command
+@click.option("--json", "as_json", is_flag=True, help="Print the addresses as one JSON object.")
+@click.option(
+    "--data", type=click.Path(file_okay=False, path_type=Path), help="Keep Kafka's data here. [default: nowhere]"
+)
+@click.option(
+    "--exchange-port", type=click.IntRange(0, 65535), default=0, help="Port of the exchange. [default: any free one]"
+)
+@click.option(
+    "--registry-port", type=click.IntRange(0, 65535), default=0, help="Port of the registry. [default: any free one]"
+)
+@click.option("--replay", metavar="FILE|real", help="A captured day instead of the simulated market.")
+@click.option("--advance", type=click.Choice(["poll", "clock"]), default="clock", show_default=True)
+@click.option(
+    "--speed", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Market seconds a second."
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the simulated market.")
+def up(
+    *,
+    as_json: bool,
+    data: Path | None,
+    exchange_port: int,
+    registry_port: int,
+    replay: str | None,
+    advance: str,
+    speed: float,
+    seed: int,
+) -> None:
+    """Run exchange, Kafka and registry, topics and schemas in place, until Ctrl-C."""
+    import json
+    import signal
+    import tempfile
+    import threading
+
+    from bourse_sandbox.exchange import practice_exchange
+    from bourse_sandbox.stack import CLIENT_ID, NID, SECRET, Stack, private_file
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    practice = practice_exchange(replay, advance, speed=speed, seed=seed, client_id=CLIENT_ID, client_secret=SECRET)
+    with (
+        tempfile.TemporaryDirectory(prefix="bourse-sandbox-") as folder,
+        practice.serve(port=exchange_port) as exchange,
+        Stack("kafka", kafka_data=data, registry_port=registry_port) as stack,
+    ):
+        secret_file = private_file(Path(folder) / "client-secret", SECRET)
+        nid_file = private_file(Path(folder) / "nid", NID)
+        cluster = stack.cluster
+        if as_json:
+            addresses = {
+                "bootstrap_servers": cluster.bootstrap_servers,
+                "registry_url": cluster.registry_url,
+                "exchange_url": exchange.url,
+                "client_id": CLIENT_ID,
+                "client_secret_file": str(secret_file),
+                "nid": NID,
+            }
+            click.echo(json.dumps(addresses))
+        else:
+            at = f"--bootstrap-servers {cluster.bootstrap_servers} --registry-url {cluster.registry_url}"
+            topic = f"{cluster.prefix}.trades"
+            click.echo(
+                f"Kafka      {cluster.bootstrap_servers}\n"
+                f"registry   {cluster.registry_url}\n"
+                f"exchange   {exchange.url}\n\n"
+                "In another terminal:\n"
+                f"  bourse produce --once --schedule always --clock response --address {exchange.url} "
+                f"--client-id {CLIENT_ID} --client-secret-file {secret_file} --nid-file {nid_file} {at}\n"
+                f"  bourse tail trades --from-beginning {at}\n"
+                f"  kcat -b {cluster.bootstrap_servers} -t {topic} -C -o beginning -f '%k %o %S bytes\\n' -e\n\n"
+                "Ctrl-C ends it."
+            )
+        stop.wait()

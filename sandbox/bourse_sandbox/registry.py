@@ -1,0 +1,215 @@
+"""A small schema registry for demo and sandbox: the part of Confluent's API that clients use, Avro only.
+
+It stands in for a real one, as the practice exchange does for the exchange: in memory, on this machine, kept in a JSON
+file where one is given. Ids, versions, error codes and texts are those that clients know from the original.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import fastavro
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from bourse_sandbox.serving import Server, serve
+from bourse_schemas.errors import ConfigurationError
+
+__all__ = ["Compatible", "serve_registry"]
+
+Compatible = Callable[[dict[str, Any], list[dict[str, Any]]], list[str]]
+"""Say what keeps a new schema from being fully compatible with older ones: messages, none if nothing does."""
+
+_LEVELS = ("NONE", "BACKWARD", "BACKWARD_TRANSITIVE", "FORWARD", "FORWARD_TRANSITIVE", "FULL", "FULL_TRANSITIVE")
+_GLOBAL = ""  # the "subject" whose level holds for all that have none of their own
+
+
+def serve_registry(
+    *, port: int = 0, file: Path | None = None, compatible: Compatible = lambda _new, _old: []
+) -> Server:
+    """Start a registry on 127.0.0.1, on a free port where none is given, and return when it answers.
+
+    `compatible` decides what may be registered; BACKWARD and FORWARD ask it as FULL does, which is stricter. Raises
+    ConfigurationError where the port is taken or the file is no registry's.
+    """
+    registry = _Registry(file, compatible)
+    calls: list[tuple[str, str, _Call]] = [
+        ("GET", "/", lambda *_: {}),
+        ("GET", "/schemas/types", lambda *_: ["AVRO"]),
+        ("GET", "/schemas/ids/{id:int}", registry.schema),
+        ("GET", "/schemas/ids/{id:int}/versions", registry.uses),
+        ("GET", "/subjects", registry.subjects),
+        ("POST", "/subjects/{subject}", registry.lookup),
+        ("GET", "/subjects/{subject}/versions", registry.versions),
+        ("POST", "/subjects/{subject}/versions", registry.register),
+        ("GET", "/subjects/{subject}/versions/{version}", registry.version),
+        ("POST", "/compatibility/subjects/{subject}/versions", registry.check),
+        ("POST", "/compatibility/subjects/{subject}/versions/{version}", registry.check),
+        ("GET", "/config", registry.level),
+        ("PUT", "/config", registry.set_level),
+        ("GET", "/config/{subject}", registry.level),
+        ("PUT", "/config/{subject}", registry.set_level),
+    ]
+    routes = [Route(path, _endpoint(call), methods=[method]) for method, path, call in calls]
+    return serve(Starlette(routes=routes, exception_handlers={HTTPException: _refusal}), port=port)
+
+
+_Call = Callable[[dict[str, Any], dict[str, Any]], Any]  # (path and query, body) -> answer
+
+
+class _Registry:
+    def __init__(self, file: Path | None, compatible: Compatible) -> None:
+        self._file = file
+        self._compatible = compatible
+        self._schemas: list[str] = []  # as first registered; the one with id 1 first
+        self._subjects: dict[str, list[int]] = {}  # ids; version 1 first
+        self._levels: dict[str, str] = {_GLOBAL: "FULL_TRANSITIVE"}
+        if file is not None and file.exists():
+            try:
+                kept = json.loads(file.read_text(encoding="utf-8"))
+                self._schemas, self._subjects, self._levels = kept["schemas"], kept["subjects"], kept["levels"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigurationError(f"{file} holds no schema registry: remove it, or name another file") from None
+
+    def schema(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        if not 1 <= at["id"] <= len(self._schemas):
+            raise _Refused(40403, f"Schema {at['id']} not found")
+        return {"schema": self._schemas[at["id"] - 1]}
+
+    def uses(self, at: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]]:
+        self.schema(at, body)
+        users = ((subject, ids) for subject, ids in self._subjects.items() if at["id"] in ids)
+        return [{"subject": subject, "version": ids.index(at["id"]) + 1} for subject, ids in users]
+
+    def subjects(self, at: dict[str, Any], _: dict[str, Any]) -> list[str]:
+        return sorted(name for name in self._subjects if name.startswith(at.get("subjectPrefix", "")))
+
+    def versions(self, at: dict[str, Any], _: dict[str, Any]) -> list[int]:
+        return list(range(1, len(self._ids(at)) + 1))
+
+    def version(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        ids, text = self._ids(at), at["version"]
+        version = len(ids) if text in {"latest", "-1"} else int(text) if text.isdecimal() else 0
+        if version < 1:
+            raise _Refused(42202, f"The specified version '{text}' is not a valid version id")
+        if version > len(ids):
+            raise _Refused(40402, f"Version {version} not found.")
+        return self._entry(at, ids[version - 1])
+
+    def lookup(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        ids, number = self._ids(at), self._find(_schema_in(body))
+        if number not in ids:
+            raise _Refused(40403, "Schema not found")
+        return self._entry(at, number)
+
+    def register(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, int]:
+        subject, schema = at["subject"], _schema_in(body)
+        ids, number = self._subjects.get(subject, []), self._find(schema)
+        if number not in ids:
+            if faults := self._faults(subject, schema, ids):
+                reason = f'Schema being registered is incompatible with an earlier schema for subject "{subject}"'
+                raise _Refused(409, f"{reason}: {'; '.join(faults)}")
+            if not number:
+                self._schemas.append(body["schema"])
+                number = len(self._schemas)
+            self._subjects[subject] = [*ids, number]
+            self._save()
+        return {"id": number}
+
+    def check(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+        one = "version" in at
+        ids = [self.version(at, body)["id"]] if one else self._subjects.get(at["subject"], [])
+        faults = self._faults(at["subject"], _schema_in(body), ids)
+        return {"is_compatible": not faults, "messages": faults}
+
+    def level(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, str]:
+        subject = at.get("subject", _GLOBAL)
+        inherits = at.get("defaultToGlobal", "").lower() == "true"
+        level = self._levels.get(subject, self._levels[_GLOBAL] if inherits else None)
+        if level is None:
+            raise _Refused(40408, f"Subject '{subject}' does not have subject-level compatibility configured")
+        return {"compatibilityLevel": level}
+
+    def set_level(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, str]:
+        level = body.get("compatibility")
+        if level not in _LEVELS:
+            raise _Refused(42203, f"Invalid compatibility level. Valid values are {', '.join(_LEVELS)}")
+        self._levels[at.get("subject", _GLOBAL)] = level
+        self._save()
+        return {"compatibility": level}
+
+    def _ids(self, at: dict[str, Any]) -> list[int]:
+        if at["subject"] not in self._subjects:
+            raise _Refused(40401, f"Subject '{at['subject']}' not found.")
+        return self._subjects[at["subject"]]
+
+    def _entry(self, at: dict[str, Any], number: int) -> dict[str, Any]:
+        version, schema = self._ids(at).index(number) + 1, self._schemas[number - 1]
+        return {"subject": at["subject"], "version": version, "id": number, "schema": schema}
+
+    def _find(self, schema: dict[str, Any]) -> int:
+        """Return the id of a schema, whatever its white space and the order of its attributes; 0 if it is new."""
+        wanted = json.dumps(schema, sort_keys=True)
+        texts = enumerate(self._schemas, 1)
+        return next((number for number, text in texts if json.dumps(json.loads(text), sort_keys=True) == wanted), 0)
+
+    def _faults(self, subject: str, schema: dict[str, Any], ids: list[int]) -> list[str]:
+        level = self._levels.get(subject, self._levels[_GLOBAL])
+        if level == "NONE" or not ids:
+            return []
+        chosen = ids if level.endswith("_TRANSITIVE") else ids[-1:]
+        return self._compatible(schema, [json.loads(self._schemas[number - 1]) for number in chosen])
+
+    def _save(self) -> None:
+        if self._file is not None:
+            new = self._file.with_name(f"{self._file.name}.new")
+            kept = {"schemas": self._schemas, "subjects": self._subjects, "levels": self._levels}
+            new.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
+            new.replace(self._file)
+
+
+def _schema_in(body: dict[str, Any]) -> dict[str, Any]:
+    if body.get("schemaType", "AVRO") != "AVRO" or body.get("references"):
+        raise _Refused(42201, "Invalid schema: this small registry knows Avro without references only")
+    try:
+        schema = json.loads(body["schema"])
+        fastavro.parse_schema(schema)
+    except (KeyError, TypeError, ValueError, fastavro.schema.SchemaParseException) as error:
+        raise _Refused(42201, f"Invalid schema: {error}") from None
+    if not isinstance(schema, dict):
+        raise _Refused(42201, "Invalid schema: it must be a JSON object")
+    return schema
+
+
+class _Refused(HTTPException):
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code // 100 if code > 999 else code, message)  # 40401 is a 404
+        self.code = code
+
+
+async def _refusal(_: Request, error: Exception) -> JSONResponse:
+    code = error.code if isinstance(error, _Refused) else getattr(error, "status_code", 500)
+    return JSONResponse(
+        {"error_code": code, "message": getattr(error, "detail", "")}, getattr(error, "status_code", 500)
+    )
+
+
+def _endpoint(call: _Call) -> Callable[[Request], Awaitable[JSONResponse]]:
+    # Every call runs to its end in the server's one thread, so the state needs no lock.
+    async def answer(request: Request) -> JSONResponse:
+        try:
+            body = {} if request.method in {"GET", "HEAD"} else await request.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise _Refused(42201, "Invalid request: the body must be a JSON object")
+        answered = call({**request.query_params, **request.path_params}, body)
+        return JSONResponse(answered, media_type="application/vnd.schemaregistry.v1+json")
+
+    return answer

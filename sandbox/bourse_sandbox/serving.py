@@ -1,0 +1,69 @@
+"""A small HTTP server in a thread of this process."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from typing import Any, Self
+
+import uvicorn
+
+from bourse_schemas.errors import ConfigurationError
+
+__all__ = ["Server", "serve"]
+
+
+class Server:
+    """A running server; a context manager that stops it."""
+
+    def __init__(self, server: uvicorn.Server, thread: threading.Thread, url: str) -> None:
+        self._server = server
+        self._thread = thread
+        self.url = url  # without a slash at the end
+
+    def close(self) -> None:
+        """Stop it; calls in progress get a second to end."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve(app: Any, host: str = "127.0.0.1", port: int = 0) -> Server:
+    """Serve an ASGI application, on a free port where none is given, and return when it answers.
+
+    Raises ConfigurationError when the port is taken.
+    """
+    # asyncio switches Nagle's algorithm off only where the protocol is named; with it a large answer takes 40 ms more.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise ConfigurationError(f"port {port} is taken: stop what listens there, or choose another port") from None
+    # No Date of its own: the practice exchange's is the market's.
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http-server", daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the HTTP server ended while it started")
+        time.sleep(0.002)
+    return Server(server, thread, f"http://{host}:{listener.getsockname()[1]}")
