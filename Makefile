@@ -1,0 +1,53 @@
+# `make` lists the targets. ARGS adds options: make demo ARGS="--replay real --speed max"
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check bench format lock clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed ## the Tehran market through the whole chain, on your screen
+	@# A job of its own on the terminal: Ctrl-C reaches the demo, which ends with 0, and not make.
+	@if [ -t 0 ]; then set -m; fi; $(BIN)/bourse demo $(ARGS)
+
+test: .venv/.installed ## all tests; real Kafka is started by the tests themselves
+	@$(BIN)/pytest $(ARGS)
+
+lint: .venv/.installed ## format, style, types, and who imports whom
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports
+
+check: lint test ## all of lint, then the tests
+
+bench: .venv/.installed .venv/bench/.installed ## the numbers of docs/benchmarks.md, measured on this machine
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+format: .venv/.installed ## format and sort
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+lock: .venv/.installed ## write both locks anew; ARGS=--upgrade takes the newest versions
+	@$(COMPILE) pyproject.toml --group dev --all-extras --output-file requirements.lock $(ARGS)
+	@$(COMPILE) benchmarks/requirements.in --output-file benchmarks/requirements.lock $(ARGS)
+
+clean: ## remove what make made, the environment included
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) scripts/bootstrap.py .venv requirements.lock --project
+	@touch $@
+
+.venv/bench/.installed: benchmarks/requirements.lock .venv/.installed
+	@$(BIN)/python scripts/bootstrap.py .venv/bench benchmarks/requirements.lock
+	@touch $@

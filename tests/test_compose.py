@@ -1,0 +1,181 @@
+"""docker-compose.yml and the image, as far as they can be tested without Docker."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from bourse_sandbox.jars import fetch, read_lock
+from bourse_sandbox.kafka import Kafka, free_port, java
+from bourse_sandbox.processes import spawn
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docker-compose.yml").read_text("utf-8")
+COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {"setup", "producer", "alerts", "archive", "exchange"}
+
+
+def filled_in(text: str, **variables: str) -> str:
+    """Return the text as compose reads it: `${NAME:-default}` filled in, `$$` a dollar."""
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: variables.get(match[1]) or match[2], text)
+    assert not re.search(r"(?<!\$)\$(?!\$)", text), "a variable without a default"
+    return text.replace("$$", "$")
+
+
+def seconds(duration: str) -> int:
+    """Return a duration such as 30s."""
+    assert duration.endswith("s")
+    return int(duration[:-1])
+
+
+def test_it_follows_the_compose_specification() -> None:
+    """The specification's own JSON schema, as check-jsonschema ships it, has nothing to say against it."""
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text("utf-8"))
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    assert [error.message for error in validator.iter_errors(yaml.safe_load(filled_in(TEXT)))] == []
+    assert list(validator.iter_errors({"services": {"broken": {"ports": 1}}})), "the schema must be able to fail"
+
+
+def test_practice_needs_no_account_and_no_variable() -> None:
+    """Only the exchange waits for the profile, and every file that practice names is there."""
+    assert {name for name, service in SERVICES.items() if "profiles" in service} == {"exchange"}
+    assert SERVICES["exchange"]["profiles"] == ["practice"]
+    practice = yaml.safe_load(filled_in(TEXT))
+    named = [
+        *(secret["file"] for secret in practice["secrets"].values()),
+        *(file for service in practice["services"].values() for file in service.get("env_file", [])),
+        *(
+            source
+            for service in practice["services"].values()
+            for volume in service.get("volumes", [])
+            if (source := volume.split(":")[0]).startswith(".")
+        ),
+    ]
+    assert len(named) >= 4
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_a_live_account_is_one_variable_away_and_stays_out_of_the_repository() -> None:
+    """MARKET=live takes settings and secrets from a folder that git ignores."""
+    live = yaml.safe_load(filled_in(TEXT, MARKET="live"))
+    assert live["services"]["producer"]["env_file"] == ["compose/live/settings.env"]
+    assert {secret["file"] for secret in live["secrets"].values()} == {
+        "./compose/live/client-secret",
+        "./compose/live/nid",
+    }
+    ignored = (ROOT / "compose/live/.gitignore").read_text("utf-8").split("\n")
+    assert "*" in ignored
+    assert (ROOT / "compose/live/settings.env.example").is_file()
+
+
+def test_what_it_starts_with() -> None:
+    """Every image can be replaced by a variable; ours are the versions that the tests run."""
+    images = {name: service["image"] for name, service in SERVICES.items()}
+    assert images["kafka"] == "${KAFKA_IMAGE:-apache/kafka:4.3.1}"
+    assert images["registry"] == "${REGISTRY_IMAGE:-apicurio/apicurio-registry:3.3.3}"
+    assert {images[name] for name in OURS} == {"${STREAM_IMAGE:-bourse-stream:local}"}
+    assert set(SERVICES) == {"kafka", "registry", *OURS}
+
+
+def test_every_port_is_bound_to_this_machine() -> None:
+    """Nothing is reachable from another machine."""
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in ports)
+
+
+def test_it_starts_in_order_and_comes_back() -> None:
+    """Kafka, then the registry, then topics and schemas, then everyone; services come back, the one-shot does not."""
+    healthy, done = {"condition": "service_healthy"}, {"condition": "service_completed_successfully"}
+    assert SERVICES["registry"]["depends_on"] == {"kafka": healthy}
+    assert SERVICES["setup"]["depends_on"] == {"kafka": healthy, "registry": healthy}
+    for name in ("producer", "alerts", "archive"):
+        assert SERVICES[name]["depends_on"] == {"setup": done}
+    assert {name for name, service in SERVICES.items() if "healthcheck" in service} == {"kafka", "registry", "exchange"}
+    assert {name for name, service in SERVICES.items() if service["restart"] != "unless-stopped"} == {"setup"}
+
+
+def test_our_containers_have_no_more_rights_than_they_need() -> None:
+    """No root, no capability, nothing to write to but what they keep; secrets are files, never variables."""
+    for name in OURS:
+        service = SERVICES[name]
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+        assert "user" not in service
+    assert SERVICES["producer"]["secrets"] == ["client-secret", "nid"]
+    settings = [*(ROOT / "compose").rglob("settings.env*"), ROOT / "docker-compose.yml"]
+    assert len(settings) == 3
+    assert not any(re.search(r"BOURSE_(?:CLIENT_SECRET|NID)\b\s*[=:]", file.read_text("utf-8")) for file in settings)
+
+
+def test_data_outlives_the_containers() -> None:
+    """Kafka and the archive write to named volumes; the registry keeps its schemas in Kafka."""
+    assert set(COMPOSE["volumes"]) == {"kafka", "archive"}
+    kafka, archive = SERVICES["kafka"], SERVICES["archive"]
+    assert kafka["volumes"] == [f"kafka:{kafka['environment']['KAFKA_LOG_DIRS']}"]
+    assert archive["volumes"] == [f"archive:{archive['command'][archive['command'].index('--to') + 1]}"]
+    assert SERVICES["registry"]["environment"]["APICURIO_STORAGE_KIND"] == "kafkasql"
+    assert seconds(archive["stop_grace_period"]) > 10
+
+
+def test_the_image_runs_as_nobody_and_installs_from_the_lock() -> None:
+    """The image's user is no root, and its base can be replaced."""
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${PYTHON_IMAGE}", "${PYTHON_IMAGE}"]
+    last = dockerfile.rpartition("FROM ")[2]
+    assert re.search(r"^USER 10001$", last, re.MULTILINE)
+    assert "requirements.lock" in dockerfile
+    wanted = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").split() if line.startswith("!")}
+    assert {path for path in wanted if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.kafka
+def test_a_real_broker_starts_with_these_settings(kafka: Kafka, tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """Kafka takes the settings as the image writes them: KAFKA_NODE_ID becomes node.id. Only the addresses differ."""
+    environment = dict(SERVICES["kafka"]["environment"])
+    identity = environment.pop("CLUSTER_ID")
+    assert len(base64.urlsafe_b64decode(identity + "==")) == 16
+    settings = {name.removeprefix("KAFKA_").lower().replace("_", "."): text for name, text in environment.items()}
+    ports = {name: free_port() for name in ("19092", "9092", "9093")}
+    for name in ("listeners", "advertised.listeners", "controller.quorum.voters"):
+        settings[name] = re.sub(r"\b\d{4,5}\b", lambda match: str(ports[match[0]]), settings[name])
+        settings[name] = re.sub(r"(//|@)(?:kafka|localhost|127\.0\.0\.1)?:", r"\g<1>127.0.0.1:", settings[name])
+    settings["log.dirs"] = str(tmp_path / "log")
+    properties = tmp_path / "server.properties"
+    properties.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    jars = fetch(read_lock(ROOT / "sandbox" / "bourse_sandbox" / "jars.lock"), "Apache Kafka")
+    base: list[str | Path] = [java(), "-Xmx256m", "-XX:TieredStopAtLevel=1", "-cp", ":".join(map(str, jars))]
+    log = tmp_path / "output"
+
+    def launch(*arguments: str | Path) -> Any:
+        return spawn([*base, *arguments], stdout=log, stderr=log)
+
+    with launch("kafka.tools.StorageTool", "format", "-t", identity, "-c", properties) as formatted:
+        assert formatted.wait(60) == 0, formatted.log_tail()
+    with launch("kafka.Kafka", properties) as broker:
+        from confluent_kafka import KafkaException
+        from confluent_kafka.admin import AdminClient
+
+        client = AdminClient({"bootstrap.servers": f"127.0.0.1:{ports['9092']}", "log_level": 0})
+
+        def answer() -> Any:
+            assert broker.poll() is None, broker.log_tail()
+            try:
+                return client.list_topics(timeout=0.5)
+            except KafkaException:
+                return None
+
+        found = wait_for(answer, 60)
+        assert [str(member) for member in found.brokers.values()] == [f"127.0.0.1:{ports['9092']}/1"]
+        assert found.cluster_id == identity
