@@ -15,6 +15,7 @@ import click
 import pytest
 import yaml
 
+from bourse_consumers.alerts.ruleset import load
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
@@ -43,6 +44,7 @@ def walk(command: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], 
 
 COMMANDS = dict(walk(bourse))
 COMMON = {"--help", "-h", "--version"}
+EXAMPLES = {("consume", "turnover")}  # examples/plugin, not installed here
 
 
 def options_of(command: click.Command) -> dict[str, click.Parameter]:
@@ -80,6 +82,8 @@ def check_command(words: list[str]) -> None:
         elif (*path, word) in COMMANDS:
             path = (*path, word)
             allowed |= set(options_of(COMMANDS[path]))
+        elif (*path, word) in EXAMPLES:
+            return
         else:
             assert not isinstance(COMMANDS[path], click.Group), f"no command: bourse {' '.join((*path, word))}"
 
@@ -196,6 +200,23 @@ def test_python_in_the_pages_compiles(page: Path) -> None:
             compile(block, page.name, "exec")
             imports = "\n".join(line for line in block.splitlines() if line.startswith(("import ", "from ")))
             subprocess.run([sys.executable, "-c", imports], check=True)
+
+
+def test_the_plug_in_of_the_pages_is_the_example() -> None:
+    """CONTRIBUTING shows the example as it is, entry point included."""
+    example = ROOT / "examples" / "plugin"
+    blocks = dict(FENCE.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8")))
+    assert blocks["python"] == (example / "src" / "bourse_example_turnover" / "__init__.py").read_text("utf-8")
+    assert blocks["toml"] in (example / "pyproject.toml").read_text("utf-8")
+
+
+def test_rules_in_the_manual_are_rules(tmp_path: Path) -> None:
+    """The manual's rules file is one that the alerts take, and so is the example."""
+    manual = FENCE.findall((ROOT / "docs" / "operate.md").read_text("utf-8"))
+    (rules,) = (block for language, block in manual if language == "yaml")
+    (tmp_path / "rules.yaml").write_text(rules, "utf-8")
+    assert len(load(tmp_path / "rules.yaml")) == 2
+    assert load(ROOT / "examples" / "rules.yaml")
 
 
 @pytest.mark.kafka

@@ -510,17 +510,19 @@ class _Feed:
 
     def __init__(self, cluster: Cluster) -> None:
         """Raise ConfigurationError where broker or registry do not answer or topics are missing."""
+        from confluent_kafka.schema_registry.error import SchemaRegistryError
+
         self._cluster = cluster
         self._topics = {topic.full_name(cluster.prefix): topic for topic in TOPICS}
         self._partitions = cluster.require_topics(list(self._topics), START_SECONDS)
         self._admin = cluster.admin()
         self._registry = cluster.registry()
-        with suppress(Undecodable):
+        with suppress(Undecodable, SchemaRegistryError):
             self._registry.schema(0)  # there is none with this id, but the registry answers, or it does not
         self._decode = {name: self._registry.deserializer(topic.event) for name, topic in self._topics.items()}
         self._starts = self._find_starts()
         self._ends = dict(self._starts)
-        self._stop = threading.Event()
+        self._stop, self._caught_up = threading.Event(), threading.Event()
         self.changes: queue.Queue[Change | BaseException] = queue.Queue(maxsize=100)
         jobs = (self._read, self._probe)
         self._threads = [threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs]
@@ -532,6 +534,7 @@ class _Feed:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._caught_up.set()
         for thread in self._threads:
             thread.join(1.0)  # one that waits for a lost broker is left to the end of the process
 
@@ -587,6 +590,8 @@ class _Feed:
                     elif behind:
                         behind.discard((name, number))
                         caught_up = not behind
+                if caught_up:
+                    self._caught_up.set()
                 if messages:
                     self._put(_batch(events, undecodable, trouble, caught_up))
         finally:
@@ -614,13 +619,16 @@ class _Feed:
 
     def _probe(self) -> None:
         """Ask for the groups' offsets every few seconds; the answer shows too that the broker is there."""
-        from confluent_kafka import KafkaException
+        from confluent_kafka import KafkaError, KafkaException
 
+        self._caught_up.wait(CATCH_UP_SECONDS)  # before, there are no ends to measure a lag against
         while not self._stop.is_set():
             trouble, groups = None, None
             try:
                 groups = self._groups()
             except KafkaException as error:
+                if error.args[0].code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
+                    return  # librdkafka's mock cluster cannot list groups
                 # Negative codes are the client's own: nobody answered. The others are a broker's refusal.
                 lost = error.args[0].code() < 0
                 trouble = f"no answer from {self._cluster.bootstrap_servers}, trying on" if lost else "lag unknown"

@@ -28,7 +28,8 @@ def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
         try:
             value = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{option}: cannot read {file}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigurationError(f"{option}: cannot read {file}: {reason}") from error
     if not value.strip():
         raise ConfigurationError(f"no {what} in {where}: set {variable} or name a file with {option}")
     return value.strip()
@@ -77,7 +78,7 @@ def _credentials(client_id: str | None, secret_file: Path | None, nid_file: Path
     help="Poll subscription rights too: a second call, charged.",
 )
 @click.option(
-    "--poll-seconds", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds from poll to poll."
+    "--poll-seconds", type=click.FloatRange(0, 3600), default=60.0, show_default=True, help="Seconds from poll to poll."
 )
 @click.option(
     "--schedule",
@@ -102,7 +103,9 @@ def _credentials(client_id: str | None, secret_file: Path | None, nid_file: Path
     show_default=True,
     help="The exchange's gateway itself waits 40 s.",
 )
-@click.option("--once", is_flag=True, help="Poll once; exit 0 if it was published or unchanged, 1 if it failed.")
+@click.option(
+    "--once", is_flag=True, help="Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused."
+)
 @click.option("--register-schemas", is_flag=True, help="Register the schemas first. For practice only.")
 @cluster_options
 @click.pass_context
@@ -137,10 +140,18 @@ def produce(
     configure_logging(ctx.find_root().obj or "info")
     credentials = _credentials(client_id, client_secret_file, nid_file)
     address = address or ADDRESSES[environment]
-    if not address.startswith(("http://", "https://")):
-        raise ConfigurationError(f"--address {address} is no http:// or https:// address")
-    if register_schemas:
-        cluster.registry().register_all(cluster.prefix)
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in {"http", "https"} or not url.host or url.userinfo:
+        raise ConfigurationError(f"--address is no address such as {ADDRESSES['production']}, without a password")
+
+    def publication() -> Publisher:
+        if register_schemas:
+            cluster.registry().register_all(cluster.prefix)
+        return Publisher(cluster, SOURCE)
+
     settings = Settings(
         source=SOURCE,
         poll_seconds=poll_seconds,
@@ -152,10 +163,18 @@ def produce(
     try:
         client = httpx.Client(timeout=timeout, proxy=proxy, headers={"User-Agent": "bourse-stream"})
     except (ValueError, httpx.InvalidURL) as error:
-        raise ConfigurationError(f"--proxy: {error}") from error
+        # The reason may quote a password.
+        raise ConfigurationError("--proxy is no address such as http://127.0.0.1:3128") from error
     with client:
-        producer = Producer(Finnotech(client, address, credentials), lambda: Publisher(cluster, SOURCE), settings)
+        producer = Producer(Finnotech(client, address, credentials), publication, settings)
         if not once:
             producer.run()
-        elif producer.run_once().outcome is Outcome.FAILED:
-            ctx.exit(1)
+            return
+        marker = producer.run_once()
+    if marker.outcome is Outcome.FAILED:
+        if marker.error_kind in {"token", "scope", "address"}:
+            raise ConfigurationError(
+                f"the exchange refuses us: {marker.error_message}\n"
+                "check the client id, its secret, the national id, the scope, and that your address is whitelisted"
+            )
+        ctx.exit(1)

@@ -5,6 +5,7 @@ Source: the exchange's documentation and what public clients have seen of it; `d
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from hashlib import sha256
 from typing import Annotated, Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
@@ -31,24 +34,30 @@ SOURCE = "finnotech/trades-realtime"
 SCOPE = "bourse:trades-realtime:get"
 ADDRESSES = {"production": "https://apibeta.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"}
 FUTURE = timedelta(minutes=5)
+MINT_SECONDS = 60.0
+# An error body is short; a market is not.
+SHORT = 10_000
 
 
 # --- what a response says (pure) --------------------------------------------------------------------------------------
 
 Rial = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Signed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+# Brokers refuse records above a megabyte: no text, and no dead letter, may come near it.
+Text = Annotated[str, Meta(max_length=1000)]
+MOST_PAYLOAD, MOST_MESSAGE = 100_000, 1000
 
 
 class _Row(Struct):
     """A row as documented. No field has a default, so that a renamed one is noticed and read by the patient way."""
 
     CoID: Signed | None
-    BourseSymbol: str
-    TseSymbolCode: str
-    FullTitle: str
+    BourseSymbol: Text
+    TseSymbolCode: Text
+    FullTitle: Text
     PrecedencyRight: bool | None
-    TradeDateGre: str
-    TradeDate: str | None
+    TradeDateGre: Text
+    TradeDate: Text | None
     MaxPrice: Rial | None
     minPrice: Rial | None  # noqa: N815  # the API's own spelling
     OpeningPrice: Rial | None
@@ -62,7 +71,7 @@ class _Row(Struct):
     ClosingPChgPercent: float | None
     ShareCount: Rial | None
     MarketValue: Rial | None
-    Type: str | int | float | None
+    Type: Any
 
 
 class _Envelope(Struct):
@@ -79,6 +88,9 @@ _anything = msgspec.json.Decoder()
 _NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {"tradedateger": "TradeDateGre"}
 _TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
 _CODE = re.compile(r"[A-Z0-9]{12}")
+# What a decoder says of bytes that are no JSON, no UTF-8, or nested beyond reason.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
 _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
 
 
@@ -113,16 +125,16 @@ def parse(body: bytes, context: Context) -> Snapshot:
     """
     try:
         envelope = _envelope.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ExchangeNonsense("nonsense", f"the body is no response: {error}", track_id=context.track_id) from error
     state = envelope.state or envelope.status
     if state != "DONE":
         raise _refusal(200, body, context.track_id)
     result = b"null" if envelope.result is UNSET else bytes(envelope.result).strip()
-    if result[:1] == b"{":
-        result = b"[" + result + b"]"
-    elif result == b"null":
+    if result == b"null" or not result.strip(b"{} \t\r\n"):
         result = b"[]"
+    elif result[:1] == b"{":
+        result = b"[" + result + b"]"
     elif result[:1] != b"[":
         raise ExchangeNonsense("nonsense", "the result is neither rows nor a row", track_id=context.track_id)
     oddities: Counter[str] = Counter()
@@ -130,27 +142,27 @@ def parse(body: bytes, context: Context) -> Snapshot:
         oddities["foreign_track_id"] += 1
     candles: list[Candle] = []
     rejected: list[RejectedRow] = []
+    raws: Sequence[Raw] = ()
     latest = context.dated + FUTURE
     try:
-        rows: Iterable[_Row | Raw] = _rows.decode(result)
-    except msgspec.ValidationError:
+        rows: Sequence[_Row | Raw] = _rows.decode(result)
+    except _UNREADABLE:
         rows = _raw_rows.decode(result)
-    count = 0
-    for row in rows:
-        count += 1
+    for number, row in enumerate(rows):
         try:
             known = row if isinstance(row, _Row) else _patiently(row)
             candle = _candle(known, context, latest)
         except _BadRow as bad:
-            rejected.append(_rejected(row, bad))
+            raws = raws or _raw_rows.decode(result)
+            rejected.append(_rejected(bytes(raws[number]), bad))
             continue
         candles.append(candle)
         if known.PrecedencyRight is not None and known.PrecedencyRight is not context.is_right:
             oddities["right_contradicted"] += 1
-        if candle.trading_day_jalali != _jalali(candle.trading_day):
+        if known.TradeDate and not _names_day(known.TradeDate, candle.trading_day):
             oddities["jalali_contradicted"] += 1
     best, duplicates = _best(candles)
-    return Snapshot(best, context.received_at, context.session_day, rejected, count, duplicates, oddities)
+    return Snapshot(best, context.received_at, context.session_day, rejected, len(rows), duplicates, oddities)
 
 
 def merge(parts: Sequence[Snapshot]) -> Snapshot:
@@ -228,13 +240,16 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
         closing_change_percent=row.ClosingPChgPercent,
         shares_outstanding=row.ShareCount,
         market_value=row.MarketValue,
-        exchange_type=None if row.Type is None else str(row.Type),
+        exchange_type=None if row.Type is None else _type(row.Type),
     )
 
 
 def _patiently(raw: Raw) -> _Row:
     """Read a row whose names are in another case or whose numbers are texts or integral floats."""
-    fields = _anything.decode(raw)
+    try:
+        fields = _anything.decode(raw)
+    except _UNREADABLE as error:
+        raise _BadRow(Reason.MALFORMED_ROW, f"the row cannot be read: {error}", "") from error
     if not isinstance(fields, dict):
         raise _BadRow(Reason.MALFORMED_ROW, "the row is no object", "")
     row: dict[str, Any] = dict.fromkeys(_Row.__struct_fields__)
@@ -254,14 +269,14 @@ def _patiently(raw: Raw) -> _Row:
 
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, str):
-        text = value.strip().replace(",", "")
-        try:
-            value = int(text)
-        except ValueError:
-            try:
-                value = float(text)
-            except ValueError:
-                return value if text else None
+        text = value.strip()
+        if not text:
+            return None
+        if not _NUMBER.fullmatch(text):
+            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value[:40]!r} is no number", name)
+        value = int(text) if text.lstrip("+-").isdigit() else float(text)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _BadRow(Reason.INVALID_VALUE, f"{name} is too large", name)
     if isinstance(value, float) and name != "ClosingPChgPercent":
         if not value.is_integer():
             raise _BadRow(Reason.INVALID_VALUE, f"{name} {value!r} has a fraction", name)
@@ -271,11 +286,15 @@ def _number(name: str, value: Any) -> Any:
     return value
 
 
-def _rejected(row: _Row | Raw, bad: _BadRow) -> RejectedRow:
-    payload = bytes(row) if isinstance(row, Raw) else msgspec.json.encode(row)
-    fields = _anything.decode(payload)
-    code = fields.get("TseSymbolCode") if isinstance(fields, dict) else None
-    return RejectedRow(bad.reason, str(bad), payload, f"{code or payload.hex()}/{bad.reason}/{bad.field}")
+def _rejected(payload: bytes, bad: _BadRow) -> RejectedRow:
+    try:
+        fields = _anything.decode(payload)
+    except _UNREADABLE:
+        fields = None
+    named = {name.lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
+    who = named.get("tsesymbolcode") or named.get("coid") or sha256(payload).hexdigest()
+    identity = f"{str(who)[:64]}/{bad.reason}/{bad.field}"
+    return RejectedRow(bad.reason, str(bad)[:MOST_MESSAGE], payload[:MOST_PAYLOAD], identity)
 
 
 @lru_cache(1 << 16)
@@ -290,9 +309,9 @@ def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
         return None, None
     try:
         local = datetime(*map(int, found.groups()), tzinfo=TEHRAN)  # type: ignore[misc,arg-type]
-    except ValueError:
+        return local.astimezone(UTC), local.date()
+    except (ValueError, OverflowError):
         return None, None
-    return local.astimezone(UTC), local.date()
 
 
 @lru_cache(1 << 16)
@@ -302,11 +321,19 @@ def _tidy(text: str) -> str:
     return re.sub("\u200c*( |^|$)\u200c*", r"\1", re.sub("\u200c+", "\u200c", text))
 
 
-@lru_cache(64)
-def _jalali(day: date) -> str:
+def _type(value: Any) -> str:
+    return (value if isinstance(value, str) else msgspec.json.encode(value).decode())[:MOST_MESSAGE]
+
+
+@lru_cache(256)
+def _names_day(jalali: str, day: date) -> bool:
     from persiantools.jdatetime import JalaliDate
 
-    return str(JalaliDate(day).strftime("%Y/%m/%d"))  # type: ignore[no-untyped-call]  # the library has no types
+    try:
+        named = JalaliDate(*map(int, re.findall(r"\d+", jalali)))  # type: ignore[no-untyped-call]
+        return bool(named.to_gregorian() == day)
+    except (ValueError, TypeError, OverflowError):
+        return False
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -338,6 +365,21 @@ class _Token:
     renew_at: float
 
 
+class _TokenRefused(Exception):
+    def __init__(self, status: int, error: ExchangeError) -> None:
+        super().__init__(str(error))
+        self._status = status
+        self._error = error
+
+    def told(self) -> ExchangeError:
+        """Return what it means where a new token is refused too."""
+        error = self._error
+        if self._status != 403:
+            return error
+        said = f"a new token is refused: the client needs the scope {SCOPE} and a whitelisted address ({error})"
+        return ExchangeRefused("scope", said, code=error.code, track_id=error.track_id)
+
+
 class Finnotech:
     """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing."""
 
@@ -346,43 +388,41 @@ class Finnotech:
         self._address = address.rstrip("/")
         self._credentials = credentials
         self._token: _Token | None = None
-        self._status = 0
+        self._patient_until = 0.0
 
     def realtime(self, *, rights: bool) -> Reply:
         """Return the last state of all companies' shares, or of all subscription rights.
 
-        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs.
+        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs. Where
+        that did not help no other token is minted for a minute.
         """
         try:
-            return self._realtime(rights)
-        except ExchangeRefused as refused:
-            if refused.kind != "token":
-                raise
+            return self._realtime(self._valid_token(), rights)
+        except _TokenRefused as refused:
+            if time.monotonic() < self._patient_until:
+                raise refused.told() from refused
         self._token = None
         try:
-            return self._realtime(rights)
-        except ExchangeRefused as refused:
-            if refused.kind == "token" and self._status == 403:
-                raise ExchangeRefused(
-                    "scope",
-                    f"a new token is refused: the client needs the scope {SCOPE} and a whitelisted address ({refused})",
-                    code=refused.code,
-                    track_id=refused.track_id,
-                ) from refused
-            raise
+            return self._realtime(self._valid_token(), rights)
+        except _TokenRefused as refused:
+            self._patient_until = time.monotonic() + MINT_SECONDS
+            raise refused.told() from refused
 
-    def _realtime(self, rights: bool) -> Reply:
-        token = self._valid_token()
+    def _realtime(self, token: str, rights: bool) -> Reply:
         track_id = uuid4().hex
         response = self._send(
             "GET",
-            f"/bourse/v2/clients/{self._credentials.client_id}/trades/realtime",
+            f"/bourse/v2/clients/{quote(self._credentials.client_id, safe='')}/trades/realtime",
             track_id,
             params={"trackId": track_id, "isTimePeriod": "false", "precedencyRight": "true" if rights else "false"},
             headers={"Authorization": f"Bearer {token}"},
         )
-        if response.status_code != 200:
-            raise _refusal(response.status_code, response.content, track_id, response.headers.get("retry-after"))
+        # Refusals come with 200 too, and a refused token must be noticed here, where it can be renewed.
+        if response.status_code != 200 or (len(response.content) < SHORT and b"DONE" not in response.content):
+            error = _refusal(response.status_code, response.content, track_id, response.headers.get("retry-after"))
+            if error.kind == "token":
+                raise _TokenRefused(response.status_code, error)
+            raise error
         return Reply(track_id, response.content, datetime.now(UTC), _dated(response))
 
     def _valid_token(self) -> str:
@@ -412,18 +452,19 @@ class Finnotech:
             auth=httpx.BasicAuth(self._credentials.client_id, self._credentials.secret),
         )
         try:
-            answer = _anything.decode(response.content)
-            result = answer["result"]
-            value, life_ms = str(result["value"]), float(result["lifeTime"])
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            result = _anything.decode(response.content)["result"]
+            value, life_ms, refresh = result["value"], float(result["lifeTime"]), result.get("refreshToken")
+            # What cannot stand in a header would come back in the client's own error message.
+            if not (isinstance(value, str) and value.isascii() and value.isprintable() and math.isfinite(life_ms)):
+                raise ValueError("no token")
+        except (*_UNREADABLE, KeyError, TypeError, ValueError, AttributeError):
             if response.status_code in {400, 401, 403}:
                 code, message = _said(response.content)
-                raise ExchangeRefused(
-                    "token", f"the exchange gives no token: {message or response.status_code}", code=code
-                ) from error
-            raise _refusal(response.status_code, response.content, None) from error
+                said = f"the exchange gives no token: {message or response.status_code}"
+                raise ExchangeRefused("token", said, code=code) from None
+            raise _refusal(response.status_code, response.content, None) from None
         # Counted from our own clock; a tenth of its life before the end it is renewed.
-        return _Token(value, result.get("refreshToken"), asked + life_ms / 1000 * 0.9)
+        return _Token(value, refresh if isinstance(refresh, str) else None, asked + life_ms / 1000 * 0.9)
 
     def _send(self, method: str, path: str, track_id: str | None, **request: Any) -> httpx.Response:
         try:
@@ -438,14 +479,14 @@ class Finnotech:
             raise ExchangeUnavailable(
                 "network", f"{type(error).__name__}: {error}".rstrip(": "), track_id=track_id
             ) from error
-        self._status = response.status_code
         return response
 
 
 def _dated(response: httpx.Response) -> datetime | None:
     try:
-        return parsedate_to_datetime(response.headers["date"]).astimezone(UTC)
-    except (KeyError, ValueError):
+        dated = parsedate_to_datetime(response.headers["date"])
+        return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC)
+    except (KeyError, ValueError, OverflowError):
         return None
 
 
@@ -453,16 +494,16 @@ def _said(body: bytes) -> tuple[str | None, str]:
     """Return the error code and message in a body, wherever it hides them."""
     try:
         answer = _anything.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return None, ""
     for holder in (answer, answer.get("result") if isinstance(answer, dict) else None):
         if isinstance(holder, dict):
-            error = holder.get("error", holder)
-            if isinstance(error, str):
-                return None, error
-            if isinstance(error, dict) and (error.get("code") or error.get("message")):
-                code = error.get("code")
-                return (None if code is None else str(code)), str(error.get("message") or "")
+            error = holder.get("error") or holder
+            if not isinstance(error, dict):
+                return None, str(error)[:MOST_MESSAGE]
+            code = error.get("code") or holder.get("responseCode")
+            if code or error.get("message"):
+                return (str(code)[:MOST_MESSAGE] if code else None), str(error.get("message") or "")[:MOST_MESSAGE]
     return None, ""
 
 
@@ -471,7 +512,7 @@ def _refusal(status: int, body: bytes, track_id: str | None, retry_after: str | 
     code, message = _said(body)
     text = message or f"HTTP {status} without a reason"
     said = message.lower()
-    wait = float(retry_after) if retry_after and retry_after.isdigit() else None
+    wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
     if status in {401, 403} or code == "UNAUTHORIZED" or "invalid token" in said:
         return ExchangeRefused("token", text, code=code, track_id=track_id)
     if "quota" in said or "سقف" in said:
@@ -480,7 +521,7 @@ def _refusal(status: int, body: bytes, track_id: str | None, retry_after: str | 
         return ExchangeUnavailable("rate", text, code=code, track_id=track_id, retry_after=wait)
     if status == 408 or code == "REQUEST_TIME_OUT":
         return ExchangeUnavailable("timeout", text, code=code, track_id=track_id)
-    if status == 400 and code == "VALIDATION_ERROR":
+    if status in {200, 400} and code == "VALIDATION_ERROR":
         return ExchangeRefused("internal", text, code=code, track_id=track_id)
     if status == 200 and code is None and not message:
         return ExchangeNonsense("nonsense", "the response is neither DONE nor an error", track_id=track_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ TAIL = 10_000
 OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 10.0
+# One-shot commands give up within 10 seconds, their own start included.
+TOPICS_SECONDS = 8.0
+CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,9 @@ class Publisher:
         self._candles = registry.serializer(CANDLES, cluster.prefix)
         self._polls = registry.serializer(POLLS, cluster.prefix)
         self._letters = registry.serializer(DEAD_LETTERS, cluster.prefix)
-        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)])
+        cluster.require_topics(
+            [topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)], TOPICS_SECONDS
+        )
         self._producer: Producer = cluster.transactional_producer(f"{cluster.prefix}-producer-{source}")
 
     def restore(self) -> State:
@@ -67,7 +73,7 @@ class Publisher:
         The order matters: initialising settles the older instance's transaction, so that nothing can be committed after
         it was read. Raises PublishError.
         """
-        self._do(lambda: self._producer.init_transactions(RESTORE_SECONDS))
+        self._initialise()
         candles: dict[InstrumentCode, Candle] = {}
         for candle in self._committed(CANDLES, Candle):
             candles[candle.instrument] = candle
@@ -81,6 +87,16 @@ class Publisher:
                 if marker.outcome in {Outcome.PUBLISHED, Outcome.UNCHANGED}:
                     last_good_at = marker.received_at
         return State(candles, sequence, last_good_at)
+
+    def _initialise(self) -> None:
+        """Initialise in short steps: a signal's handler cannot run while librdkafka waits."""
+        deadline = time.monotonic() + RESTORE_SECONDS
+        while True:
+            try:
+                return self._producer.init_transactions(POLL_SECONDS)
+            except KafkaException as error:
+                if not error.args[0].retriable() or time.monotonic() > deadline:
+                    raise _publish_error(error.args[0]) from error
 
     def publish(self, changes: Changes, letters: Iterable[DeadLetter], marker: PollMarker) -> None:
         """Publish one poll: events, candles, dead letters and the marker in one transaction, or nothing of it.
@@ -99,7 +115,10 @@ class Publisher:
         self._do(self._producer.commit_transaction)
 
     def require_room_for(self, instant: datetime) -> None:
-        """Raise ConfigurationError where records of this time would be deleted at once or refused by the brokers."""
+        """Raise ConfigurationError where records of this time would be deleted at once or refused by the brokers.
+
+        Raises PublishError where the brokers do not say.
+        """
         now = datetime.now(UTC)
         if now - OLD < instant < now + AHEAD:
             return
@@ -107,25 +126,35 @@ class Publisher:
             self._room = _room(self._cluster)
         retention, ahead = self._room
         if instant < now - retention or instant > now + ahead:
+            name = TRADES.full_name(self._cluster.prefix)
+            why = (
+                f"{name} keeps {retention.days} days" if instant < now else f"{name} takes nothing so far in the future"
+            )
             raise ConfigurationError(
-                f"records of {instant:%Y-%m-%d} would not stay on {TRADES.full_name(self._cluster.prefix)} (it keeps "
-                f"{retention.days} days): for a day of another time run `bourse topics apply --any-time`"
+                f"records of {instant:%Y-%m-%d} would not stay: {why}; for a day of another time run "
+                "`bourse topics apply --any-time`"
             )
 
     def close(self) -> None:
-        """Give the producer up, whatever state it is in; a transaction under way is aborted."""
-        self._producer.close()
+        """Give the producer up, whatever state it is in; a transaction under way is aborted.
+
+        Without a broker an abort would wait for ever: it is then left to itself, and to the next `restore()`.
+        """
+        closing = threading.Thread(target=self._producer.close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
 
     def _produce(self, record: Record) -> None:
-        try:
-            self._producer.produce(
-                record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
-            )
-        except BufferError:
-            self._producer.poll(POLL_SECONDS)
-            self._produce(record)
-        except KafkaException as error:
-            raise _publish_error(error.args[0]) from error
+        while True:
+            try:
+                return self._producer.produce(
+                    record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
+                )
+            except BufferError:
+                # The queue is full; what brokers do not take is thrown out of it in time, and the commit fails.
+                self._producer.poll(POLL_SECONDS)
+            except KafkaException as error:
+                raise _publish_error(error.args[0]) from error
 
     @staticmethod
     def _do(step: Callable[[], object]) -> None:
@@ -140,7 +169,11 @@ class Publisher:
         decode = self._cluster.registry().deserializer(event)
         consumer = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
         try:
-            partitions = list(consumer.list_topics(name, RESTORE_SECONDS).topics[name].partitions)
+            found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
+            if found.error is not None or not found.partitions:
+                # Nothing read is not the same as nothing there: the whole market would be published again.
+                raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
+            partitions = list(found.partitions)
             consumer.assign([_start(consumer, name, number, tail) for number in partitions])
             yield from _until_end(consumer, decode, len(partitions))
         except KafkaException as error:
@@ -158,15 +191,21 @@ def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
     admin = cluster.admin()
     resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
     try:
-        settings = admin.describe_configs([resource])[resource].result(ADMIN_SECONDS)
-    except KafkaException:
+        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result()
+    except KafkaException as error:
+        if error.args[0].code() in {KafkaError._TIMED_OUT, KafkaError._TRANSPORT}:  # noqa: SLF001
+            raise _publish_error(error.args[0]) from error
         # Where settings may not be read nothing is known against it.
         return FOREVER, FOREVER
-    past, future = (int(settings[key].value) for key in ("retention.ms", "message.timestamp.after.max.ms"))
-    return (
-        FOREVER if past < 0 else min(FOREVER, timedelta(milliseconds=past)),
-        min(FOREVER, timedelta(milliseconds=min(future, 10**14))),
+    past, future = (
+        int(settings[key].value) if key in settings else -1
+        for key in ("retention.ms", "message.timestamp.after.max.ms")
     )
+    return _span(past), _span(future)
+
+
+def _span(millis: int) -> timedelta:
+    return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
 
 
 def _start(consumer: Consumer, topic: str, partition: int, tail: bool) -> TopicPartition:

@@ -86,7 +86,8 @@ class Producer:
         self._last_good_at: datetime | None = None
         self._missed = False
         self._freshness = Freshness()
-        self._skew = timedelta()
+        # Between the time of the responses and our clock; None until a response told it.
+        self._skew: timedelta | None = None
         self._lettered: set[tuple[date | None, str]] = set()
         self._stop = threading.Event()
         self._interruptible = False
@@ -99,6 +100,8 @@ class Producer:
         self._catch_signals()
         try:
             self._interruptible = True
+            # At once, whatever the hour: a mistake is told now, not when the session begins.
+            self._recoverable(lambda: None)
             while not self._stop.is_set():
                 if self._wait_for_session():
                     self._recoverable(self._poll_once)
@@ -120,17 +123,24 @@ class Producer:
 
     def _catch_signals(self) -> None:
         def stop(number: int, _: object) -> None:
-            if not self._stop.is_set():
-                self._stop.set()
-                self._log.info("stopping", signal=signal.Signals(number).name)
-                # A commit that brokers do not answer cannot be interrupted. Nothing is lost with it: the next start
-                # settles the transaction and reads back what it came to.
-                last_resort = threading.Timer(STOP_WITHIN_SECONDS, os._exit, [3])
-                last_resort.daemon = True
-                last_resort.start()
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            self._log.info("stopping", signal=signal.Signals(number).name)
             if self._interruptible:
                 raise _Stopped
 
+        def last_resort(signalled: int) -> None:
+            os.read(signalled, 1)
+            time.sleep(STOP_WITHIN_SECONDS)
+            os._exit(0 if self._interruptible else 3)
+
+        # While librdkafka waits for brokers no handler runs, only this pipe is written. Nothing is lost with a commit
+        # that is not waited for: the next start settles it and reads back what it came to.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        threading.Thread(target=last_resort, args=[reading], daemon=True).start()
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
 
@@ -170,7 +180,7 @@ class Producer:
     # --- time ---------------------------------------------------------------------------------------------------------
 
     def _now(self) -> datetime:
-        return _to_millis(datetime.now(UTC) + self._skew)
+        return _to_millis(datetime.now(UTC) + (self._skew or timedelta()))
 
     def _interval(self, now: datetime) -> float:
         seconds = self._settings.poll_seconds
@@ -189,6 +199,10 @@ class Producer:
         """Return whether it is time to poll; outside of sessions wait a while, and start the next one afresh."""
         if self._settings.always or self._settings.calendar.phase(self._now()) is not Phase.CLOSED:
             return True
+        if self._settings.response_clock:
+            # Only a response knows how far its night has come.
+            self._sleep(0.0 if self._skew is None else min(self._settings.poll_seconds, LONGEST_WAIT_SECONDS))
+            return not self._stop.is_set()
         begins = self._settings.calendar.next_session(self._now())
         if self._publication is not None:
             # A transactional id that rests for a week expires, and closed days can be that many.
@@ -240,7 +254,7 @@ class Producer:
                 track_ids[is_right] = reply.track_id
                 if self._settings.response_clock and reply.dated is not None:
                     self._skew = reply.dated - reply.received_at
-                received_at = _to_millis(reply.received_at + self._skew)
+                received_at = _to_millis(reply.received_at + (self._skew or timedelta()))
                 context = Context(
                     poll_sequence=self._sequence + 1,
                     received_at=received_at,
@@ -290,7 +304,7 @@ class Producer:
         outcome = Outcome.FAILED if snapshot is None else Outcome.PUBLISHED if changes.events else Outcome.UNCHANGED
         candles = snapshot.candles.values() if snapshot else ()
         latest = max((candle.traded_at for candle in candles), default=None)
-        next_poll_at = _to_millis(now + timedelta(seconds=max(0.0, self._next_beat() - time.time())))
+        next_beat = _to_millis(now + timedelta(seconds=max(0.0, self._next_beat() - time.time())))
         freshness = self._freshness.after(
             Poll(
                 outcome=outcome,
@@ -315,8 +329,8 @@ class Producer:
             session_day=session_day,
             requested_at=requested_at if received_at is None else min(requested_at, received_at),
             received_at=received_at,
-            next_poll_at=next_poll_at,
-            day_final=phase is not Phase.CLOSED and calendar.phase(next_poll_at) is Phase.CLOSED,
+            next_poll_at=self._in_session(next_beat),
+            day_final=phase is not Phase.CLOSED and calendar.phase(next_beat) is Phase.CLOSED,
             latest_traded_at=latest,
             rows=snapshot.rows if snapshot else 0,
             opened=changes.count(Op.OPENED),
@@ -335,13 +349,20 @@ class Producer:
         return marker, freshness
 
     def _gap_from(self, now: datetime, phase: Phase) -> datetime | None:
-        """Return the last good poll's time where beats of this session were missed since."""
-        before, calendar = self._last_good_at, self._settings.calendar
-        if before is None or phase is Phase.CLOSED or calendar.session_day(before) != calendar.session_day(now):
+        """Return the last good poll's time where beats were missed since."""
+        before = self._last_good_at
+        if before is None or phase is Phase.CLOSED:
             return None
+        interval = timedelta(seconds=self._interval(before))
         # Between runs only the clocks can tell; a simulated one passes at another pace than the beats.
-        late = now - before > timedelta(seconds=1.5 * self._interval(before) + 5)
+        late = now > self._in_session(before + interval) + interval / 2 + timedelta(seconds=5)
         return before if self._missed or (late and not self._settings.response_clock) else None
+
+    def _in_session(self, beat: datetime) -> datetime:
+        """Return when the poll of a beat takes place: the beats of closed hours wait for the next session."""
+        calendar = self._settings.calendar
+        waits = not self._settings.always and calendar.phase(beat) is Phase.CLOSED
+        return calendar.next_session(beat) if waits else beat
 
     def _committed(
         self,

@@ -467,12 +467,11 @@ def test_a_terminal_gets_a_screen_and_is_left_clean(
     producer.begin_transaction()
     producer.produce(POLLS.full_name(cluster.prefix), b"no Avro")
     producer.commit_transaction()
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm-256color", NO_COLOR="1")
-        os.execv(command[0], command)
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     try:
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         seen = ""
 
         def shows(*parts: str) -> bool:
@@ -480,12 +479,15 @@ def test_a_terminal_gets_a_screen_and_is_left_clean(
             seen += os.read(terminal, 65536).decode(errors="replace")
             return all(part in seen for part in parts)
 
-        wait_for(lambda: shows("poll 3 PUBLISHED", "alerts 0  ", "archive 3 ", "undecodable 1", "IRO1MADN0001"), 20)
-        os.kill(pid, signal.SIGINT)
+        wait_for(lambda: shows("poll 3 PUBLISHED", "alerts 0 (stopped)  archive 3 (stopped)", "undecodable 1"), 20)
+        process.send_signal(signal.SIGINT)
         wait_for(lambda: shows("\x1b[?1049h", "\x1b[?25h\x1b[?1049l"))
         assert "\x1b[3" not in seen, "colour in spite of NO_COLOR"
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert process.wait(10) == 0
     finally:
+        process.kill()
+        process.wait(10)
+        os.close(theirs)
         os.close(terminal)
 
 
