@@ -40,8 +40,9 @@ class Freshness:
         """Return the state after one more poll."""
         if poll.outcome in {Outcome.FAILED, Outcome.SKIPPED}:
             return Freshness(FeedState.DOWN, self.session_day, self.rows, self.moved_at)
-        same_day = poll.session_day == self.session_day
-        short = same_day and poll.rows < PARTIAL_BELOW * self.rows
+        # Before the open the exchange empties its table: few rows are no sign of anything then.
+        in_session = poll.phase in {Phase.OPEN, Phase.AFTER_CLOSE} and poll.session_day == self.session_day
+        short = in_session and poll.rows < PARTIAL_BELOW * self.rows
         # The first poll of an open session starts the clock: what happened before it is not known.
         moved = poll.outcome is Outcome.PUBLISHED or self.moved_at is None or poll.phase is not Phase.OPEN
         moved_at = poll.at if moved else self.moved_at

@@ -40,6 +40,15 @@ class LazyGroup(click.Group):
         """Return the names of all commands."""
         return sorted({*super().list_commands(ctx), *self._found()})
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command called; its part of the configuration file must be a table."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None:
+            _require_tables(name, command, (ctx.default_map or {}).get(name, {}))
+        return name, command, rest
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command; one whose import fails becomes a command that says why."""
         own = super().get_command(ctx, cmd_name)
@@ -53,6 +62,13 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             return _broken(cmd_name, point, TypeError(f"{point.value} is no click command"))
         return command
+
+
+def _require_tables(name: str, command: click.Command, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"bourse.toml: {name} is a command, its options stand in a table: [{name}]")
+    for inner, subcommand in getattr(command, "commands", {}).items():
+        _require_tables(f"{name}.{inner}", subcommand, value.get(inner, {}))
 
 
 def _origin(point: EntryPoint) -> str:

@@ -2,6 +2,7 @@
 
 BourseError
 ├─ ConfigurationError          the operator must change something: printed, exit 2
+│  └─ Unreachable              broker or registry is away: a service waits, a one-shot command ends
 ├─ ExchangeError
 │  ├─ ExchangeUnavailable      keep polling, back off
 │  ├─ ExchangeRefused          token, scope, quota: says which

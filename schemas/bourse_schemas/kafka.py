@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C")
 
 REGISTRY_KEYS = "schema.registry."
-SECRETS = ("sasl.password", "ssl.key.password", "ssl.keystore.password", "basic.auth.user.info", "bearer.auth.token")
+SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,21 @@ class Cluster:
     prefix: str = DEFAULT_PREFIX
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        if "@" in self.registry_url:
+            raise ConfigurationError(
+                "--registry-url holds credentials: put USER:PASSWORD into a file and say "
+                "-X schema.registry.basic.auth.user.info=@FILE"
+            )
+
     def client(self, pinned: Mapping[str, Any]) -> dict[str, Any]:
         """Return a client's settings: ours, then the operator's, then those that correctness needs."""
+        pinned = {**pinned, "bootstrap.servers": self.bootstrap_servers}
         for key, value in self.settings.items():
             if key in pinned and str(pinned[key]).lower() != value.lower():
                 raise ConfigurationError(f"-X {key}={value}: this setting is fixed to {pinned[key]}; leave it out")
         operator = {key: value for key, value in self.settings.items() if not key.startswith(REGISTRY_KEYS)}
-        return {"client.id": "bourse-stream", **operator, **pinned, "bootstrap.servers": self.bootstrap_servers}
+        return {"client.id": "bourse-stream", **operator, **pinned}
 
     def transactional_producer(self, transactional_id: str, timeout_ms: int = 20_000) -> Producer:
         """Return a transactional producer, not yet initialised."""
@@ -97,7 +105,7 @@ class Cluster:
         own = {key[prefix:]: value for key, value in self.settings.items() if key.startswith(REGISTRY_KEYS)}
         return Registry(self.registry_url, own)
 
-    def require_topics(self, names: Sequence[str], timeout: float = 10.0) -> dict[str, int]:
+    def require_topics(self, names: Sequence[str], timeout: float = 8.0) -> dict[str, int]:
         """Return the number of partitions of each topic.
 
         Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when a topic is missing.
@@ -128,6 +136,8 @@ class Cluster:
             return client(settings, **extra)
         except KafkaException as error:
             raise ConfigurationError(f"Kafka settings are refused: {error.args[0].str()}; see -X") from error
+        except (TypeError, ValueError, AttributeError) as error:  # names that mean a Python object to the client
+            raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
 
 
 def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
@@ -135,7 +145,11 @@ def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
 
     def default() -> Any:
         context = click.get_current_context(silent=True)
-        return ((context and context.find_root().default_map) or {}).get(key, otherwise)
+        value = ((context and context.find_root().default_map) or {}).get(key, otherwise)
+        kind, words = (list, "a list of strings") if otherwise is None else (str, "a string")
+        if value is not None and not isinstance(value, kind):
+            raise ConfigurationError(f"bourse.toml: {key} must be {words}")
+        return value
 
     return default
 
@@ -151,7 +165,9 @@ def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> 
                 value = Path(value[1:]).read_text("utf-8").strip()
             except OSError as error:
                 raise click.BadParameter(f"{key}: cannot read {value[1:]}: {error.strerror}") from error
-        elif key.removeprefix(REGISTRY_KEYS) in SECRETS:
+            except UnicodeDecodeError as error:
+                raise click.BadParameter(f"{key}: {value[1:]} is not text") from error
+        elif key.endswith(SECRETS):
             raise click.BadParameter(f"{key} is a secret: put it into a file and say -X {key}=@FILE")
         settings[key] = value
     return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -34,6 +35,8 @@ class Registry:
         self._client = SchemaRegistryClient(
             {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **(settings or {}), "url": url}
         )
+        # Its connections end with us, wherever we were made.
+        weakref.finalize(self, self._client.close)
 
     def serializer(self, topic: Topic, prefix: str) -> Serializer[Any]:
         """Return the serializer of a topic; a subject or schema that is not registered is a ConfigurationError."""
