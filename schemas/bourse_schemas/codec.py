@@ -11,7 +11,7 @@ import io
 import json
 import struct
 from collections.abc import Callable, Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -40,7 +40,9 @@ Schema = dict[str, Any]
 
 MAGIC = 0
 FRAME = struct.Struct(">bI")
-EPOCH_DAY = date(1970, 1, 1).toordinal()
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH_DAY = EPOCH.toordinal()
+MILLISECOND = timedelta(milliseconds=1)
 # Strings that come back in every poll: their encoded form is kept.
 RECURRING = {"instrument", "symbol", "symbol_raw", "title", "source", "trading_day_jalali", "exchange_type"}
 
@@ -63,8 +65,8 @@ def _parsed(event: type[Event]) -> Schema:
 
 
 def millis(instant: datetime) -> int:
-    """Return milliseconds since the epoch of an aware datetime."""
-    return round(instant.timestamp() * 1000)
+    """Return whole milliseconds since the epoch of an aware datetime."""
+    return (instant - EPOCH) // MILLISECOND
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -90,6 +92,12 @@ def _long(number: int) -> bytes:
     return b"".join(parts)
 
 
+def _int(number: int) -> bytes:
+    if not -(1 << 31) <= number < 1 << 31:
+        raise OverflowError(f"{number} does not fit into an Avro int")
+    return _long(number)
+
+
 def _bytes(value: bytes) -> bytes:
     return _long(len(value)) + value
 
@@ -107,7 +115,7 @@ def _date(value: date) -> bytes:
 
 
 def _instant(value: datetime) -> bytes:
-    return _long(round(value.timestamp() * 1000))
+    return _long((value - EPOCH) // MILLISECOND)
 
 
 def _map(values: Mapping[str, Any], item: Callable[[Any], bytes]) -> bytes:
@@ -121,6 +129,7 @@ def _array(values: list[Any], item: Callable[[Any], bytes]) -> bytes:
 
 
 _RUNTIME: dict[str, Any] = {
+    "int_": _int,
     "long": _long,
     "string": _string,
     "recurring": _recurring,
@@ -150,7 +159,9 @@ def _expression(avro: Any, value: str, name: str, names: dict[str, Any]) -> str:
             return f"map_({value}, lambda x: {_expression(inner, 'x', '', names)})"
         case {"type": "array", "items": inner}:
             return f"array({value}, lambda x: {_expression(inner, 'x', '', names)})"
-        case "int" | "long":
+        case "int":
+            return f"int_({value})"
+        case "long":
             return f"long({value})"
         case "string":
             return f"recurring({value})" if name in RECURRING else f"string({value})"
@@ -265,7 +276,11 @@ class Deserializer(Generic[E]):
         Raises Undecodable when the bytes are not one framed Avro record, whole and nothing else, that resolves
         against our schema.
         """
-        return msgspec.convert(self.fields(payload), self._event)
+        fields = self.fields(payload)
+        try:
+            return msgspec.convert(fields, self._event)
+        except msgspec.ValidationError as error:  # the writer's types resolve, but not the logical ones
+            raise Undecodable(f"not a {self._event.__name__}: {error}") from error
 
     def fields(self, payload: bytes | None) -> dict[str, Any]:
         """Return the event as a mapping of Avro field names: dates, datetimes and enum symbols as plain values."""
@@ -296,13 +311,14 @@ class Deserializer(Generic[E]):
 
     def _resolve(self, schema_id: int) -> Schema:
         schema = self._writer(schema_id)
-        if schema.get("name") != self._event.__name__:
+        if str(schema.get("name")).rpartition(".")[2] != self._event.__name__:
             raise Undecodable(f"schema id {schema_id} is {schema.get('name')!r}, not {self._event.__name__!r}")
-        return (
-            _parsed(self._event)
-            if schema == avro_schema(self._event)
-            else cast("Schema", fastavro.parse_schema(schema))
-        )
+        if schema == avro_schema(self._event):
+            return _parsed(self._event)
+        try:
+            return cast("Schema", fastavro.parse_schema(schema))
+        except (fastavro.schema.SchemaParseException, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Undecodable(f"schema id {schema_id} is not Avro: {error!r}") from error
 
 
 def _iso(value: datetime) -> str:

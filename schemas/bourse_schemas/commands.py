@@ -15,11 +15,12 @@ from bourse_schemas.topics import TOPICS, Topic
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message
+    from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
 __all__ = ["Plan", "apply_topics", "plan_topics", "schemas", "tail", "topics"]
 
-TIMEOUT_SECONDS = 10.0
-OVERRIDES = {"partitions", "replication_factor", "config"}
+TIMEOUT_SECONDS = 8.0
+OVERRIDES: dict[str, type] = {"config": dict, "partitions": int, "replication_factor": int}
 
 
 # --- topics -----------------------------------------------------------------------------------------------------------
@@ -82,23 +83,22 @@ def apply(
 @cluster_options
 def list_topics(cluster: Cluster) -> None:
     """Show what is declared, and what of it the cluster has."""
-    found = _existing(cluster)
+    found = _existing(cluster, cluster.admin()).topics
     for topic in TOPICS:
         name = topic.full_name(cluster.prefix)
-        state = f"{found[name]} partitions" if name in found else "missing"
+        state = f"{len(found[name].partitions)} partitions" if name in found else "missing"
         click.echo(
             f"{name:<24} {state:<14} {topic.cleanup:<8} key: {topic.key_doc:<38} {topic.event.__name__:<11} {topic.doc}"
         )
 
 
-def _existing(cluster: Cluster) -> dict[str, int]:
+def _existing(cluster: Cluster, admin: AdminClient) -> ClusterMetadata:
     from confluent_kafka import KafkaException
 
     try:
-        found = cluster.admin().list_topics(timeout=TIMEOUT_SECONDS).topics
+        return admin.list_topics(timeout=TIMEOUT_SECONDS)
     except KafkaException as error:
         raise _unreachable(cluster, error) from error
-    return {name: len(topic.partitions) for name, topic in found.items() if topic.error is None}
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> Unreachable:
@@ -118,23 +118,23 @@ def plan_topics(
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
-    for name, override in overrides.items():
-        if name not in {topic.name for topic in TOPICS} or not set(override) <= OVERRIDES:
-            raise ConfigurationError(
-                f"bourse.toml: [topic.{name}] is not understood; topics are {', '.join(t.name for t in TOPICS)}, "
-                f"keys {', '.join(sorted(OVERRIDES))}"
-            )
-    existing = _existing(cluster)
+    _check_overrides(overrides)
     admin = cluster.admin()
-    brokers = len(admin.list_topics(timeout=TIMEOUT_SECONDS).brokers)
+    existing = _existing(cluster, admin)
+    brokers = len(existing.brokers)
     plans = []
     for declared in TOPICS:
         override = overrides.get(declared.name, {})
-        topic = replace(declared, partitions=int(override.get("partitions", declared.partitions)))
+        topic = replace(declared, partitions=override.get("partitions", declared.partitions))
         name = topic.full_name(cluster.prefix)
-        replicas = override.get("replication_factor") or replication_factor or (3 if brokers >= 3 else None)
-        has = existing.get(name)
-        if has is None and replicas is None:
+        found = existing.topics[name].partitions if name in existing.topics else None
+        has = None if found is None else len(found)
+        if found:
+            # What it has, not what is asked for: it cannot be altered here, and min.insync.replicas hangs on it.
+            replicas: int | None = min(len(partition.replicas) for partition in found.values())
+        else:
+            replicas = override.get("replication_factor") or replication_factor or (3 if brokers >= 3 else None)
+        if replicas is None:
             raise ConfigurationError(
                 f"the cluster has {brokers} broker{'s' * (brokers != 1)}: say how many replicas new topics get, "
                 f"--replication-factor {brokers} at most"
@@ -144,22 +144,40 @@ def plan_topics(
                 f"{name} has {has} partitions and {topic.partitions} are declared: partitions cannot be taken away; "
                 f"put `partitions = {has}` under [topic.{declared.name}] in bourse.toml"
             )
-        settings = topic.settings(replicas=replicas or 1, any_time=any_time)
-        settings |= {str(key): str(value) for key, value in override.get("config", {}).items()}
+        settings = topic.settings(replicas=replicas, any_time=any_time)
+        settings |= {key: _setting(value) for key, value in override.get("config", {}).items()}
         alter: dict[str, tuple[str | None, str]] = {}
         if has is not None:
-            if replicas is None:
-                settings.pop("min.insync.replicas")
             resource = ConfigResource(ResourceType.TOPIC, name)
             try:
-                current = admin.describe_configs([resource])[resource].result(TIMEOUT_SECONDS)
+                current = admin.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource].result()
             except KafkaException as error:
                 raise _unreachable(cluster, error) from error
             values = {key: current[key].value if key in current else None for key in settings}
             alter = {key: (values[key], value) for key, value in settings.items() if values[key] != value}
         grow_from = has if has is not None and has < topic.partitions else None
-        plans.append(Plan(topic, name, replicas or 0, settings, has is None, grow_from, alter))
+        plans.append(Plan(topic, name, replicas, settings, has is None, grow_from, alter))
     return plans
+
+
+def _check_overrides(overrides: Any) -> None:
+    names = [topic.name for topic in TOPICS]
+    if not isinstance(overrides, dict) or not all(isinstance(table, dict) for table in overrides.values()):
+        raise ConfigurationError("bourse.toml: overrides stand in a table per topic, [topic.trades] and the like")
+    for name, override in overrides.items():
+        if name not in names or not override.keys() <= OVERRIDES.keys():
+            raise ConfigurationError(
+                f"bourse.toml: [topic.{name}] is not understood; topics are {', '.join(names)}, "
+                f"keys {', '.join(OVERRIDES)}"
+            )
+        for key, value in override.items():
+            if type(value) is not OVERRIDES[key] or (isinstance(value, int) and value < 1):
+                what = "a table" if OVERRIDES[key] is dict else "a whole number from 1 on"
+                raise ConfigurationError(f"bourse.toml: {key} of [topic.{name}] must be {what}")
+
+
+def _setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
@@ -175,7 +193,7 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     )
 
     admin = cluster.admin()
-    pending: dict[str, Any] = {}
+    pending: list[tuple[str, Any]] = []  # a topic may be here twice: grown and altered
     new = [
         NewTopic(plan.name, plan.topic.partitions, plan.replicas, config=dict(plan.settings))
         for plan in plans
@@ -194,12 +212,13 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
         for plan in plans
         if plan.alter
     ]
-    pending |= admin.create_topics(new) if new else {}
-    pending |= admin.create_partitions(grown) if grown else {}
-    pending |= {r.name: f for r, f in admin.incremental_alter_configs(altered).items()} if altered else {}
-    for name, done in pending.items():
+    limit = {"request_timeout": TIMEOUT_SECONDS}
+    pending += admin.create_topics(new, **limit).items() if new else ()
+    pending += admin.create_partitions(grown, **limit).items() if grown else ()
+    pending += ((r.name, f) for r, f in admin.incremental_alter_configs(altered, **limit).items()) if altered else ()
+    for name, done in pending:
         try:
-            done.result(TIMEOUT_SECONDS)
+            done.result()
         except KafkaException as error:
             raise ConfigurationError(f"{name}: the cluster refuses: {error.args[0].str()}") from error
 
@@ -240,12 +259,13 @@ def show(topic: str) -> None:
     """Print the schema of a topic's values."""
     from bourse_schemas.codec import schema_text
 
-    click.echo(schema_text(_declared(topic, "").event), nl=False)
+    click.echo(schema_text(_declared(topic, None).event), nl=False)
 
 
-def _declared(name: str, prefix: str) -> Topic:
+def _declared(name: str, prefix: str | None) -> Topic:
+    """Return the topic of this name, with its prefix or without; with any prefix where that is None."""
     for topic in TOPICS:
-        if name in {topic.name, topic.full_name(prefix)} or name.endswith(f".{topic.name}"):
+        if name in {topic.name, topic.full_name(name.rpartition(".")[0] if prefix is None else prefix)}:
             return topic
     raise ConfigurationError(f"no topic {name!r}: there are {', '.join(topic.name for topic in TOPICS)}")
 

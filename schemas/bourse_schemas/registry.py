@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
+from weakref import finalize
 
+import fastavro
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
-from confluent_kafka.schema_registry.error import SchemaRegistryError
+from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError
 
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, Unreachable
 from bourse_schemas.events import Event
 from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["COMPATIBILITY", "Registry"]
+__all__ = ["COMPATIBILITY", "Registry", "compatible"]
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
 
 COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
-TIMEOUT_SECONDS = 5
+TIMEOUT_SECONDS = 4  # asked twice, and still an answer within ten seconds
 
 
 class Registry:
@@ -32,9 +34,16 @@ class Registry:
 
     def __init__(self, url: str, settings: Mapping[str, str] | None = None) -> None:
         self.url = url
-        self._client = SchemaRegistryClient(
-            {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **(settings or {}), "url": url}
-        )
+        try:
+            own = {key: int(value) if _is_number(key) else value for key, value in (settings or {}).items()}
+            self._client = SchemaRegistryClient(
+                {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **own, "url": url}
+            )
+        except (ValueError, TypeError, OSError) as error:
+            raise ConfigurationError(
+                f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
+            ) from error
+        finalize(self, self._client.__exit__, None, None, None)  # nobody has to close it
         # Its connections end with us, wherever we were made.
         weakref.finalize(self, self._client.close)
 
@@ -118,6 +127,11 @@ class Registry:
 
         try:
             return question()
+        except (httpx.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
+            # The client does not expect an answer that is not the API's.
+            raise ConfigurationError(f"{self.url} is no schema registry: is --registry-url right?") from error
+        except OAuthTokenError as error:
+            raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
         except httpx.HTTPError as error:
             raise Unreachable(
                 f"the schema registry at {self.url} does not answer ({type(error).__name__}): "
@@ -129,10 +143,77 @@ class Registry:
                     f"the schema registry at {self.url} refuses our credentials (HTTP {error.http_status_code}): "
                     "see -X schema.registry.basic.auth.user.info=@FILE"
                 ) from error
-            if error.http_status_code >= 500:
-                raise Unreachable(f"the schema registry at {self.url} fails: {error.error_message}") from error
+            text = f"(HTTP {error.http_status_code}): {error.error_message or ''}".partition("\n")[0][:200]
+            if error.http_status_code >= 500 or error.http_status_code == 429:
+                raise Unreachable(f"the schema registry at {self.url} fails {text}") from error
+            if error.http_status_code not in {404, 409} or error.error_code == -1:
+                raise ConfigurationError(
+                    f"{self.url} does not answer like a schema registry {text}: is --registry-url right?"
+                ) from error
             raise
+
+
+def _is_number(setting: str) -> bool:
+    return setting == "timeout" or setting.startswith(("cache.", "max.retries", "retries."))
 
 
 def _schema(event: type[Event]) -> Schema:
     return Schema(json.dumps(avro_schema(event), ensure_ascii=False), "AVRO")
+
+
+# --- compatibility, offline -------------------------------------------------------------------------------------------
+
+_PROMOTED = {
+    "int": {"long", "float", "double"},
+    "long": {"float", "double"},
+    "float": {"double"},
+    "string": {"bytes"},
+    "bytes": {"string"},
+}
+
+
+def compatible(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
+    """Return what keeps a schema from being fully compatible with every older one, one line a fault.
+
+    Avro's own rules of resolution, both ways; and a changed logical type, precision, scale or unit is a fault, which
+    Avro would let pass.
+    """
+    expand = fastavro.schema.expand_schema
+    faults = []
+    for version, old in enumerate(olds, 1):
+        faults += [f"version {version} cannot read it: {why}" for why in _unreadable(expand(new), expand(old), "")]
+        faults += [f"it cannot read version {version}: {why}" for why in _unreadable(expand(old), expand(new), "")]
+    return faults
+
+
+def _unreadable(writer: Any, reader: Any, at: str) -> Iterator[str]:
+    if isinstance(writer, list):
+        for branch in writer:
+            yield from _unreadable(branch, reader, at)
+        return
+    if isinstance(reader, list):
+        if all(any(_unreadable(writer, branch, at)) for branch in reader):
+            yield f"{at} may hold what the reader's union has not"
+        return
+    wrote: dict[str, Any] = {"type": writer} if isinstance(writer, str) else writer
+    reads: dict[str, Any] = {"type": reader} if isinstance(reader, str) else reader
+    for attribute in ("logicalType", "precision", "scale", "unit", "size", "name"):
+        if wrote.get(attribute) != reads.get(attribute):
+            yield f"{attribute} of {at or 'the record'} is {wrote.get(attribute)} or {reads.get(attribute)}"
+    match wrote["type"], reads["type"]:
+        case "record", "record":
+            written = {field["name"]: field for field in wrote["fields"]}
+            for field in reads["fields"]:
+                path = f"{at}.{field['name']}".lstrip(".")
+                if field["name"] in written:
+                    yield from _unreadable(written[field["name"]]["type"], field["type"], path)
+                elif "default" not in field:
+                    yield f"{path} is not written and has no default"
+        case "enum", "enum":
+            if "default" not in reads and (unknown := set(wrote["symbols"]) - set(reads["symbols"])):
+                yield f"{at} may be {', '.join(sorted(unknown))}"
+        case ("map" | "array" as kind, other) if kind == other:
+            inner = "values" if kind == "map" else "items"
+            yield from _unreadable(wrote[inner], reads[inner], f"{at}[]")
+        case kind, other if kind != other and other not in _PROMOTED.get(kind, ()):
+            yield f"{at} is {kind} or {other}"
