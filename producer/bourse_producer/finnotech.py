@@ -317,8 +317,8 @@ def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
 @lru_cache(1 << 16)
 def _tidy(text: str) -> str:
     """Normalise Persian text: ي→ی, ك→ک, one space between words, no ZWNJ but between letters."""
-    text = " ".join(text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک").split())
-    return re.sub("\u200c*( |^|$)\u200c*", r"\1", re.sub("\u200c+", "\u200c", text))
+    text = re.sub("\u200c+", "\u200c", text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک"))
+    return re.sub("\u200c?\\s[\\s\u200c]*", " ", text).strip(" \u200c")
 
 
 def _type(value: Any) -> str:
@@ -485,7 +485,8 @@ class Finnotech:
 def _dated(response: httpx.Response) -> datetime | None:
     try:
         dated = parsedate_to_datetime(response.headers["date"])
-        return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC)
+        # Beyond reason it would only break the arithmetic.
+        return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC) if dated.year < 2200 else None
     except (KeyError, ValueError, OverflowError):
         return None
 

@@ -44,8 +44,8 @@ class Freshness:
         in_session = poll.phase in {Phase.OPEN, Phase.AFTER_CLOSE} and poll.session_day == self.session_day
         short = in_session and poll.rows < PARTIAL_BELOW * self.rows
         # The first poll of an open session starts the clock: what happened before it is not known.
-        moved = poll.outcome is Outcome.PUBLISHED or self.moved_at is None or poll.phase is not Phase.OPEN
-        moved_at = poll.at if moved else self.moved_at
+        moved = poll.outcome is Outcome.PUBLISHED or self.moved_at is None or poll.session_day != self.session_day
+        moved_at = None if poll.phase is not Phase.OPEN else poll.at if moved else self.moved_at
         state = FeedState.FRESH
         if poll.partial or short:
             state = FeedState.PARTIAL

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 import structlog
 
@@ -14,34 +13,38 @@ __all__ = ["configure_logging", "get_logger", "kafka_logger"]
 def configure_logging(level: str = "info") -> None:
     """Send structured logs to stderr from `level` (debug, info, warning, error) on."""
     terminal = sys.stderr.isatty()
-    render: list[Any] = (
+    common: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+    ]
+    render: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(pad_event_to=0)]
         if terminal
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
     )
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
-            *render,
-        ],
+        processors=[*common, *render],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
-    # Libraries that log through the standard library: warnings and worse only, httpx would log every URL.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    # Libraries log through the standard library: in our form, and only what is wrong (httpx would log every URL).
+    handler = logging.StreamHandler(sys.stderr)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=common, processors=[remove, *render]))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
 
 
-def get_logger(**context: Any) -> structlog.typing.FilteringBoundLogger:
+def get_logger(**context: object) -> structlog.typing.FilteringBoundLogger:
     """Return a logger with this context on every line."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(**context)
     return logger
 
 
 def kafka_logger() -> logging.Logger:
-    """Return the logger that librdkafka's own lines go to: shown from warnings on."""
+    """Return the logger of librdkafka's own lines; it is silent where no logs are configured."""
     logger = logging.getLogger("librdkafka")
-    logger.setLevel(logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
     return logger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from itertools import pairwise
 
 import pytest
@@ -19,7 +19,7 @@ SATURDAY = date(2026, 11, 21)
 
 def at(text: str, day: date = SATURDAY) -> datetime:
     """Return a time of a Tehran day in UTC, so that no test leans on the zone of its argument."""
-    return datetime.combine(day, datetime.strptime(text, "%H:%M:%S").time(), TEHRAN).astimezone(UTC)
+    return datetime.combine(day, time.fromisoformat(text), TEHRAN).astimezone(UTC)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_next_session_over_evenings_weekends_and_holidays() -> None:
     assert closed.next_session(at("17:00:00", wednesday)) == at("08:45:00", saturday + timedelta(days=1))
 
 
-@given(st.datetimes(datetime(2015, 1, 1), datetime(2030, 1, 1), timezones=st.just(UTC)))
+@given(
+    st.integers(0, 15 * 365 * 86_400).map(lambda seconds: datetime(2015, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
+)
 def test_phase_and_next_session_agree(now: datetime) -> None:
     """The next session begins a pre-open, and no session lies before it but the one under way."""
     begins = Calendar().next_session(now)
@@ -129,8 +131,8 @@ def test_what_was_before_the_open_does_not_count() -> None:
     quiet = poll(-3600, Outcome.UNCHANGED, Phase.PRE_OPEN)
     assert states(quiet, poll(0, Outcome.UNCHANGED), poll(170, Outcome.UNCHANGED)) == [
         FeedState.IDLE,
-        FeedState.FROZEN,
-        FeedState.FROZEN,
+        FeedState.FRESH,
+        FeedState.FRESH,
     ]
     assert states(poll(0, Outcome.UNCHANGED), poll(180, Outcome.UNCHANGED)) == [FeedState.FRESH, FeedState.FRESH]
 

@@ -85,7 +85,9 @@ def usable(known: dict[str, Candle], now: Snapshot) -> dict[str, Candle]:
         code: each
         for code, each in now.candles.items()
         if (now.session_day is None or each.trading_day >= now.session_day)
-        and (code not in known or (each.trading_day, each.traded_at) >= (known[code].trading_day, known[code].traded_at))
+        and (
+            code not in known or (each.trading_day, each.traded_at) >= (known[code].trading_day, known[code].traded_at)
+        )
     }
 
 
@@ -98,7 +100,9 @@ def test_a_history_keeps_every_promise(history: Sequence[Snapshot]) -> None:
         changes = diff(known, now)
         wanted = usable(known, now)
         after = apply(known, changes)
-        assert {code: business(after[code]) for code in wanted} == {code: business(each) for code, each in wanted.items()}
+        assert {code: business(after[code]) for code in wanted} == {
+            code: business(each) for code, each in wanted.items()
+        }
         assert {code: each for code, each in after.items() if code not in wanted} == {
             code: each for code, each in known.items() if code not in wanted
         }
@@ -118,7 +122,12 @@ def test_a_history_keeps_every_promise(history: Sequence[Snapshot]) -> None:
 def check_op(before: Candle | None, event: TradeEvent) -> None:
     """Compare an event's kind with the contract's words."""
     if before is None or event.trading_day > before.trading_day:
-        assert (event.op, event.sequence, event.last_price_delta, event.closing_price_delta) == (Op.OPENED, 1, None, None)
+        assert (event.op, event.sequence, event.last_price_delta, event.closing_price_delta) == (
+            Op.OPENED,
+            1,
+            None,
+            None,
+        )
         return
     moves = [getattr(event, name) - getattr(before, name) for name in TOTALS]
     fell, rose = any(move < 0 for move in moves), any(move > 0 for move in moves)
@@ -172,7 +181,7 @@ def test_a_new_day_starts_at_one() -> None:
 @pytest.mark.parametrize("total", TOTALS)
 def test_any_total_that_falls_is_a_cancellation(total: str) -> None:
     """One total that falls decides, even where the others rise."""
-    fallen = candle(**{**dict.fromkeys(TOTALS, 5000), total: 0})
+    fallen = candle(**{**dict.fromkeys(TOTALS, 5000), total: 0})  # type: ignore[arg-type]
     assert ops(candle(), fallen) == [(Op.OPENED, 1), (Op.CANCELLED, 2)]
     change = diff({"IRO1MADN0001": candle(sequence=1)}, snapshot(fallen)).events[0]
     assert getattr(change, f"{total}_delta") < 0

@@ -1,0 +1,357 @@
+"""The command line's frame: plug-ins, configuration, secrets, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from bourse_schemas.cli import bourse as root
+from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.topics import TOPICS
+
+Run = Callable[..., tuple[int, str, str]]
+HEAVY = {"confluent_kafka", "fastavro", "httpx", "pyarrow", "pydantic", "rich", "starlette", "structlog", "yaml"}
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cluster, str]]:
+    """Add a command that remembers the cluster it was given, `bourse where`."""
+    seen: list[tuple[Cluster, str]] = []
+
+    @click.command
+    @cluster_options
+    def where(cluster: Cluster) -> None:
+        seen.append((cluster, click.get_current_context().find_root().obj))
+
+    monkeypatch.setitem(root.commands, "where", where)
+    return seen
+
+
+def _install(site: Path, name: str, commands: dict[str, str]) -> None:
+    """Lay a distribution of this name into a folder, as an installer does."""
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = "".join(f"{command} = {target}\n" for command, target in commands.items())
+    (info / "entry_points.txt").write_text(f"[bourse.commands]\n{lines}")
+
+
+# --- start ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`bourse --help` and a subcommand's `--help` are light."""
+    for arguments in (["--help"], ["tail", "--help"], ["topics", "apply", "--help"]):
+        code = (
+            "import sys, json; from bourse_schemas.cli import bourse\n"
+            f"bourse.main({arguments}, standalone_mode=False)\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert not HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_every_command_has_one_line_in_the_help(bourse: Run) -> None:
+    """None is broken."""
+    code, out, _ = bourse("--help")
+    assert code == 0
+    assert "(broken)" not in out
+    for name in ("tail", "topics", "schemas", "produce", "consume", "watch", "sandbox", "demo"):
+        assert re.search(rf"^  {name} +\w", out, re.MULTILINE), name
+
+
+def test_the_module_is_the_command() -> None:
+    """`python -m bourse_schemas`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bourse_schemas", "schemas", "show", "trades"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["name"] == "TradeEvent"
+
+
+# --- plug-ins ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_plug_in_takes_no_other_down(bourse: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is named in the help; called, it says why it cannot be, and that is all."""
+    site = tmp_path / "site"
+    broken = {"broken": "their_broken:command", "missing": "their_missing:x", "wrong": "json:dumps", "no": "json:no"}
+    _install(site, "theirs", broken)
+    (site / "their_broken.py").write_text("raise RuntimeError('half\\nbaked')")
+    monkeypatch.syspath_prepend(site)
+    code, out, _ = bourse("--help")
+    assert code == 0
+    assert "(broken) theirs (their_broken:command)" in " ".join(out.split())
+    assert "Show the decoded records" in out
+    for name, target in broken.items():
+        code, out, err = bourse(name, "--some", "thing")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"Error: theirs ({target}) cannot be imported: ")
+    assert bourse("schemas", "show", "trades")[0] == 0
+
+
+def test_two_plug_ins_of_one_name_are_an_error_that_names_both(
+    bourse: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody has to guess which one ran."""
+    _install(tmp_path / "a", "one", {"same": "one:x"})
+    _install(tmp_path / "b", "other", {"same": "other:x"})
+    monkeypatch.syspath_prepend(tmp_path / "a")
+    monkeypatch.syspath_prepend(tmp_path / "b")
+    code, out, err = bourse("same")
+    assert (code, out) == (2, "")
+    assert "'same'" in err
+    assert "one (one:x)" in err
+    assert "other (other:x)" in err
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_beats_the_environment_and_that_the_file(
+    bourse: Run, shown: list[tuple[Cluster, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And in the file a command's own table beats the top level, which all commands share."""
+
+    def now(*arguments: str) -> tuple[str, str, str, str]:
+        assert bourse(*arguments) == (0, "", "")
+        cluster, level = shown[-1]
+        return cluster.bootstrap_servers, cluster.registry_url, cluster.prefix, level
+
+    assert now("where") == ("127.0.0.1:9092", "http://127.0.0.1:8081", "bourse", "info")
+    top = 'bootstrap_servers = "shared:1"\nregistry_url = "http://shared"\ntopic_prefix = "p"\nlog_level = "error"\n'
+    (tmp_path / "bourse.toml").write_text(top)
+    assert now("where") == ("shared:1", "http://shared", "p", "error")
+    (tmp_path / "bourse.toml").write_text(f'{top}[where]\nbootstrap_servers = "own:1"\n')
+    assert now("where") == ("own:1", "http://shared", "p", "error")
+    monkeypatch.setenv("BOURSE_BOOTSTRAP_SERVERS", "environment:1")
+    monkeypatch.setenv("BOURSE_LOG_LEVEL", "debug")
+    assert now("where") == ("environment:1", "http://shared", "p", "debug")
+    assert now("where", "--bootstrap-servers", "flag:1") == ("flag:1", "http://shared", "p", "debug")
+    other = tmp_path / "other.toml"
+    other.write_text('topic_prefix = "q"')
+    assert now("--config", str(other), "--log-level", "info", "where")[1:] == ("http://127.0.0.1:8081", "q", "info")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nonsense", "bourse.toml is not TOML"),
+        ("a = '\\xff'", "bourse.toml is not TOML"),
+        ("log_level = 3", "'--log-level': 3 is not one of"),
+        ("where = 3", "where is a command, its options stand in a table: [where]"),
+        ('bootstrap_servers = ["a:1", "b:1"]', "bootstrap_servers must be a string"),
+        ("registry_url = 3", "registry_url must be a string"),
+        ("kafka_settings = 'a=b'", "kafka_settings must be a list of strings"),
+        ("[kafka_settings]\na = 1", "kafka_settings must be a list of strings"),
+        ("kafka_settings = [3]", "'3' is not key=value"),
+        ('kafka_settings = ["sasl.password=hidden"]', "sasl.password is a secret"),
+    ],
+)
+def test_a_wrong_configuration_file_is_said_in_a_line(
+    bourse: Run, shown: list[tuple[Cluster, str]], tmp_path: Path, text: str, says: str
+) -> None:
+    """Exit 2, no traceback, nothing run."""
+    (tmp_path / "bourse.toml").write_bytes(text.encode().replace(b"\\xff", b"\xff"))
+    code, out, err = bourse("where")
+    assert (code, out, shown) == (2, "", [])
+    assert says in err
+    assert "hidden" not in err
+
+
+@pytest.mark.parametrize("path", [".", "nowhere.toml"])
+def test_a_configuration_file_that_cannot_be_read(bourse: Run, shown: list[tuple[Cluster, str]], path: str) -> None:
+    """The one named must be there."""
+    code, out, err = bourse("--config", path, "where")
+    assert (code, out, shown) == (2, "", [])
+    assert path in err
+
+
+def test_a_subcommands_part_of_the_file_must_be_a_table(bourse: Run, tmp_path: Path) -> None:
+    """However deep it is."""
+    (tmp_path / "bourse.toml").write_text("[topics]\napply = 3")
+    code, _, err = bourse("topics", "list")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "[topics.apply]" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("topic = 3", "[topic.trades] and the like"),
+        ("[topic]\ntrades = 12", "[topic.trades] and the like"),
+        ("[topic.trade]\npartitions = 12", "[topic.trade] is not understood; topics are trades, candles, polls, alerts"),
+        ("[topic.trades]\npartition = 12", "[topic.trades] is not understood"),
+        ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be a whole number from 1 on"),
+        ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be a whole number from 1 on"),
+        ("[topic.trades]\npartitions = 6.5", "partitions of [topic.trades] must be a whole number from 1 on"),
+        ("[topic.trades]\npartitions = true", "partitions of [topic.trades] must be a whole number from 1 on"),
+        ("[topic.polls]\nreplication_factor = -1", "replication_factor of [topic.polls] must be a whole number"),
+        ("[topic.polls]\nconfig = 'x'", "config of [topic.polls] must be a table"),
+    ],
+)
+def test_a_wrong_override_is_refused_before_the_cluster_is_asked(
+    bourse: Run, tmp_path: Path, text: str, says: str
+) -> None:
+    """The key is named, and what it must be."""
+    (tmp_path / "bourse.toml").write_text(text)
+    code, out, err = bourse("topics", "apply", "--bootstrap-servers", "127.0.0.1:1")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+# --- settings and secrets ---------------------------------------------------------------------------------------------
+
+
+def test_settings_pass_through_and_secrets_come_from_files(
+    bourse: Run, shown: list[tuple[Cluster, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cluster's repr shows none of them."""
+    (tmp_path / "secret").write_text("hush-hush\n")
+    own = ["-X", "sasl.password=@secret", "-X", "socket.keepalive.enable=true"]
+    assert bourse("where", *own, "-X", "schema.registry.bearer.auth.token=@secret") == (0, "", "")
+    cluster, _ = shown[-1]
+    assert dict(cluster.settings) == {
+        "sasl.password": "hush-hush",
+        "socket.keepalive.enable": "true",
+        "schema.registry.bearer.auth.token": "hush-hush",
+    }
+    assert "hush-hush" not in repr(cluster)
+    assert cluster.client({"acks": "all"}) == {
+        "client.id": "bourse-stream",
+        "sasl.password": "hush-hush",
+        "socket.keepalive.enable": "true",
+        "acks": "all",
+        "bootstrap.servers": "127.0.0.1:9092",
+    }
+    monkeypatch.setenv("BOURSE_KAFKA_SETTINGS", "a=1 b=2")
+    assert bourse("where") == (0, "", "")
+    assert shown[-1][0].settings == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sasl.password",
+        "ssl.key.password",
+        "ssl.key.pem",
+        "ssl.keystore.password",
+        "sasl.oauthbearer.client.secret",
+        "schema.registry.basic.auth.user.info",
+        "schema.registry.bearer.auth.token",
+        "schema.registry.bearer.auth.client.secret",
+        "schema.registry.ssl.key.password",
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused(bourse: Run, shown: list[tuple[Cluster, str]], key: str) -> None:
+    """Other users of the machine could read it; the error does not repeat it."""
+    code, _, err = bourse("where", "-X", f"{key}=hush-hush")
+    assert (code, shown) == (2, [])
+    assert f"-X {key}=@FILE" in err
+    assert "hush-hush" not in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("nonsense", "'nonsense' is not key=value"),
+        ("=x", "'=x' is not key=value"),
+        ("sasl.password=@nowhere", "cannot read nowhere: No such file"),
+        ("sasl.password=@binary", "binary is not text"),
+    ],
+)
+def test_a_setting_that_is_none(
+    bourse: Run, shown: list[tuple[Cluster, str]], tmp_path: Path, setting: str, says: str
+) -> None:
+    """Said with the option's name."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    code, _, err = bourse("where", "-X", setting)
+    assert (code, shown) == (2, [])
+    assert says in err
+    assert "-X" in err
+
+
+def test_credentials_in_the_registrys_address_are_refused(bourse: Run, shown: list[tuple[Cluster, str]]) -> None:
+    """It stands in logs and errors."""
+    code, _, err = bourse("where", "--registry-url", "http://me:hush-hush@127.0.0.1:1")
+    assert (code, shown, err.count("\n")) == (2, [], 1)
+    assert "hush-hush" not in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("isolation.level", "read_uncommitted"), ("bootstrap.servers", "x:1"), ("group.id", "g")]
+)
+def test_what_correctness_needs_cannot_be_set(setting: str, value: str) -> None:
+    """The error names the setting and what it is fixed to; saying the same is no error."""
+    with pytest.raises(ConfigurationError, match=f"-X {setting}={value}: this setting is fixed to"):
+        Cluster("127.0.0.1:1", "", settings={setting: value}).consumer("theirs")
+    Cluster("127.0.0.1:1", "", settings={"enable.auto.commit": "False"}).consumer("theirs").close()
+    for pinned in ("enable.idempotence=false", "acks=1", "partitioner=random", "transactional.id=x"):
+        key, _, other = pinned.partition("=")
+        with pytest.raises(ConfigurationError, match=f"-X {key}=" if key in pinned else ""):
+            Cluster("127.0.0.1:1", "", settings={key: other}).transactional_producer("ours")
+
+
+@pytest.mark.parametrize(
+    "setting", ["nope=1", "security.protocol=nope", "error_cb=1", "default.topic.config=1", "on_commit=1"]
+)
+def test_a_setting_that_the_client_refuses(setting: str) -> None:
+    """Whatever the client raises."""
+    key, _, value = setting.partition("=")
+    with pytest.raises(ConfigurationError, match=r"Kafka settings are refused: .*see -X"):
+        Cluster("127.0.0.1:1", "", settings={key: value}).consumer()
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (ConfigurationError("mend it"), 2, "Error: mend it\n"),
+        (BourseError("failed"), 1, "Error: failed\n"),
+        (click.ClickException("clicked"), 1, "Error: clicked\n"),
+        (KeyboardInterrupt(), 3, "\n"),
+        (click.exceptions.Exit(7), 7, ""),
+    ],
+)
+def test_exit_codes(
+    bourse: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, says: str
+) -> None:
+    """0 done, 1 failed, 2 for the operator to mend, 3 stopped before it was done."""
+
+    @click.command
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setitem(root.commands, "fail", fail)
+    assert bourse("fail") == (code, "", says)
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["tail"], ["tail", "trades", "--limit", "0"], ["tail", "-z"]])
+def test_wrong_usage_is_exit_2(bourse: Run, arguments: list[str]) -> None:
+    """Printed with the usage."""
+    code, out, err = bourse(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+
+
+@pytest.mark.parametrize("command", [["tail", "nonsense"], ["tail", "other.trades"], ["schemas", "show", "nonsense"]])
+def test_an_unknown_topic_names_those_there_are(bourse: Run, command: list[str]) -> None:
+    """Another prefix's topic is not shown as ours; no cluster is asked."""
+    code, out, err = bourse(*command)
+    assert (code, out) == (2, "")
+    assert err == f"Error: no topic '{command[-1]}': there are {', '.join(topic.name for topic in TOPICS)}\n"
+
+
+@pytest.mark.parametrize("name", ["trades", "bourse.trades", "tehran.trades"])
+def test_show_prints_the_schema_as_it_ships(bourse: Run, name: str) -> None:
+    """With any prefix."""
+    code, out, _ = bourse("schemas", "show", name)
+    assert (code, json.loads(out)["name"]) == (0, "TradeEvent")

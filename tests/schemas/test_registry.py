@@ -1,0 +1,237 @@
+"""The registry's client against servers that are none, and the offline check of compatibility."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from bourse_sandbox.serving import serve
+from bourse_schemas.codec import avro_schema
+from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.events import TradeEvent
+from bourse_schemas.registry import Registry, compatible
+from bourse_schemas.topics import TOPICS, TRADES
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, bytes], str]]:
+    """Return `answering(status, body)`: the address of a server that gives every call this answer."""
+    servers = []
+
+    def start(status: int, body: bytes) -> str:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                await send({"type": "http.response.start", "status": status, "headers": []})
+                await send({"type": "http.response.body", "body": body})
+
+        servers.append(serve(app))
+        return servers[-1].url
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "says"),
+    [
+        (401, b'{"error_code": 40101, "message": "no"}', ConfigurationError, "refuses our credentials"),
+        (403, b"", ConfigurationError, "refuses our credentials"),
+        (404, b"<html>nothing here</html>", ConfigurationError, "is --registry-url right"),
+        (405, b'{"error_code": 405, "message": "no"}', ConfigurationError, "is --registry-url right"),
+        (302, b"", ConfigurationError, "is --registry-url right"),
+        (200, b"<html>welcome</html>", ConfigurationError, "is --registry-url right"),
+        (200, b"[1]", ConfigurationError, "is --registry-url right"),
+        (200, b"3", ConfigurationError, "is --registry-url right"),
+        (500, b'{"error_code": 50001, "message": "store"}', Unreachable, "fails .HTTP 500.: store"),
+        (503, b"<html>" + b"x" * 5000, Unreachable, "fails .HTTP 503."),
+        (429, b'{"error_code": 429, "message": "slowly"}', Unreachable, "slowly"),
+    ],
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda registry: registry.serializer(TRADES, "bourse"),
+        lambda registry: registry.register(TRADES, "bourse"),
+        lambda registry: registry.check(TRADES, "bourse"),
+        lambda registry: registry.schema(1),
+    ],
+    ids=["serializer", "register", "check", "schema"],
+)
+def test_an_answer_that_is_no_registrys(
+    answering: Callable[[int, bytes], str],
+    ask: Callable[[Registry], Any],
+    status: int,
+    body: bytes,
+    error: type[Exception],
+    says: str,
+) -> None:
+    """One short line, whatever is asked: away for a while, or for the operator to mend."""
+    with pytest.raises(error, match=says) as caught:
+        ask(Registry(answering(status, body)))
+    assert type(caught.value) is error
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
+def test_a_registry_that_is_not_there(bourse: Run, url: str) -> None:
+    """Exit 2 with what to look at."""
+    for command in ("register", "check"):
+        code, out, err = bourse("schemas", command, "--registry-url", url)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"the schema registry at {url} does not answer" in err
+
+
+def test_a_registry_that_is_silent_is_given_up_within_ten_seconds(bourse: Run) -> None:
+    """It takes the call and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = time.monotonic()
+        code, _, err = bourse("schemas", "check", "--registry-url", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert (code, time.monotonic() - begin < 10) == (2, True)
+        assert "does not answer" in err
+
+
+@pytest.mark.parametrize(
+    ("url", "settings"),
+    [
+        ("nonsense", {}),
+        ("", {}),
+        ("http://127.0.0.1:1", {"nope": "1"}),
+        ("http://127.0.0.1:1", {"timeout": "soon"}),
+        ("http://127.0.0.1:1", {"basic.auth.user.info": "hush-hush"}),
+        ("http://127.0.0.1:1", {"ssl.ca.location": "/nowhere"}),
+        ("http://127.0.0.1:1", {"ssl.key.location": "/nowhere"}),
+    ],
+)
+def test_settings_that_the_client_refuses(url: str, settings: dict[str, str]) -> None:
+    """Said in one line, without the secret."""
+    with pytest.raises(ConfigurationError, match="the schema registry's settings are refused") as error:
+        Registry(url, settings)
+    assert "hush-hush" not in str(error.value)
+
+
+def test_an_address_that_cannot_be_one() -> None:
+    """It is found only when it is used."""
+    with pytest.raises(ConfigurationError):
+        Registry("http://127.0.0.1:port").check(TRADES, "bourse")
+
+
+def test_numbers_among_the_settings_are_numbers() -> None:
+    """They arrive as text."""
+    settings = {"timeout": "1", "max.retries": "0", "retries.wait.ms": "1", "cache.capacity": "5"}
+    with pytest.raises(Unreachable):
+        Registry("http://127.0.0.1:1", settings).check(TRADES, "bourse")
+
+
+@pytest.mark.parametrize("text", ['"string"', "[]", "syntax = proto3;", '{"type": "object"}'])
+def test_a_schema_that_is_no_avro_record_is_undecodable(answering: Callable[[int, bytes], str], text: str) -> None:
+    """Another team's subject may hold anything."""
+    escaped = text.replace('"', '\\"')
+    registry = Registry(answering(200, f'{{"schema": "{escaped}"}}'.encode()))
+    with pytest.raises(Undecodable):
+        registry.deserializer(TradeEvent)(b"\x00\x00\x00\x00\x01abc")
+
+
+# --- compatibility, offline -------------------------------------------------------------------------------------------
+
+
+def _changed(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> dict[str, Any]:
+    schema = deepcopy(avro_schema(TradeEvent))
+    change(schema, {field["name"]: field for field in schema["fields"]})
+    return schema
+
+
+FAULTLESS: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "nothing": lambda s, f: None,
+    "docs": lambda s, f: f["op"].update(doc="new"),
+    "a new nullable field": lambda s, f: s["fields"].append({"name": "x", "type": ["null", "long"], "default": None}),
+    "a nullable field gone": lambda s, f: s["fields"].remove(f["exchange_type"]),
+    "another order": lambda s, f: s["fields"].reverse(),
+    "a new symbol": lambda s, f: f["op"]["type"]["symbols"].append("SUSPENDED"),
+    "string as bytes": lambda s, f: f["title"].update(type="bytes"),
+}
+FAULTY: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
+    "a field without a default": (
+        lambda s, f: s["fields"].append({"name": "x", "type": "long"}),
+        "it cannot read version 1: x is not written and has no default",
+    ),
+    "a needed field gone": (
+        lambda s, f: s["fields"].remove(f["volume"]),
+        "version 1 cannot read it: volume is not written and has no default",
+    ),
+    "another name": (lambda s, f: f["volume"].update(name="shares"), "volume is not written"),
+    "wider": (lambda s, f: f["volume"].update(type="double"), "version 1 cannot read it: volume is double or long"),
+    "narrower": (lambda s, f: f["volume"].update(type="int"), "it cannot read version 1: volume is long or int"),
+    "nullable": (lambda s, f: f["volume"].update(type=["null", "long"]), "version 1 cannot read it: volume is null or"),
+    "no longer nullable": (lambda s, f: f["company_id"].update(type="long"), "company_id is null or long"),
+    "another branch": (lambda s, f: f["company_id"].update(type=["null", "string"]), "company_id may hold what"),
+    "no logical type": (lambda s, f: f["traded_at"].update(type="long"), "logicalType of traded_at"),
+    "micros": (
+        lambda s, f: f["traded_at"]["type"].update(logicalType="timestamp-micros"),
+        "logicalType of traded_at is timestamp-micros or timestamp-millis",
+    ),
+    "another unit": (lambda s, f: f["volume"].update(type={"type": "long", "unit": "lots"}), "unit of volume is lots"),
+    "a symbol gone, no default": (
+        lambda s, f: (f["op"]["type"]["symbols"].remove("REVISED"), f["op"]["type"].pop("default")),
+        "it cannot read version 1: op may be REVISED",
+    ),
+    "another enum": (lambda s, f: f["op"]["type"].update(name="Kind"), "name of op is ir.bourse.Kind or ir.bourse.Op"),
+    "another record": (lambda s, f: s.update(name="Trade"), "name of the record"),
+    "another namespace": (lambda s, f: s.update(namespace="com"), "name of the record"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTLESS)
+def test_what_may_change(name: str) -> None:
+    """Old readers and new ones go on."""
+    changed = _changed(FAULTLESS[name])
+    assert compatible(changed, [avro_schema(TradeEvent)] * 2) == []
+    assert compatible(avro_schema(TradeEvent), [changed]) == []
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_what_may_not_change(name: str) -> None:
+    """Each fault names its field and the version it breaks."""
+    change, says = FAULTY[name]
+    faults = compatible(_changed(change), [avro_schema(TradeEvent)])
+    assert any(says in fault for fault in faults), faults
+
+
+def test_every_older_version_counts() -> None:
+    """A field may not come back with another type."""
+    without = _changed(lambda s, f: s["fields"].remove(f["exchange_type"]))
+    back = _changed(lambda s, f: f["exchange_type"].update(type=["null", "long"]))
+    assert compatible(back, [without]) == []
+    assert [fault.partition(":")[0] for fault in compatible(back, [avro_schema(TradeEvent), without])] == [
+        "version 1 cannot read it",
+        "it cannot read version 1",
+    ]
+
+
+def test_arrays_maps_and_fixed_are_looked_into() -> None:
+    """And a union of records is compared branch by branch."""
+
+    def record(kind: Any) -> dict[str, Any]:
+        return {"type": "record", "name": "R", "fields": [{"name": "a", "type": kind}]}
+
+    same = [{"type": "map", "values": {"type": "array", "items": "long"}}, {"type": "fixed", "name": "F", "size": 4}]
+    for kind in (*same, ["null", *same], [record("long") | {"name": "X"}, record("string") | {"name": "Y"}]):
+        assert compatible(record(kind), [record(kind)]) == []
+    assert compatible(record({"type": "map", "values": "long"}), [record({"type": "map", "values": "string"})])
+    assert compatible(record({"type": "fixed", "name": "F", "size": 5}), [record(same[1])])
+    assert compatible(record({"type": "array", "items": "long"}), [record({"type": "map", "values": "long"})])
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
+def test_a_schema_is_compatible_with_itself_and_with_no_other(topic: Any) -> None:
+    """All five."""
+    for other in TOPICS:
+        assert (not compatible(avro_schema(topic.event), [avro_schema(other.event)])) == (topic is other)
