@@ -143,8 +143,4 @@ def main() -> None:
     except BourseError as error:
         click.echo(f"Error: {error}", err=True)
         code = 2 if isinstance(error, ConfigurationError) else 1
-    except BrokenPipeError:
-        # The reader of our output is gone (`bourse tail … | head`): nothing is left to say, not even at exit.
-        sys.stderr.close()
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)

@@ -82,6 +82,8 @@ def _long(number: int) -> bytes:
         return _ONE[rest]
     if rest < 0x1000_0000:
         return _TWO_MORE[rest & 0x3FFF] + _ONE[rest >> 14]
+    if rest < 0x400_0000_0000:
+        return _TWO_MORE[rest & 0x3FFF] + _TWO_MORE[rest >> 14 & 0x3FFF] + _ONE[rest >> 28]
     if rest >> 64:
         raise OverflowError(f"{number} does not fit into an Avro long")
     parts = []
@@ -114,6 +116,7 @@ def _date(value: date) -> bytes:
     return _long(value.toordinal() - EPOCH_DAY)
 
 
+@lru_cache(1 << 12)
 def _instant(value: datetime) -> bytes:
     return _long((value - EPOCH) // MILLISECOND)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -221,6 +224,13 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
             done.result()
         except KafkaException as error:
             raise ConfigurationError(f"{name}: the cluster refuses: {error.args[0].str()}") from error
+    # The controller has done it, the brokers hear of it a moment later: the next command must find its topics.
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        known = _existing(cluster, admin).topics
+        if all(plan.name in known and len(known[plan.name].partitions) >= plan.topic.partitions for plan in plans):
+            break
+        time.sleep(0.02)
 
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
@@ -321,6 +331,9 @@ def tail(
                 break
     except KeyboardInterrupt:
         pass
+    except BrokenPipeError:
+        # The reader is gone (`bourse tail … | head`): nothing is left to say, not even when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         consumer.close()
 

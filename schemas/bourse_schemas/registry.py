@@ -103,7 +103,7 @@ class Registry:
         """Return None when the topic's schema is registered, or may be; else what is wrong, in one line."""
         subject = topic.subject(prefix)
         try:
-            versions = self._ask(lambda: self._client.get_versions(subject))
+            versions = self._ask(lambda: list(self._client.get_versions(subject)))
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
@@ -123,16 +123,16 @@ class Registry:
         return self._ask(lambda: self._client.test_compatibility(subject, _schema(topic.event), str(version)))
 
     def _ask(self, question: Callable[[], R]) -> R:
-        import httpx
+        import httpx2  # what Confluent's client calls with
 
         try:
             return question()
-        except (httpx.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
+        except (httpx2.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
             # The client does not expect an answer that is not the API's.
             raise ConfigurationError(f"{self.url} is no schema registry: is --registry-url right?") from error
         except OAuthTokenError as error:
             raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise Unreachable(
                 f"the schema registry at {self.url} does not answer ({type(error).__name__}): "
                 "is it running, and is --registry-url right?"

@@ -18,7 +18,18 @@ from bourse_schemas.kafka import Cluster, cluster_options
 from bourse_schemas.topics import TOPICS
 
 Run = Callable[..., tuple[int, str, str]]
-HEAVY = {"confluent_kafka", "fastavro", "httpx", "pyarrow", "pydantic", "rich", "starlette", "structlog", "yaml"}
+HEAVY = {
+    "confluent_kafka",
+    "fastavro",
+    "httpx",
+    "httpx2",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "starlette",
+    "structlog",
+    "yaml",
+}
 
 
 @pytest.fixture
@@ -70,7 +81,10 @@ def test_every_command_has_one_line_in_the_help(bourse: Run) -> None:
 def test_the_module_is_the_command() -> None:
     """`python -m bourse_schemas`."""
     done = subprocess.run(
-        [sys.executable, "-m", "bourse_schemas", "schemas", "show", "trades"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "bourse_schemas", "schemas", "show", "trades"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout)["name"] == "TradeEvent"
 
@@ -186,7 +200,10 @@ def test_a_subcommands_part_of_the_file_must_be_a_table(bourse: Run, tmp_path: P
     [
         ("topic = 3", "[topic.trades] and the like"),
         ("[topic]\ntrades = 12", "[topic.trades] and the like"),
-        ("[topic.trade]\npartitions = 12", "[topic.trade] is not understood; topics are trades, candles, polls, alerts"),
+        (
+            "[topic.trade]\npartitions = 12",
+            "[topic.trade] is not understood; topics are trades, candles, polls, alerts",
+        ),
         ("[topic.trades]\npartition = 12", "[topic.trades] is not understood"),
         ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be a whole number from 1 on"),
         ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be a whole number from 1 on"),
@@ -321,9 +338,7 @@ def test_a_setting_that_the_client_refuses(setting: str) -> None:
         (click.exceptions.Exit(7), 7, ""),
     ],
 )
-def test_exit_codes(
-    bourse: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, says: str
-) -> None:
+def test_exit_codes(bourse: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, says: str) -> None:
     """0 done, 1 failed, 2 for the operator to mend, 3 stopped before it was done."""
 
     @click.command
