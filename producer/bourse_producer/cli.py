@@ -106,7 +106,6 @@ def _credentials(client_id: str | None, secret_file: Path | None, nid_file: Path
 @click.option(
     "--once", is_flag=True, help="Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused."
 )
-@click.option("--register-schemas", is_flag=True, help="Register the schemas first. For practice only.")
 @cluster_options
 @click.pass_context
 def produce(
@@ -126,7 +125,6 @@ def produce(
     connect_timeout_seconds: float,
     read_timeout_seconds: float,
     once: bool,
-    register_schemas: bool,
 ) -> None:
     """Poll the exchange and publish what changed, exactly once."""
     import httpx
@@ -144,13 +142,8 @@ def produce(
         url = httpx.URL(address)
     except httpx.InvalidURL:
         url = httpx.URL()
-    if url.scheme not in {"http", "https"} or not url.host or url.userinfo:
+    if url.scheme not in {"http", "https"} or not url.host or url.userinfo or (url.port or 1) > 65535:
         raise ConfigurationError(f"--address is no address such as {ADDRESSES['production']}, without a password")
-
-    def publication() -> Publisher:
-        if register_schemas:
-            cluster.registry().register_all(cluster.prefix)
-        return Publisher(cluster, SOURCE)
 
     settings = Settings(
         source=SOURCE,
@@ -166,7 +159,7 @@ def produce(
         # The reason may quote a password.
         raise ConfigurationError("--proxy is no address such as http://127.0.0.1:3128") from error
     with client:
-        producer = Producer(Finnotech(client, address, credentials), publication, settings)
+        producer = Producer(Finnotech(client, address, credentials), lambda: Publisher(cluster, SOURCE), settings)
         if not once:
             producer.run()
             return

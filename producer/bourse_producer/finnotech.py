@@ -390,31 +390,41 @@ class Finnotech:
         self._token: _Token | None = None
         self._patient_until = 0.0
 
-    def realtime(self, *, rights: bool) -> Reply:
+    def realtime(
+        self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None
+    ) -> Reply:
         """Return the last state of all companies' shares, or of all subscription rights.
+
+        With `company_id` of that one only; with `minutes` (from, to: HHMM of the current day, Tehran) its minute rows,
+        which the exchange gives for a named company only.
 
         A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs. Where
         that did not help no other token is minted for a minute.
         """
+        asked = {"isTimePeriod": "true" if minutes else "false", "precedencyRight": "true" if rights else "false"}
+        if company_id is not None:
+            asked["coId"] = str(company_id)
+        if minutes is not None:
+            asked["fromTime"], asked["toTime"] = minutes
         try:
-            return self._realtime(self._valid_token(), rights)
+            return self._realtime(self._valid_token(), asked)
         except _TokenRefused as refused:
             if time.monotonic() < self._patient_until:
                 raise refused.told() from refused
         self._token = None
         try:
-            return self._realtime(self._valid_token(), rights)
+            return self._realtime(self._valid_token(), asked)
         except _TokenRefused as refused:
             self._patient_until = time.monotonic() + MINT_SECONDS
             raise refused.told() from refused
 
-    def _realtime(self, token: str, rights: bool) -> Reply:
+    def _realtime(self, token: str, asked: dict[str, str]) -> Reply:
         track_id = uuid4().hex
         response = self._send(
             "GET",
             f"/bourse/v2/clients/{quote(self._credentials.client_id, safe='')}/trades/realtime",
             track_id,
-            params={"trackId": track_id, "isTimePeriod": "false", "precedencyRight": "true" if rights else "false"},
+            params={"trackId": track_id, **asked},
             headers={"Authorization": f"Bearer {token}"},
         )
         # Refusals come with 200 too, and a refused token must be noticed here, where it can be renewed.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +32,8 @@ POLL_SECONDS = 1.0
 TAIL = 10_000
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
 OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
+# Where a transaction cannot be aborted its successor does it: nothing an operator need read.
+warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 2.0
 # One-shot commands give up within 10 seconds, their own start included.
@@ -137,9 +141,14 @@ class Publisher:
 
         Without a broker an abort would wait for ever: it is then left to itself, and to the next `restore()`.
         """
-        closing = threading.Thread(target=self._producer.close, daemon=True)
+        closing = threading.Thread(target=self._give_up, daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
+
+    def _give_up(self) -> None:
+        # A fenced producer cannot abort any more, and need not: its successor did.
+        with suppress(KafkaException):
+            self._producer.close()
 
     def _produce(self, record: Record) -> None:
         while True:
@@ -151,6 +160,9 @@ class Publisher:
                 # The queue is full; what brokers do not take is thrown out of it in time, and the commit fails.
                 self._producer.poll(POLL_SECONDS)
             except KafkaException as error:
+                if error.args[0].code() == KafkaError._FATAL:  # noqa: SLF001
+                    # Only the transaction says what is fatal: taken over by another instance, or something else.
+                    self._do(self._producer.commit_transaction)
                 raise _publish_error(error.args[0]) from error
 
     @staticmethod

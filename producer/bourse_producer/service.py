@@ -341,21 +341,21 @@ class Producer:
             rejected_rows=len(snapshot.rejected) if snapshot else 0,
             duplicate_rows=snapshot.duplicate_rows if snapshot else 0,
             backfilled_rows=0,
-            gap_from=self._gap_from(now, phase) if snapshot else None,
+            gap_from=self._gap_from(requested_at, phase) if snapshot else None,
             error_kind=error.kind if error else None,
             error_code=error.code if error else None,
             error_message="; ".join(named) if self._settings.rights and named else str(error) if error else None,
         )
         return marker, freshness
 
-    def _gap_from(self, now: datetime, phase: Phase) -> datetime | None:
+    def _gap_from(self, requested_at: datetime, phase: Phase) -> datetime | None:
         """Return the last good poll's time where beats were missed since."""
         before = self._last_good_at
         if before is None or phase is Phase.CLOSED:
             return None
-        interval = timedelta(seconds=self._interval(before))
+        due = self._in_session(before + timedelta(seconds=self._interval(before)))
         # Between runs only the clocks can tell; a simulated one passes at another pace than the beats.
-        late = now > self._in_session(before + interval) + interval / 2 + timedelta(seconds=5)
+        late = requested_at > due + timedelta(seconds=self._settings.poll_seconds / 2 + 5)
         return before if self._missed or (late and not self._settings.response_clock) else None
 
     def _in_session(self, beat: datetime) -> datetime:

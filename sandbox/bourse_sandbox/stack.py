@@ -14,6 +14,7 @@ from bourse_sandbox.registry import serve_registry
 from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.registry import compatible
 from bourse_schemas.topics import TOPICS
 
 __all__ = ["CLIENT_ID", "NID", "SECRET", "Stack", "private_file"]
@@ -40,7 +41,7 @@ class Stack:
     def __enter__(self) -> Self:
         with self._open:
             bootstrap_servers = self._start()
-            registry = self._open.enter_context(serve_registry(port=self._registry_port))
+            registry = self._open.enter_context(serve_registry(port=self._registry_port, compatible=compatible))
             self.cluster = Cluster(bootstrap_servers, registry.url)
             self._declare()
             # Everything answers: from here on it is closed when we are.

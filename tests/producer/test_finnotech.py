@@ -317,3 +317,15 @@ def test_secrets_are_never_shown(caplog: pytest.LogCaptureFixture) -> None:
         print(exchange, exchange._token, exchange._credentials, file=shown)
     text = shown.getvalue() + caplog.text
     assert not [word for word in (SECRET, NID, "tok3n-value", "r3fresh-value") if word in text]
+
+
+def test_one_company_and_its_minutes_can_be_asked_for() -> None:
+    """All six parameters of the API are understood by the exchange as they are sent."""
+    with against_practice() as (client, _):
+        market = json.loads(client.realtime(rights=False).body)["result"]
+        company = market[0]["CoID"]
+        (row,) = json.loads(client.realtime(rights=False, company_id=company).body)["result"]
+        minutes = json.loads(client.realtime(rights=False, company_id=company, minutes=("0900", "1230")).body)["result"]
+    assert row == market[0]
+    assert minutes
+    assert {minute["CoID"] for minute in minutes} == {company}

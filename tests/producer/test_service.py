@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -383,7 +384,7 @@ def test_beats_lie_on_multiples_and_a_slow_poll_skips_some() -> None:
     loop(producer)
     late = [beat % interval for beat in started[1:]]
     assert max(late) < 0.15
-    gaps = [round((b - a) / interval) for a, b in zip(started[1:], started[2:], strict=False)]
+    gaps = [round((b - a) / interval) for a, b in pairwise(started[1:])]
     assert gaps[1] >= 3
     assert [each for number, each in enumerate(gaps) if number != 1] == [1] * (len(gaps) - 1)
 

@@ -1,8 +1,8 @@
 """Released schemas and bytes: what was once published can be read for ever.
 
 `tests/golden/<Event>.v<N>.avsc` are the released schemas; they are never changed. `<Event>.v<N>.hex` are records
-written with them, one a line. A schema that grows becomes a version more: copy it here as the next number and rewrite the bytes
-with `pytest tests/schemas --rewrite-golden`, which leaves those of older versions alone.
+written with them, one a line. A schema that grows becomes a version more: copy it to tests/golden under the next number
+and write the bytes with `pytest tests/schemas --rewrite-golden`, which leaves those of older versions alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,419 @@
+"""The producer on real Kafka: exact days, one transaction a poll, restarts, deaths, and what a consumer is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from confluent_kafka import KafkaError, Message
+
+from bourse_producer.finnotech import SOURCE, Credentials, Finnotech
+from bourse_producer.publisher import Publisher
+from bourse_producer.service import Producer, Settings
+from bourse_sandbox.exchange import practice_exchange
+from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.market import REAL_DAY
+from bourse_sandbox.processes import Child, spawn
+from bourse_sandbox.registry import serve_registry
+from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.errors import ConfigurationError, Fenced, PublishError
+from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeEvent
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import CANDLES, POLLS, TRADES, Topic
+
+pytestmark = [
+    pytest.mark.kafka,
+    # A fenced producer says so while it is closed; as an error the client turns this warning into a SystemError.
+    pytest.mark.filterwarnings("ignore:Producer abort_transaction failed:RuntimeWarning"),
+]
+
+SECOND_DAY = Path(__file__).parents[3] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
+PRACTICE = Credentials("practice", "practice", "0123456789")
+WaitFor = Callable[..., Any]
+
+
+@pytest.fixture
+def cluster(kafka: Kafka, prefix: str) -> Iterator[Cluster]:
+    """Return topics and schemas of this test's own, which take records of any time."""
+    with serve_registry() as registry:
+        cluster = Cluster(kafka.bootstrap_servers, registry.url, prefix)
+        prepare(cluster)
+        yield cluster
+
+
+def prepare(cluster: Cluster, *, any_time: bool = True) -> None:
+    """Create the topics and register the schemas."""
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=any_time))
+    cluster.registry().register_all(cluster.prefix)
+
+
+@dataclass
+class Read:
+    """What a read_committed consumer sees of a topic: the events, and the records they came in."""
+
+    events: list[Any]
+    messages: list[Message]
+
+
+def read(cluster: Cluster, topic: Topic) -> Read:
+    """Read a topic from its beginning to its end."""
+    name = topic.full_name(cluster.prefix)
+    decode = cluster.registry().deserializer(topic.event)
+    consumer = cluster.consumer(
+        f"reader-{time.monotonic_ns()}", enable_partition_eof=True, auto_offset_reset="earliest"
+    )
+    found = Read([], [])
+    ended: set[int | None] = set()
+    try:
+        consumer.subscribe([name])
+        deadline = time.monotonic() + 60
+        while len(ended) < topic.partitions:
+            assert time.monotonic() < deadline
+            for message in consumer.consume(1000, 0.1):
+                error = message.error()
+                if error is None:
+                    value = message.value()
+                    found.events.append(decode(value if isinstance(value, bytes) else None))
+                    found.messages.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    ended.add(message.partition())
+                else:
+                    pytest.fail(error.str())
+    finally:
+        consumer.close()
+    return found
+
+
+def check(cluster: Cluster) -> list[TradeEvent]:
+    """Check what holds of the topics whatever happened, and return the events."""
+    events: list[TradeEvent] = read(cluster, TRADES).events
+    assert len({event.event_id for event in events}) == len(events)
+    chains: dict[tuple[str, Any], list[TradeEvent]] = defaultdict(list)
+    for event in events:
+        chains[event.instrument, event.trading_day].append(event)
+    for chain in chains.values():
+        assert [event.sequence for event in chain] == list(range(1, len(chain) + 1))
+        for total in ("volume", "value", "trade_count"):
+            assert sum(getattr(event, f"{total}_delta") for event in chain) == getattr(chain[-1], total)
+    last: dict[str, TradeEvent] = {event.instrument: event for event in events}
+    kept: dict[str, Candle] = {candle.instrument: candle for candle in read(cluster, CANDLES).events}
+    fields = Candle.__struct_fields__
+    assert kept.keys() == last.keys()
+    for code, candle in kept.items():
+        assert [getattr(candle, name) for name in fields] == [getattr(last[code], name) for name in fields]
+    markers: list[PollMarker] = read(cluster, POLLS).events
+    assert [marker.poll_sequence for marker in markers] == list(range(1, len(markers) + 1))
+    for marker in markers:
+        found = Counter(event.op for event in events if event.poll_sequence == marker.poll_sequence)
+        counted = {Op.OPENED: marker.opened, Op.TRADED: marker.traded}
+        counted |= {Op.REVISED: marker.revised, Op.CANCELLED: marker.cancelled}
+        assert counted == {op: found[op] for op in counted}
+        assert (marker.outcome is Outcome.PUBLISHED) == bool(found)
+    return events
+
+
+def in_process(cluster: Cluster, url: str, client: httpx.Client) -> Producer:
+    """Return a producer of this process that is told the time by the exchange."""
+    settings = Settings(SOURCE, poll_seconds=0, always=True, response_clock=True)
+    return Producer(Finnotech(client, url, PRACTICE), lambda: Publisher(cluster, SOURCE), settings)
+
+
+def poll(producer: Producer, times: int) -> None:
+    """Poll so many times, and give the producer up in good order."""
+    for _ in range(times):
+        producer._recoverable(producer._poll_once)
+    producer._close()
+
+
+DAYS = [
+    pytest.param(REAL_DAY, 98, (548, 18_711, 2, 85), id="2019-08-21"),
+    pytest.param(
+        SECOND_DAY,
+        147,
+        (541, 41_293, 16, 80),
+        id="2019-08-24",
+        marks=pytest.mark.skipif(not SECOND_DAY.exists(), reason=f"{SECOND_DAY.name} is not beside the checkout"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("day", "responses", "counts"), DAYS)
+def test_a_real_day_gives_exactly_its_events(
+    cluster: Cluster, day: Path, responses: int, counts: tuple[int, int, int, int]
+) -> None:
+    """Through a restart after a third and another after two: every event once, every sequence without a hole."""
+    practice = practice_exchange(day, "poll")
+    assert practice.state()["responses"] == responses
+    with practice.serve() as server, httpx.Client() as client:
+        third = responses // 3
+        for polls in (third, third, responses - 2 * third):
+            poll(in_process(cluster, server.url, client), polls)
+        assert practice.state()["day_over"]
+        poll(in_process(cluster, server.url, client), 2)
+    events = check(cluster)
+    found = Counter(event.op for event in events)
+    assert (found[Op.OPENED], found[Op.TRADED], found[Op.REVISED], found[Op.CANCELLED]) == counts
+    markers = read(cluster, POLLS).events
+    assert [marker.outcome for marker in markers[-2:]] == [Outcome.UNCHANGED] * 2
+
+
+def murmur2(key: bytes) -> int:
+    """Return Kafka's murmur2, written down from the algorithm as it is published: 32 bits, seed 0x9747b28c."""
+    multiplier, mask = 0x5BD1E995, 0xFFFFFFFF
+    state = 0x9747B28C ^ len(key)
+    whole = len(key) // 4 * 4
+    for start in range(0, whole, 4):
+        part = int.from_bytes(key[start : start + 4], "little") * multiplier & mask
+        part = (part ^ part >> 24) * multiplier & mask
+        state = (state * multiplier & mask) ^ part
+    if rest := key[whole:]:
+        state = (state ^ int.from_bytes(rest, "little")) * multiplier & mask
+    state = (state ^ state >> 13) * multiplier & mask
+    return state ^ state >> 15
+
+
+def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
+    """Keys, partitions, timestamps and headers of events, candles and markers."""
+    # Kafka's own test vectors for its murmur2.
+    assert [murmur2(key) for key in (b"21", b"foobar", b"a-little-bit-long-string")] == [
+        (-973932308) & 0xFFFFFFFF,
+        (-790332482) & 0xFFFFFFFF,
+        (-985981536) & 0xFFFFFFFF,
+    ]
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 2)
+    kinds: Sequence[tuple[Topic, str, Callable[[Any], tuple[str, str, datetime]]]] = [
+        (TRADES, "ir.bourse.trade.v1", lambda e: (e.instrument, e.event_id, e.observed_at)),
+        (
+            CANDLES,
+            "ir.bourse.candle.v1",
+            lambda c: (c.instrument, f"{c.instrument}-{c.trading_day:%Y%m%d}-{c.sequence}", c.observed_at),
+        ),
+        (POLLS, "ir.bourse.poll.v1", lambda m: (m.source, f"{m.source}-{m.poll_sequence}", m.received_at)),
+    ]
+    for topic, kind, of in kinds:
+        found = read(cluster, topic)
+        assert found.events
+        for event, message in zip(found.events, found.messages, strict=True):
+            key, identity, instant = of(event)
+            assert message.key() == key.encode()
+            assert message.partition() == (murmur2(key.encode()) & 0x7FFFFFFF) % topic.partitions
+            assert message.timestamp()[1] == round(instant.timestamp() * 1000)
+            assert dict(message.headers() or []) == {
+                "ce_specversion": b"1.0",
+                "ce_id": identity.encode(),
+                "ce_source": SOURCE.encode(),
+                "ce_type": kind.encode(),
+                "ce_time": instant.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode(),
+                "ce_subject": key.encode(),
+                "content-type": b"application/vnd.apache.avro",
+            }
+    assert {message.partition() for message in read(cluster, TRADES).messages} == set(range(6))
+
+
+def test_an_older_instance_is_fenced(cluster: Cluster) -> None:
+    """A second instance of the same source takes over; the first one's next poll publishes nothing and says so."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        old, new = in_process(cluster, server.url, client), in_process(cluster, server.url, client)
+        old._open()
+        old._poll_once()
+        new._open()
+        with pytest.raises(Fenced):
+            old._recoverable(old._poll_once)
+        poll(new, 2)
+    check(cluster)
+
+
+def test_what_retention_would_delete_is_refused(kafka: Kafka, prefix: str) -> None:
+    """Without --any-time a day of the past is refused, with the reason, before anything is written."""
+    with serve_registry() as registry, practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        cluster = Cluster(kafka.bootstrap_servers, registry.url, prefix)
+        prepare(cluster, any_time=False)
+        producer = in_process(cluster, server.url, client)
+        with pytest.raises(ConfigurationError, match=r"keeps 30 days.*--any-time"):
+            producer.run_once()
+        assert read(cluster, POLLS).events == []
+        publisher = Publisher(cluster, SOURCE)
+        publisher.require_room_for(datetime.now(UTC) - timedelta(days=29))
+        for far in (timedelta(days=-31), timedelta(hours=2)):
+            with pytest.raises(ConfigurationError):
+                publisher.require_room_for(datetime.now(UTC) + far)
+        publisher.close()
+
+
+def bourse(cluster: Cluster, url: str, secret: Path, log: Path, *options: str) -> Child:
+    """Start a real `bourse produce`."""
+    environment = {
+        **os.environ,
+        "BOURSE_BOOTSTRAP_SERVERS": cluster.bootstrap_servers,
+        "BOURSE_REGISTRY_URL": cluster.registry_url,
+        "BOURSE_TOPIC_PREFIX": cluster.prefix,
+        "BOURSE_CLIENT_ID": "practice",
+        "BOURSE_NID": "0123456789",
+    }
+    usual: list[str | Path] = [
+        "--address",
+        url,
+        "--client-secret-file",
+        secret,
+        "--clock",
+        "response",
+        "--schedule",
+        "always",
+    ]
+    return spawn(
+        [sys.executable, "-m", "bourse_schemas", "produce", *usual, *options], env=environment, stdout=log, stderr=log
+    )
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """Return a file with the practice exchange's secret."""
+    file = tmp_path / "secret"
+    file.write_text("practice\n")
+    return file
+
+
+def test_kill_9_leaves_no_trace(cluster: Cluster, secret: Path, tmp_path: Path, wait_for: WaitFor) -> None:
+    """A real process is killed again and again while it publishes: the day comes out whole, and nothing twice."""
+    practice = practice_exchange("real", "poll")
+    log = tmp_path / "log"
+    with practice.serve() as server, ExitStack() as stack:
+        for kill in range(3):
+            before = practice.served
+            child = stack.enter_context(bourse(cluster, server.url, secret, log, "--poll-seconds", "0"))
+            # Asked for a response, it is parsing, publishing or committing at some moment of the next few.
+            wait_for(lambda before=before, kill=kill: practice.served > before + 3 + kill, 30)
+            child.kill()
+        child = stack.enter_context(bourse(cluster, server.url, secret, log, "--poll-seconds", "0"))
+        wait_for(lambda: practice.state()["day_over"], 60)
+        served = practice.served
+        wait_for(lambda: practice.served > served + 1, 30)
+        child.send(signal.SIGTERM)
+        assert child.wait(5) == 0, log.read_text()
+    assert sum(event.op is Op.OPENED for event in check(cluster)) == 548
+
+
+def test_an_open_transaction_is_settled_by_the_next_instance(cluster: Cluster) -> None:
+    """Records that were flushed but not committed are never seen, and not taken for state."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 2)
+        seen = check(cluster)
+        left_open = Publisher(cluster, SOURCE)
+        left_open.restore()
+        left_open._producer.begin_transaction()
+        for topic in (TRADES, CANDLES):
+            record = read(cluster, topic).messages[0]
+            value, key = record.value(), record.key()
+            assert isinstance(value, bytes)
+            assert isinstance(key, bytes)
+            left_open._producer.produce(topic.full_name(cluster.prefix), value, key)
+        left_open._producer.flush()
+        poll(in_process(cluster, server.url, client), 2)
+        left_open.close()
+    assert len(check(cluster)) > len(seen)
+
+
+def test_sigterm_while_the_exchange_is_slow(cluster: Cluster, secret: Path, tmp_path: Path, wait_for: WaitFor) -> None:
+    """A response that does not come holds nothing up: exit 0 at once."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        log = tmp_path / "log"
+        with bourse(cluster, f"http://127.0.0.1:{silent.getsockname()[1]}", secret, log) as child:
+            silent.settimeout(30)
+            connection, _ = silent.accept()
+            with connection:
+                began = time.monotonic()
+                child.send(signal.SIGTERM)
+                assert child.wait(10) == 0, log.read_text()
+                assert time.monotonic() - began < 5
+    assert "Traceback" not in log.read_text()
+
+
+def test_the_broker_goes_and_comes_back(
+    own_kafka: Callable[..., Kafka], prefix: str, secret: Path, tmp_path: Path, wait_for: WaitFor
+) -> None:
+    """Away in the middle: the service says so, waits, goes on by itself; SIGTERM meanwhile ends it within 5 s."""
+    broker = own_kafka()
+    practice = practice_exchange("real", "poll")
+    log = tmp_path / "log"
+    with serve_registry() as registry, practice.serve() as server:
+        cluster = Cluster(broker.bootstrap_servers, registry.url, prefix)
+        prepare(cluster)
+        with bourse(cluster, server.url, secret, log, "--poll-seconds", "0.2") as child:
+            wait_for(lambda: practice.served > 3, 30)
+            broker.kill()
+            wait_for(lambda: "cannot publish, starting over" in log.read_text(), 60)
+            began = time.monotonic()
+            broker.start()
+            served = practice.served
+            wait_for(lambda: practice.served > served + 3, 60)
+            assert time.monotonic() - began < 60
+            broker.kill()
+            served = practice.served
+            child.send(signal.SIGTERM)
+            began = time.monotonic()
+            assert child.wait(10) in {0, 3}, log.read_text()
+            assert time.monotonic() - began < 5.5
+        broker.start()
+        check(cluster)
+        assert any(marker.gap_from for marker in read(cluster, POLLS).events)
+    assert "Traceback" not in log.read_text()
+
+
+def test_closing_without_a_broker_does_not_hang(own_kafka: Callable[..., Kafka], prefix: str) -> None:
+    """Not even with a transaction open, whose abort nobody answers; the next instance settles it."""
+    broker = own_kafka()
+    with serve_registry() as registry:
+        cluster = Cluster(broker.bootstrap_servers, registry.url, prefix)
+        prepare(cluster)
+        publisher = Publisher(cluster, SOURCE)
+        publisher.restore()
+        publisher._producer.begin_transaction()
+        publisher._producer.produce(TRADES.full_name(prefix), b"never seen", b"key")
+        publisher._producer.flush()
+        broker.kill()
+        began = time.monotonic()
+        publisher.close()
+        assert time.monotonic() - began < 3
+        broker.start()
+        again = Publisher(cluster, SOURCE)
+        assert again.restore().poll_sequence == 0
+        again.close()
+        assert read(cluster, TRADES).events == []
+
+
+def test_state_that_cannot_be_read_is_no_empty_state(cluster: Cluster) -> None:
+    """A topic that is not there any more must not look like a market that was never seen."""
+    publisher = Publisher(cluster, SOURCE)
+    admin = cluster.admin()
+    for done in admin.delete_topics([CANDLES.full_name(cluster.prefix)], operation_timeout=10).values():
+        done.result()
+    with pytest.raises(PublishError, match="cannot be read"):
+        publisher.restore()
+    publisher.close()
+
+
+def test_polls_without_changes_are_told_from_polls_that_failed(cluster: Cluster) -> None:
+    """Each poll leaves one marker, whatever it brought."""
+    practice = practice_exchange("real", "poll")
+    server = practice.serve()
+    with server, httpx.Client(timeout=1) as client:
+        producer = in_process(cluster, server.url, client)
+        producer._recoverable(producer._poll_once)
+        server.close()
+        poll(producer, 1)
+    found: list[Event] = read(cluster, POLLS).events
+    assert [getattr(marker, "outcome", None) for marker in found] == [Outcome.PUBLISHED, Outcome.FAILED]
+    assert getattr(found[1], "error_kind", None) == "network"
