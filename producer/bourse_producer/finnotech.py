@@ -390,9 +390,7 @@ class Finnotech:
         self._token: _Token | None = None
         self._patient_until = 0.0
 
-    def realtime(
-        self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None
-    ) -> Reply:
+    def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
         """Return the last state of all companies' shares, or of all subscription rights.
 
         With `company_id` of that one only; with `minutes` (from, to: HHMM of the current day, Tehran) its minute rows,

@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", "Producer abort_transaction failed during clos
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 2.0
 # One-shot commands give up within 10 seconds, their own start included.
-TOPICS_SECONDS = 8.0
+TOPICS_SECONDS = 7.0
 CLOSE_SECONDS = 2.0
 
 

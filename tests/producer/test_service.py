@@ -396,6 +396,29 @@ def loop(producer: Producer) -> None:
         producer._sleep(producer._next_beat() - time.time())
 
 
+CLOSED = Calendar(is_holiday=lambda day: True)
+
+
+def test_closed_days_cost_no_call() -> None:
+    """The publication is given up meanwhile, so that the next session starts with a fresh one, and it is said."""
+    log = Log()
+    producer = Producer(FakeExchange([]), log, settings(response_clock=False, calendar=CLOSED))
+    producer._open()
+    producer._stop.set()
+    with capture_logs() as lines:
+        assert not producer._wait_for_session()
+    assert (log.opened, log.closed, [line["event"] for line in lines]) == (1, 1, ["session closed"])
+
+
+def test_only_a_response_tells_the_hour_of_a_simulated_market() -> None:
+    """Without one yet, or after one from a closed hour, the exchange is asked."""
+    exchange = FakeExchange([(at("20:00:00"), [])])
+    producer = polled(exchange, Log(), 0, poll_seconds=0, calendar=CLOSED)
+    assert producer._wait_for_session()
+    producer._recoverable(producer._poll_once)
+    assert producer._wait_for_session()
+
+
 def test_one_line_a_poll() -> None:
     """Counts that are zero are left out; a failure is a warning with kind and words."""
     exchange = FakeExchange([(at("09:31:00"), [row()]), ExchangeUnavailable("provider", "broken")])
