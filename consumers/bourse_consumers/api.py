@@ -2,12 +2,15 @@
 
 A consumer's life, all calls from one thread:
 
-1. `open(assigned)` whenever partitions are assigned, with all of them: what was in memory before is void.
-2. `process(batch)` with records of those partitions, in order per partition. It may block; the runner keeps the
-   group's membership alive meanwhile. When it returns, the batch is done (`Resume`, `Rebuild`) or taken over (`Own`).
-3. `idle(now)` at least once a second, batches or not.
-4. `durable()` for `Own` only, after each `process` and `idle`: what is safe so far.
-5. `close()` once; nothing is called afterwards.
+1. `open(assigned)` whenever the partitions assigned have changed, with all of them, which may be none: what was in
+   memory before is void. After a failed transaction it is called as well.
+2. `process(batch)` with records of those partitions, in order per partition. It may block, half an hour at most; the
+   group's membership is kept alive meanwhile. When it returns, the batch is done (`Resume`, `Rebuild`) or taken over
+   (`Own`). When it raises, the batch comes again: nothing of it may have been kept.
+3. `idle(now)` at least once a second, batches or not; not while `process` runs or waits for its Retry, nor while state
+   is rebuilt.
+4. `durable()` for `Own` only: what is safe so far.
+5. `close()` once, at a clean stop; only `durable()` may be called afterwards.
 """
 
 from __future__ import annotations
@@ -89,7 +92,11 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Begin at offsets kept with the sink's own data; the group's offsets are a hint for dashboards."""
+    """Begin at offsets kept with the sink's own data; the group's offsets are a hint for dashboards.
+
+    What such a consumer publishes is not tied to its sink: after a crash it may be missing or be there twice. Dead
+    letters are never missing.
+    """
 
     offsets: Offsets
 
@@ -161,7 +168,10 @@ class Reject(BourseError):
 
 
 class Rewind(BourseError):
-    """`Own` only: someone else got there first; go on from these offsets."""
+    """`Own` only: someone else got there first; go on from these offsets.
+
+    Partitions not named go on where the batch in hand began.
+    """
 
     def __init__(self, offsets: Offsets, message: str = "another writer was faster") -> None:
         super().__init__(message)
@@ -174,7 +184,7 @@ class Consumer(ABC):
     topics: ClassVar[Sequence[Topic]] = (TRADES,)
     """What it reads."""
     emits: ClassVar[Sequence[Topic]] = ()
-    """What it publishes, dead letters apart: looked at before it starts."""
+    """What it publishes, dead letters apart: looked at before it starts, and it may publish nothing else."""
 
     def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
         """Begin with these partitions; called anew at every rebalance."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from typing import Any
 
 import click
@@ -40,20 +42,22 @@ class Consumers(LazyGroup):
         if plugin is None:
             return None
         make, names = plugin.callback, {str(param.name) for param in _common.params}
+        taken = {spelling for param in plugin.params for spelling in (param.name, *param.opts)} & {
+            spelling for param in _common.params for spelling in (param.name, *param.opts)
+        }
         command = copy.copy(plugin)
-        taken = names & {str(param.name) for param in plugin.params}
-        if taken:
-            raise ConfigurationError(f"the consumer {cmd_name!r} declares options of ours: {', '.join(sorted(taken))}")
-        command.params = [*plugin.params, *_common.params]
+        command.params = [*plugin.params, *(() if taken else _common.params)]
 
         def start(**options: Any) -> None:
+            if taken:
+                clash = ", ".join(sorted(map(str, taken)))
+                raise ConfigurationError(f"the consumer {cmd_name!r} declares options that every consumer has: {clash}")
             ours = {name: options.pop(name) for name in names}
             from bourse_schemas.telemetry import configure_logging
 
             configure_logging(ctx.find_root().obj or "info")
-            consumer = ctx.invoke(make, **options) if make else None
-            cluster, group, batch_size = ctx.invoke(_common, **ours)
-            _run(consumer, cmd_name, cluster, group, batch_size)
+            consumer = make(**options) if make else None
+            _run(consumer, cmd_name, *click.get_current_context().invoke(_common, **ours))
 
         command.callback = start
         return command
@@ -62,9 +66,9 @@ class Consumers(LazyGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Name the consumers there are where an unknown one is asked for."""
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            known = ", ".join(self.list_commands(ctx))
-            raise ConfigurationError(f"no consumer {args[0]!r} is installed: there are {known}")
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            raise ConfigurationError(f"no consumer {args[0]!r} is installed: there are {', '.join(known)}")
         return super().resolve_command(ctx, args)
 
 
@@ -80,11 +84,10 @@ def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, batch_si
 
     if not isinstance(consumer, Consumer):
         raise ConfigurationError(f"the consumer {name!r} returned {type(consumer).__name__}, not a Consumer")
-    stream = patiently(
-        lambda: KafkaStream(cluster, group or f"{cluster.prefix}-{name}", consumer.topics, consumer.emits), name
-    )
-    if stream is None:
-        return
-    runner = Runner(consumer, stream, stream.decode, name=name, batch_size=batch_size)
-    runner.stop_on_signals()
-    runner.run()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    group = group or f"{cluster.prefix}-{name}"
+    stream = patiently(lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits), name, stop)
+    if stream is not None:
+        Runner(consumer, stream, stream.decode, name=name, batch_size=batch_size, stop=stop).run()

@@ -1,9 +1,19 @@
-"""A stream of records over Kafka: group membership, offsets, transactions."""
+"""A stream of records over Kafka: group membership, offsets, transactions.
+
+`process` runs in the thread that polls: librdkafka's own threads keep the heartbeat, and only `max.poll.interval.ms`
+bounds how long it may take, so that is long. Its price: a member that hangs holds up a rebalance for as long.
+
+Offsets are committed plainly where nothing is published (a transaction for offsets alone takes ten times as long), and
+within the transaction otherwise. The order of the two is safe: a broker never lets an older commit, which settles late,
+replace a newer one. Both are refused once the group has given the partitions to another member: a transaction carries
+the generation in which the partitions were assigned, and a plain commit is not sent under any other member id.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
@@ -14,21 +24,30 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Record
 from bourse_consumers.runner import Poll, StreamBroken
-from bourse_schemas.codec import Deserializer, Serializer
+from bourse_schemas import codec
+from bourse_schemas.codec import Deserializer
+from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import Topic
+from bourse_schemas.telemetry import get_logger
+from bourse_schemas.topics import DEAD_LETTERS, Topic
 
 __all__ = ["KafkaStream"]
 
 TEHRAN = ZoneInfo("Asia/Tehran")
 SESSION_MS = 10_000
-# A slow `process` holds the thread that polls; the heartbeat goes on in librdkafka's own.
 LONGEST_PROCESS_MS = 1_800_000
 TRANSACTION_MS = 10_000
-ASK_SECONDS = 10.0
-POSITION_SECONDS = 1.0
+# Short enough to stop within five seconds; whatever takes longer is asked for again.
+ASK_SECONDS = 3.0
 # How far before an offset the last record is looked for at first: transaction markers lie between.
 LOOK_BACK = 100
+
+REFUSED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+}
 
 
 class KafkaStream:
@@ -36,15 +55,19 @@ class KafkaStream:
 
     def __init__(self, cluster: Cluster, group: str, topics: Sequence[Topic], emits: Sequence[Topic]) -> None:
         self._cluster = cluster
-        self._group = group
-        self._registry = cluster.registry()
-        self._serializers = {topic: self._registry.serializer(topic, cluster.prefix) for topic in emits}
-        self._names = [topic.full_name(cluster.prefix) for topic in topics]
+        self._log = get_logger(group=group)
+        names = [topic.full_name(cluster.prefix) for topic in topics]
+        publishes = {*emits, DEAD_LETTERS}
+        cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)], ASK_SECONDS)
+        registry = cluster.registry()
+        self._serializers = {topic: registry.serializer(topic, cluster.prefix) for topic in publishes}
         self._decoders: dict[str, Deserializer[Any]] = {
-            topic.full_name(cluster.prefix): self._registry.deserializer(topic.event) for topic in topics
+            name: registry.deserializer(topic.event) for name, topic in zip(names, topics, strict=True)
         }
-        cluster.require_topics([*self._names, *(topic.full_name(cluster.prefix) for topic in emits)])
-        self._producer = self._new_producer()
+        # The same for the life of the process: its next producer settles what the one before it left behind.
+        self._transactional_id = f"{group}-{uuid4()}"
+        # Who publishes dead letters only need not wait for a producer.
+        self._producer = self._new_producer() if emits else None
         self._client: Client = cluster.consumer(
             group,
             auto_offset_reset="earliest",
@@ -53,13 +76,12 @@ class KafkaStream:
             max_poll_interval_ms=LONGEST_PROCESS_MS,
         )
         self._assigned: list[Partition] = []
+        self._ends: dict[Partition, int] = {}
         self._next: dict[Partition, int] = {}
+        self._member = ""
+        self._membership: Any = None
         self._changed = False
-        self._positions: dict[Partition, int] = {}
-        self._position_due = 0.0
-        self._client.subscribe(
-            self._names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
-        )
+        self._client.subscribe(names, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
 
     def decode(self, record: Record) -> Any:
         """Return the record's event; raises Undecodable, or Unreachable while the registry is away."""
@@ -74,138 +96,193 @@ class KafkaStream:
             # What came along with the assignment is fetched again from where the consumer wants to begin.
             self._changed = False
             return Poll(assigned=self._assignment())
-        records = []
+        records: list[Record] = []
+        positions: dict[Partition, int] = {}
         for message in messages:
             error = message.error()
             partition = Partition(str(message.topic()), int(message.partition() or 0))
             if error is None:
                 records.append(_record(partition, message))
-                self._positions[partition] = self._next[partition] = int(message.offset() or 0) + 1
+                positions[partition] = self._next[partition] = int(message.offset() or 0) + 1
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 # The end lies beyond the last record where a transaction marker follows it.
-                self._positions[partition] = max(self._positions.get(partition, 0), int(message.offset() or 0))
+                positions[partition] = self._next[partition] = int(message.offset() or 0)
             elif error.fatal():
                 raise KafkaException(error)
-        now = time.monotonic()
-        if not records and now < self._position_due:
-            return Poll()
-        self._position_due = now + POSITION_SECONDS
-        positions, self._positions = self._positions, {}
+            elif error.code() in REFUSED:
+                raise _broken(error)
+            else:
+                self._log.warning("kafka", error=error.str())
         return Poll(records, positions)
 
     def seek(self, offsets: Offsets) -> None:
-        """Go on from these offsets; those not named go on after what was delivered."""
-        self._positions = {}
-        self._next.update(offsets)
-        self._client.assign([TopicPartition(p.topic, p.number, self._next[p]) for p in self._assigned])
-
-    def wait(self, seconds: float) -> bool:
-        """Stay a member without fetching; return False as soon as the assignment changed."""
-        held = [TopicPartition(partition.topic, partition.number) for partition in self._assigned]
-        self._client.pause(held)
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0 and not self._changed:
-            self._client.poll(min(left, 0.1))
-        if self._changed:
-            return False
-        self._client.resume(held)
-        return True
-
-    def commit(self, emits: Iterable[Emit], offsets: Offsets) -> None:
-        """Publish emits and commit offsets, in one transaction where there is anything to publish."""
-        positions = [TopicPartition(partition.topic, partition.number, at) for partition, at in offsets.items()]
-        records = [self._serializer(emit.topic)(emit.event) for emit in emits]
-        try:
-            if not records:
-                self._client.commit(offsets=positions, asynchronous=False)
-                return
-            self._producer.begin_transaction()
-            for record in records:
-                self._producer.produce(
-                    record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
+        """Go on from these offsets; those not named go on after what was polled."""
+        for partition, at in offsets.items():
+            if at > self._ends.get(partition, at) and at > (end := self._watermarks(partition)[1]):
+                raise ConfigurationError(
+                    f"{partition.topic}-{partition.number} ends at {end}, what is kept of it at {at}: "
+                    "the topic was made anew, or this is another cluster; keep its data elsewhere"
                 )
-            if positions:
-                self._producer.send_offsets_to_transaction(positions, self._client.consumer_group_metadata())
-            self._producer.commit_transaction()
-        except (KafkaException, BufferError) as error:
-            raise StreamBroken(str(error)) from error
+        self._next.update(offsets)
+        self._assign()
+
+    def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
+        """Stay a member without fetching; return False as soon as the assignment changed or `stopped()`."""
+        held = [TopicPartition(*partition) for partition in self._assigned]
+        self._client.pause(held)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._changed and not stopped():
+            self._client.poll(min(left, 0.1))
+        self._client.resume(held)
+        return not self._changed and not stopped()
+
+    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+        """Publish emits and commit offsets, in one transaction where there is anything to publish."""
+        positions = [TopicPartition(*partition, at) for partition, at in offsets.items()]
+        records = [self._serializers[emit.topic](emit.event) for emit in emits]
+        try:
+            if records:
+                self._producer = self._producer or self._new_producer()
+                self._transact(self._producer, records, positions)
+            elif self._client.memberid() == self._member:
+                self._client.commit(offsets=positions, asynchronous=False)
+            else:
+                raise StreamBroken("the group gave our partitions away")
+        except KafkaException as error:
+            raise _broken(error.args[0]) from error
 
     def hint(self, offsets: Offsets) -> None:
-        """Commit offsets for dashboards only."""
-        positions = [TopicPartition(p.topic, p.number, at) for p, at in offsets.items() if p in self._assigned]
+        """Commit offsets for dashboards, without waiting; `close` waits for what is under way."""
+        positions = [TopicPartition(*partition, at) for partition, at in offsets.items() if partition in self._assigned]
         if positions:
             self._client.commit(offsets=positions, asynchronous=True)
 
     def reset(self) -> None:
-        """Throw the producer away, make a new one, and begin with the same partitions anew."""
-        self._producer.close()
-        self._producer = self._new_producer()
+        """Throw the producer away, make a new one, and begin with the same partitions anew.
+
+        What is committed is certain only when the new producer has settled the old one's transaction.
+        """
+        if self._producer is not None:
+            _close(self._producer)
+            self._producer = self._new_producer()
         self._changed = bool(self._assigned)
 
     def lag(self) -> int:
         """Return how many offsets lie between the positions and the ends."""
         lag = 0
-        for position in self._client.position([TopicPartition(p.topic, p.number) for p in self._assigned]):
-            _, high = self._client.get_watermark_offsets(position, cached=True)
-            lag += max(0, high - position.offset) if position.offset >= 0 else max(0, high)
+        for partition in self._assigned:
+            _, high = self._client.get_watermark_offsets(TopicPartition(*partition), cached=True)
+            lag += max(0, high - self._next[partition])
         return lag
 
     def close(self) -> None:
         """Leave the group."""
         self._client.close()
-        self._producer.close()
+        if self._producer is not None:
+            _close(self._producer)
 
-    # --- within -------------------------------------------------------------------------------------------------------
+    # --- publishing ---------------------------------------------------------------------------------------------------
 
     def _new_producer(self) -> Producer:
-        producer = self._cluster.transactional_producer(f"{self._group}-{uuid4()}", TRANSACTION_MS)
+        producer = self._cluster.transactional_producer(self._transactional_id, TRANSACTION_MS)
         try:
             producer.init_transactions(ASK_SECONDS)
         except KafkaException as error:
-            raise StreamBroken(str(error)) from error
+            _close(producer)
+            raise _broken(error.args[0]) from error
         return producer
 
-    def _serializer(self, topic: Topic) -> Serializer[Any]:
-        if topic not in self._serializers:
-            self._serializers[topic] = self._registry.serializer(topic, self._cluster.prefix)
-        return self._serializers[topic]
+    def _transact(
+        self, producer: Producer, records: Sequence[codec.Record], positions: Sequence[TopicPartition]
+    ) -> None:
+        producer.begin_transaction()
+        for record in records:
+            while True:
+                try:
+                    producer.produce(
+                        record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
+                    )
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+        if positions:
+            producer.send_offsets_to_transaction(list(positions), self._membership)
+        # Without a time-out of its own: how long it may take is the transaction's business.
+        producer.commit_transaction()
 
-    def _on_assign(self, _: Client, partitions: list[TopicPartition]) -> None:
+    # --- membership ---------------------------------------------------------------------------------------------------
+
+    def _on_assign(self, client: Client, partitions: list[TopicPartition]) -> None:
         self._assigned = [Partition(p.topic, p.partition) for p in partitions]
+        # As of now: a member that was thrown out has neither, and a broker refuses nothing to a client without.
+        self._member, self._membership = client.memberid(), client.consumer_group_metadata()
         self._changed = True
-        self._client.assign(partitions)
+        client.assign(partitions)
 
-    def _on_revoke(self, _: Client, __: list[TopicPartition]) -> None:
+    def _on_revoke(self, client: Client, _: list[TopicPartition]) -> None:
         self._assigned = []
         self._changed = True
-        self._client.unassign()
+        client.unassign()
+
+    def _assign(self) -> None:
+        self._client.assign([TopicPartition(*partition, self._next[partition]) for partition in self._assigned])
 
     def _assignment(self) -> Assignment:
-        asked = [TopicPartition(partition.topic, partition.number) for partition in self._assigned]
-        found = {Partition(p.topic, p.partition): p.offset for p in self._client.committed(asked, ASK_SECONDS)}
-        begin = {p: at if at >= 0 else self._low(p) for p, at in found.items()}
-        self._next = {}
-        self.seek(begin)
-        return Assignment(begin, lambda: {p: self._day_start(p, at if at >= 0 else None) for p, at in found.items()})
+        committed: dict[Partition, int | None] = {}
+        begin: dict[Partition, int] = {}
+        if self._assigned:
+            asked = [TopicPartition(*partition) for partition in self._assigned]
+            try:
+                # Waits until transactions that hold offsets of ours are settled.
+                found = {Partition(p.topic, p.partition): p.offset for p in self._client.committed(asked, ASK_SECONDS)}
+            except KafkaException as error:
+                raise _broken(error.args[0]) from error
+            for partition, at in found.items():
+                low, self._ends[partition] = self._watermarks(partition)
+                fits = low <= at <= self._ends[partition]
+                if at >= 0 and not fits:
+                    self._log.warning(
+                        "the committed offset is gone: beginning at the topic's start",
+                        topic=partition.topic,
+                        partition=partition.number,
+                        committed=at,
+                        start=low,
+                    )
+                committed[partition] = at if fits else None
+                begin[partition] = at if fits else low
+        self._next = dict(begin)
+        self._assign()
+        return Assignment(begin, lambda: self._day_start(committed))
 
-    def _low(self, partition: Partition) -> int:
-        return self._client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)[0]
-
-    def _day_start(self, partition: Partition, committed: int | None) -> int:
-        """Return where the trading day of the last record before `committed` begins (of the last one where None)."""
-        client = self._cluster.consumer(enable_partition_eof=True)
+    def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:
-            low, high = client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
-            end = high if committed is None else committed
-            last = _last_before(client, partition, low, end)
-            if last is None:
-                return low
-            day = datetime.fromtimestamp(last / 1000, TEHRAN).replace(hour=0, minute=0, second=0, microsecond=0)
-            midnight = round(day.timestamp() * 1000)
-            found = client.offsets_for_times([TopicPartition(*partition, midnight)], ASK_SECONDS)[0].offset
-            return min(found, end) if found >= low else low
+            low, high = self._client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
+        except KafkaException as error:
+            raise _broken(error.args[0]) from error
+        return low, high
+
+    # --- the trading day ----------------------------------------------------------------------------------------------
+
+    def _day_start(self, committed: dict[Partition, int | None]) -> dict[Partition, int]:
+        """Return where the trading day of the last record before each offset begins (of the last one where None)."""
+        client = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+        try:
+            return {partition: self._day_start_of(client, partition, at) for partition, at in committed.items()}
+        except KafkaException as error:
+            raise _broken(error.args[0]) from error
         finally:
             client.close()
+
+    def _day_start_of(self, client: Client, partition: Partition, committed: int | None) -> int:
+        low, high = client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
+        end = high if committed is None else committed
+        last = _last_before(client, partition, low, end)
+        if last is None:
+            return low
+        day = datetime.fromtimestamp(last / 1000, TEHRAN).replace(hour=0, minute=0, second=0, microsecond=0)
+        midnight = round(day.timestamp() * 1000)
+        found = client.offsets_for_times([TopicPartition(*partition, midnight)], ASK_SECONDS)[0].offset
+        return min(found, end) if found >= low else low
 
 
 def _last_before(client: Client, partition: Partition, low: int, end: int) -> int | None:
@@ -240,3 +317,17 @@ def _record(partition: Partition, message: Message) -> Record:
         value.encode() if isinstance(value, str) else value,
         {name: header or b"" for name, header in pairs},
     )
+
+
+def _broken(error: KafkaError) -> BourseError:
+    if error.code() in REFUSED:
+        return ConfigurationError(f"Kafka does not allow it: {error.str()}; see the ACLs of this user")
+    return StreamBroken(error.str())
+
+
+def _close(producer: Producer) -> None:
+    """Close a producer in whatever state: its transaction is aborted, here or by the next one with its id."""
+    with warnings.catch_warnings():
+        # It says so where it could not abort.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        producer.close()

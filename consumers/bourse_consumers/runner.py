@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -26,6 +25,7 @@ from bourse_consumers.api import (
     Rebuild,
     Record,
     Reject,
+    Resume,
     Retry,
     Rewind,
 )
@@ -39,18 +39,24 @@ __all__ = ["Poll", "Runner", "Stream", "StreamBroken", "patiently"]
 S = TypeVar("S")
 
 IDLE_SECONDS = 0.5
-HINT_SECONDS = 1.0
+SETTLE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
+LONGEST_CONNECT_SECONDS = 15.0
+# A record may be as large as brokers allow (1 MiB); its letter, which says more, has to pass as well.
+LETTER_BYTES = 900_000
 
 
 class StreamBroken(BourseError):
-    """A transaction failed: everything since the last commit is void, go on from what is committed."""
+    """The broker failed us: everything since the last commit is void, go on from what is committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """What a stream has to say: a new assignment, or records and the positions after them."""
+    """What a stream has to say: a new assignment, or records and the positions after them.
+
+    A position may lie beyond the last record, and may move without one: transaction markers take offsets too.
+    """
 
     records: Sequence[Record] = ()
     positions: Offsets = field(default_factory=dict)
@@ -58,31 +64,46 @@ class Poll:
 
 
 class Stream(Protocol):
-    """Where records come from and emits go to; used from one thread."""
+    """Where records come from and emits go to; used from one thread. Any call may raise StreamBroken."""
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return what came within `timeout` seconds; an assignment comes alone, before any record of it."""
 
     def seek(self, offsets: Offsets) -> None:
-        """Go on from these offsets, whatever was fetched before."""
+        """Go on from these offsets, whatever was fetched before; partitions not named go on after what was polled."""
 
-    def wait(self, seconds: float) -> bool:
-        """Stay a member without fetching; return False as soon as the assignment changed."""
+    def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
+        """Stay a member without fetching; return False as soon as the assignment changed or `stopped()`."""
 
-    def commit(self, emits: Iterable[Emit], offsets: Offsets) -> None:
-        """Publish emits and commit offsets in one transaction. Raises StreamBroken, after which `reset` is due."""
+    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+        """Publish emits and commit offsets, all or nothing. Refused where the partitions are no longer ours."""
 
     def hint(self, offsets: Offsets) -> None:
-        """Commit offsets for dashboards only."""
+        """Commit offsets for dashboards, without waiting."""
 
     def reset(self) -> None:
-        """Throw the transactional producer away; the assignment comes again from `poll`."""
+        """Settle whatever transaction was left; the assignment comes again from `poll`, with what is committed."""
 
     def lag(self) -> int:
         """Return how many offsets lie between the positions and the ends."""
 
     def close(self) -> None:
         """Leave the group."""
+
+
+class _Backoff:
+    """Waits that grow, with jitter, until it is reset."""
+
+    def __init__(self, first: float = FIRST_WAIT_SECONDS, longest: float = LONGEST_WAIT_SECONDS) -> None:
+        self._first = self._pause = first
+        self._longest = longest
+
+    def seconds(self) -> float:
+        pause, self._pause = self._pause, min(self._pause * 2, self._longest)
+        return pause * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+
+    def reset(self) -> None:
+        self._pause = self._first
 
 
 class Runner:
@@ -96,6 +117,7 @@ class Runner:
         *,
         name: str,
         batch_size: int = 1000,
+        stop: threading.Event | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._consumer = consumer
@@ -104,23 +126,25 @@ class Runner:
         self._name = name
         self._batch_size = batch_size
         self._now = now
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._log = get_logger(consumer=name)
-        self._own = False
+        self._publishes = {*consumer.emits, DEAD_LETTERS}
+        self._opened = self._own = False
+        self._events: dict[tuple[Partition, int], Any] = {}
         self._committed: dict[Partition, int] = {}
+        self._replaying: set[Partition] = set()
+        # Positions beyond the last record. For `Own` also the ends of the records taken over, and what was hinted last.
+        self._reached: dict[Partition, int] = {}
+        self._taken: dict[Partition, int] = {}
         self._hinted: dict[Partition, int] = {}
-        self._hint_due = self._idle_due = 0.0
+        self._settle_due = self._idle_due = 0.0
         self._report_due = time.monotonic() + REPORT_SECONDS
+        self._idle_backoff, self._broken_backoff = _Backoff(), _Backoff()
         self._rows = self._emitted = 0
 
     def stop(self) -> None:
-        """Ask it to end after the batch in hand."""
+        """Ask it to end after the batch in hand; may be called from any thread."""
         self._stop.set()
-
-    def stop_on_signals(self) -> None:
-        """Stop on SIGTERM and SIGINT."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
 
     def run(self) -> None:
         """Run until stopped. An error of the consumer ends it; what is uncommitted is delivered again."""
@@ -129,11 +153,8 @@ class Runner:
                 try:
                     self.step()
                 except StreamBroken as error:
-                    self._log.warning("starting over from what is committed", error=str(error))
-                    self._stream.reset()
-            self._consumer.close()
-            if self._own:
-                self._hint(force=True)
+                    self._start_over(error)
+            self._finish()
         finally:
             self._stream.close()
         self._log.info("stopped", rows=self._rows, emitted=self._emitted)
@@ -145,90 +166,199 @@ class Runner:
             self._begin(poll.assigned)
         elif poll.positions:
             for batch in self._batches(poll):
-                self._take(batch)
+                if not self._take(batch):
+                    break
         self._by_time()
         return poll.assigned is not None or bool(poll.records)
+
+    def _start_over(self, error: StreamBroken) -> None:
+        while not self._stop.is_set():
+            pause = self._broken_backoff.seconds()
+            self._log.warning("starting over from what is committed", error=str(error), wait_seconds=round(pause, 1))
+            try:
+                self._stream.wait(pause, self._stop.is_set)
+                self._stream.reset()
+            except StreamBroken as again:
+                error = again
+            else:
+                return
+
+    def _finish(self) -> None:
+        try:
+            self._consumer.close()
+        except (Retry, Rewind) as error:
+            self._log.warning("not everything is durable: the rest comes again", error=str(error))
+        try:
+            self._settle()
+        except StreamBroken as error:
+            self._log.warning("the last offsets are not committed: some work comes again", error=str(error))
 
     # --- assignment ---------------------------------------------------------------------------------------------------
 
     def _begin(self, assigned: Assignment) -> None:
-        start = self._consumer.open(assigned)
+        self._opened = False
+        backoff = _Backoff()
+        while True:
+            try:
+                start = self._consumer.open(assigned)
+                break
+            except Retry as error:
+                if not self._wait(error, backoff):
+                    return
+        begin = dict(assigned)
+        if not isinstance(start, Resume):
+            begin.update((partition, start.offsets[partition]) for partition in assigned if partition in start.offsets)
+        if isinstance(start, Rebuild):
+            begin = {partition: min(at, assigned[partition]) for partition, at in begin.items()}
+        if begin != assigned:
+            self._stream.seek(begin)
         self._own = isinstance(start, Own)
         self._committed = dict(assigned)
-        self._hinted = {}
-        if isinstance(start, Own | Rebuild):
-            self._stream.seek({partition: start.offsets.get(partition, at) for partition, at in assigned.items()})
+        self._replaying = set() if self._own else {p for p, at in begin.items() if at < assigned[p]}
+        self._taken, self._reached, self._hinted = begin, {}, {}
+        self._opened = True
         self._log.info("assigned", partitions=len(assigned), start=type(start).__name__)
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def _batches(self, poll: Poll) -> Iterable[Batch]:
-        """Yield the records as batches: for a rebuild what lies below the committed offsets is a batch of its own."""
-        old = [] if self._own else [r for r in poll.records if r.offset < self._committed.get(r.partition, 0)]
+    def _batches(self, poll: Poll) -> Iterator[Batch]:
+        """Yield what came as batches: what lies below the committed offsets of a rebuild is one of its own."""
+        self._events.clear()
+        old: list[Record] = []
+        new = poll.records
+        if self._replaying:
+            old = [record for record in poll.records if not self._is_new(record.partition, record.offset)]
+            new = [record for record in poll.records if self._is_new(record.partition, record.offset)]
+        ahead = {partition: at for partition, at in poll.positions.items() if self._is_new(partition, at)}
         if old:
-            last = {record.partition: record.offset + 1 for record in old}
-            yield Batch(old, last, replay=True, decode=self._decoded)
-        new = poll.records if not old else [r for r in poll.records if r.offset >= self._committed.get(r.partition, 0)]
-        ahead = {p: at for p, at in poll.positions.items() if self._own or at > self._committed.get(p, 0)}
-        if new or (ahead and not self._own):
+            ends = {record.partition: record.offset + 1 for record in old}
+            yield Batch(old, ends, replay=True, decode=self._decoded)
+        self._replaying.difference_update(ahead)
+        if new:
             yield Batch(new, ahead, decode=self._decoded)
+        else:
+            self._reached.update(ahead)
+
+    def _is_new(self, partition: Partition, offset: int) -> bool:
+        return partition not in self._replaying or offset >= self._committed[partition]
 
     def _decoded(self, record: Record) -> Any:
-        try:
-            return self._decode(record)
-        except Undecodable as error:
-            raise _Unreadable(record, str(error)) from error
-        except Unreachable as error:
-            raise Retry(str(error)) from error
+        """Return the record's event, from memory where the batch comes again."""
+        place = record.partition, record.offset
+        if place not in self._events:
+            try:
+                self._events[place] = self._decode(record)
+            except Undecodable as error:
+                raise _Unreadable(record, str(error)) from error
+            except Unreachable as error:
+                raise Retry(str(error)) from error
+        return self._events[place]
 
-    def _take(self, batch: Batch) -> None:
-        """Bring a batch through: again after Retry, without the record after Reject, elsewhere after Rewind."""
-        letters: list[DeadLetter] = []
-        pause = FIRST_WAIT_SECONDS
+    def _take(self, batch: Batch) -> bool:
+        """Bring a batch through: again after Retry, without the record after Reject.
+
+        Returns False where it was given up: a stop, a rebalance, a Rewind. Then nothing that was polled with it counts.
+        """
+        letters: list[Emit] = []
+        backoff = _Backoff()
         while True:
             try:
                 emits = (self._consumer.process(batch) if batch.records else None) or ()
                 break
             except Retry as error:
-                seconds = error.after if error.after is not None else pause * random.uniform(0.5, 1.0)  # noqa: S311
-                self._log.warning("trying again", error=str(error), wait_seconds=round(seconds, 1))
-                pause = min(pause * 2, LONGEST_WAIT_SECONDS)
-                if self._stop.is_set() or not self._stream.wait(seconds):
-                    return
+                if not self._wait(error, backoff):
+                    return False
             except Reject as error:
-                letters.append(self._letter(error))
-                rest = [record for record in batch.records if record is not error.record]
-                if len(rest) == len(batch.records):
-                    raise RuntimeError("Reject names a record that is not in the batch") from error
+                rest, found = self._without(batch.records, error)
                 batch = Batch(rest, batch.next, batch.replay, self._decoded)
+                if batch.replay:
+                    continue
+                self._log.warning("dead letters", count=len(found), first=found[0].origin, reason=str(error))
+                letters += [Emit(DEAD_LETTERS, letter) for letter in found]
+                if self._own:
+                    # A sink that keeps its offsets may be past this batch before we could say what it lacks.
+                    self._publish(letters, {})
+                    letters = []
             except Rewind as error:
-                self._log.warning("rewinding", reason=str(error))
-                self._stream.seek(error.offsets)
-                return
+                first = {record.partition: record.offset for record in reversed(batch.records)}
+                self._rewind(error, first)
+                return False
         if batch.replay:
-            return
+            return True
         self._rows += len(batch.records)
-        self._publish([*emits, *(Emit(DEAD_LETTERS, letter) for letter in letters)], batch.next)
+        if self._own:
+            self._taken.update((record.partition, record.offset + 1) for record in batch.records)
+            self._reached.update(batch.next)
+        self._publish([*emits, *letters], batch.next)
+        return True
+
+    def _wait(self, error: Retry, backoff: _Backoff) -> bool:
+        seconds = backoff.seconds() if error.after is None else error.after
+        self._log.warning("trying again", error=str(error), wait_seconds=round(seconds, 1))
+        return not self._stop.is_set() and self._stream.wait(seconds, self._stop.is_set)
+
+    def _rewind(self, error: Rewind, first: Offsets) -> None:
+        if not self._own:
+            raise RuntimeError("Rewind is for consumers that keep their own offsets") from error
+        self._log.warning("rewinding", reason=str(error))
+        offsets = {**first, **error.offsets}
+        self._stream.seek(offsets)
+        self._taken.update(offsets)
+        self._reached.clear()
 
     def _publish(self, emits: Sequence[Emit], offsets: Offsets) -> None:
-        if emits or not self._own:
-            self._stream.commit(emits, {} if self._own else offsets)
-        self._emitted += len(emits)
-        if not self._own:
+        """Publish, and commit where the offsets are the group's: emits without a batch come with what is committed.
+
+        So a member that lost its partitions publishes nothing.
+        """
+        if undeclared := {emit.topic.name for emit in emits if emit.topic not in self._publishes}:
+            raise RuntimeError(f"{type(self._consumer).__name__} publishes on {undeclared}: add it to its `emits`")
+        if self._own:
+            if emits:
+                self._stream.commit(emits, {})
+        elif emits or offsets:
+            self._stream.commit(emits, offsets or self._committed)
             self._committed.update(offsets)
+        self._emitted += len(emits)
+        self._broken_backoff.reset()
+
+    # --- dead letters -------------------------------------------------------------------------------------------------
+
+    def _without(self, records: Sequence[Record], rejected: Reject) -> tuple[list[Record], list[DeadLetter]]:
+        """Return the records without the rejected one, and its letter.
+
+        Where it could not be decoded the others are looked at as well: such a record is rarely alone.
+        """
+        if not isinstance(rejected, _Unreadable):
+            rest = [record for record in records if record is not rejected.record]
+            if len(rest) == len(records):
+                raise RuntimeError("Reject names a record that is not in the batch") from rejected
+            return rest, [self._letter(rejected)]
+        rest, letters = [], []
+        for index, record in enumerate(records):
+            try:
+                self._decoded(record)
+            except _Unreadable as error:
+                letters.append(self._letter(error))
+            except Retry:
+                return [*rest, *records[index:]], letters
+            else:
+                rest.append(record)
+        return rest, letters
 
     def _letter(self, rejected: Reject) -> DeadLetter:
         record = rejected.record
         topic, number = record.partition
-        unreadable = isinstance(rejected, _Unreadable)
-        self._log.warning("dead letter", topic=topic, partition=number, offset=record.offset, reason=str(rejected))
+        payload, message = record.value or b"", str(rejected)
+        if len(payload) > LETTER_BYTES:
+            message += f" (the first {LETTER_BYTES} of {len(payload)} bytes)"
         return DeadLetter(
-            reason=Reason.UNDECODABLE if unreadable else Reason.REJECTED,
-            message=str(rejected),
+            reason=Reason.UNDECODABLE if isinstance(rejected, _Unreadable) else Reason.REJECTED,
+            message=message,
             stage=Stage.CONSUME,
             origin=f"{topic}-{number}-{record.offset}",
             consumer=self._name,
-            payload=record.value or b"",
+            payload=payload[:LETTER_BYTES],
             original_topic=topic,
             original_key=record.key,
             original_partition=number,
@@ -241,47 +371,67 @@ class Runner:
 
     def _by_time(self) -> None:
         now = time.monotonic()
-        if now >= self._idle_due:
+        # A state that is being rebuilt is not one to judge by.
+        if self._opened and not self._replaying and now >= self._idle_due:
             self._idle_due = now + IDLE_SECONDS
-            try:
-                emits = self._consumer.idle(self._now())
-            except Retry as error:
-                self._log.warning("trying again", error=str(error))
-            except Rewind as error:
-                self._log.warning("rewinding", reason=str(error))
-                self._stream.seek(error.offsets)
-            else:
-                if emits:
-                    self._publish(emits, {})
-        if self._own and now >= self._hint_due:
-            self._hint_due = now + HINT_SECONDS
-            self._hint()
+            self._idle(now)
+        if self._opened and now >= self._settle_due:
+            self._settle_due = now + SETTLE_SECONDS
+            self._settle()
         if now >= self._report_due:
             self._report_due = now + REPORT_SECONDS
             self._log.info("running", rows=self._rows, emitted=self._emitted, lag=self._stream.lag())
 
-    def _hint(self, *, force: bool = False) -> None:
-        durable = dict(self._consumer.durable())
-        if durable and (force or durable != self._hinted):
-            self._stream.hint(durable)
-            self._hinted = durable
+    def _idle(self, now: float) -> None:
+        try:
+            emits = self._consumer.idle(self._now())
+        except Retry as error:
+            seconds = self._idle_backoff.seconds() if error.after is None else error.after
+            self._log.warning("trying again", error=str(error), wait_seconds=round(seconds, 1))
+            self._idle_due = now + seconds
+        except Rewind as error:
+            self._rewind(error, {})
+        else:
+            self._idle_backoff.reset()
+            if emits:
+                self._publish(emits, {})
+
+    def _settle(self) -> None:
+        """Commit positions that no batch brought; for a sink of its own, tell the group how far it is."""
+        if not self._own:
+            ahead = {partition: at for partition, at in self._reached.items() if at > self._committed[partition]}
+            if ahead:
+                self._publish((), ahead)
+            return
+        hint = dict(self._consumer.durable())
+        for partition, at in self._reached.items():
+            # Nothing but transaction markers lies between the last record and the position.
+            if hint.get(partition, 0) >= self._taken[partition]:
+                hint[partition] = max(at, hint.get(partition, 0))
+        if hint != self._hinted:
+            self._stream.hint(hint)
+            self._hinted = hint
 
 
 class _Unreadable(Reject):
     """A record whose bytes are not what its topic promises."""
 
 
-def patiently(connect: Callable[[], S], name: str) -> S | None:
-    """Return what `connect` gives as soon as broker and registry answer; None when a signal came first."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    pause = 1.0
+def _sleep(seconds: float, stop: threading.Event) -> None:
+    """Sleep, in slices: a signal's handler may set the event while we hold its lock in `Event.wait`."""
+    until = time.monotonic() + seconds
+    while not stop.is_set() and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.1))
+
+
+def patiently(connect: Callable[[], S], name: str, stop: threading.Event) -> S | None:
+    """Return what `connect` gives as soon as broker and registry answer; None when `stop` came first."""
+    backoff = _Backoff(1.0, LONGEST_CONNECT_SECONDS)
     while not stop.is_set():
         try:
             return connect()
         except (Unreachable, StreamBroken) as error:
+            pause = backoff.seconds()
             get_logger(consumer=name).warning("waiting", error=str(error), wait_seconds=round(pause, 1))
-            stop.wait(pause)
-            pause = min(pause * 2, 15.0)
+            _sleep(pause, stop)
     return None

@@ -6,26 +6,29 @@
     assert [emit.event.rule for emit in memory.emitted] == ["..."]
 
 `ConsumerContract` is a test suite to inherit from: it says whether a consumer keeps what the SDK promises through
-restarts, kills and any size of batch.
+restarts, kills, rebalances, failed transactions and any size of batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from msgspec import structs
 
 from bourse_consumers.api import Assignment, Consumer, Emit, Offsets, Partition, Record
-from bourse_consumers.runner import Poll, Runner
+from bourse_consumers.runner import Poll, Runner, StreamBroken
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
-from bourse_schemas.events import Event, Op, TradeEvent
-from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, event_id, topic_of
+from bourse_schemas.events import DeadLetter, Event, Op, TradeEvent
+from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic, event_id, topic_of
 
-__all__ = ["ConsumerContract", "Memory", "run", "trade"]
+__all__ = ["ConsumerContract", "Memory", "MemoryStream", "run", "trade"]
 
+# How often a consumer may ask to wait in a test.
+PATIENCE = 100
 SERIALIZERS: dict[type[Event], Serializer[Any]] = {
     topic.event: Serializer(topic, number, DEFAULT_PREFIX) for number, topic in enumerate(TOPICS, 1)
 }
@@ -72,11 +75,16 @@ def trade(**fields: Any) -> TradeEvent:
 
 
 class Memory:
-    """A broker in memory: what was appended, what a group has committed, what was published."""
+    """A broker in memory: what was appended, what a group has committed, what was published.
 
-    def __init__(self, partitions: int = 1) -> None:
+    With `markers` each append takes one offset more, as a transaction does: offsets have holes, and a partition's end
+    lies beyond its last record.
+    """
+
+    def __init__(self, partitions: int = 1, *, markers: bool = False) -> None:
         self.partitions = partitions
-        self.records: dict[Partition, list[Record]] = {}
+        self.markers = markers
+        self.records: dict[Partition, list[Record | None]] = {}
         self.committed: dict[Partition, int] = {}
         self.emitted: list[Emit] = []
 
@@ -94,6 +102,8 @@ class Memory:
         partition = Partition(topic, number)
         log = self.records.setdefault(partition, [])
         log.append(Record(partition, len(log), timestamp, key, value, {}))
+        if self.markers:
+            log.append(None)
 
     @staticmethod
     def decode(record: Record) -> Any:
@@ -102,13 +112,18 @@ class Memory:
 
 
 class MemoryStream:
-    """One member reading everything in a Memory; see `bourse_consumers.runner.Stream`."""
+    """One member reading everything in a Memory; see `bourse_consumers.runner.Stream`.
 
-    def __init__(self, memory: Memory, topics: Iterable[str]) -> None:
+    `failing` says how many of the next commits fail; `waited` holds the seconds it was asked to wait, and did not.
+    """
+
+    def __init__(self, memory: Memory, topics: Sequence[Topic]) -> None:
         self._memory = memory
-        self._partitions = [Partition(topic, number) for topic in topics for number in range(memory.partitions)]
+        names = [topic.full_name() for topic in topics]
+        self._partitions = [Partition(name, number) for name in names for number in range(memory.partitions)]
         self._next: dict[Partition, int] = {}
         self._changed = True
+        self.failing = 0
         self.waited: list[float] = []
 
     def poll(self, timeout: float, limit: int) -> Poll:  # noqa: ARG002  # nothing arrives later
@@ -118,24 +133,35 @@ class MemoryStream:
             self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
             return Poll(assigned=Assignment(self._next, lambda: dict.fromkeys(self._partitions, 0)))
         records: list[Record] = []
+        positions: dict[Partition, int] = {}
         for partition in self._partitions:
-            log = self._memory.records.get(partition, [])
-            part = log[self._next[partition] : self._next[partition] + limit - len(records)]
-            records += part
-            self._next[partition] += len(part)
-        return Poll(records, {record.partition: record.offset + 1 for record in records})
+            for entry in self._memory.records.get(partition, [])[self._next[partition] :]:
+                if entry is not None:
+                    if len(records) == limit:
+                        break
+                    records.append(entry)
+                self._next[partition] += 1
+                positions[partition] = self._next[partition]
+        return Poll(records, positions)
 
     def seek(self, offsets: Offsets) -> None:
         """Go on from these offsets."""
         self._next.update(offsets)
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Note that it would wait."""
         self.waited.append(seconds)
-        return True
+        if len(self.waited) > PATIENCE:
+            raise AssertionError(f"the consumer has asked to wait {PATIENCE} times: does it ever get on?")
+        return not self._changed and not stopped()
 
-    def commit(self, emits: Iterable[Emit], offsets: Offsets) -> None:
+    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
         """Publish and commit, at once."""
+        if self.failing:
+            self.failing -= 1
+            raise StreamBroken("told to fail")
+        for topic, event in emits:
+            SERIALIZERS[topic.event](event)  # what cannot be encoded could not be published
         self._memory.emitted += emits
         self._memory.committed.update(offsets)
 
@@ -144,73 +170,86 @@ class MemoryStream:
         self._memory.committed.update(offsets)
 
     def reset(self) -> None:
-        """Begin with the same partitions anew."""
+        """Begin with the same partitions anew, as after a rebalance or a failed transaction."""
         self._changed = True
 
     def lag(self) -> int:
-        """Return how many records were not read."""
+        """Return how many offsets were not read."""
         return sum(len(log) - self._next.get(partition, 0) for partition, log in self._memory.records.items())
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def run(consumer: Consumer, memory: Memory, *, batch_size: int = 1000, rounds: int | None = None) -> None:
+def run(
+    consumer: Consumer,
+    memory: Memory,
+    *,
+    batch_size: int = 1000,
+    rounds: int | None = None,
+    stream: MemoryStream | None = None,
+) -> None:
     """Run a consumer over what is in memory, then stop it in good order.
 
     With `rounds` it is dropped after so many rounds (an assignment or a batch each), as by kill -9.
     """
-    stream = MemoryStream(memory, [topic.full_name() for topic in consumer.topics])
+    stream = stream or MemoryStream(memory, consumer.topics)
     runner = Runner(consumer, stream, memory.decode, name="test", batch_size=batch_size)
-    if rounds is not None:
-        for _ in range(rounds):
-            runner.step()
-        return
-    while runner.step():
-        pass
-    runner.stop()
-    runner.run()
+    for _ in range(rounds) if rounds is not None else count():
+        try:
+            if not runner.step() and rounds is None:
+                break
+        except StreamBroken:
+            stream.reset()
+    if rounds is None:
+        runner.stop()
+        runner.run()
 
 
 class ConsumerContract:
-    """Inherit from it, give `make` and `events`, and pytest runs the tests. A sink of its own also gives `outcome`."""
+    """Inherit from it, give `make` and `events`, and pytest runs the tests. A sink of its own also gives `outcome`.
+
+    A consumer passes when what it brings about depends on the records alone: not on how they came in batches, nor on
+    stops, kills, rebalances and failed transactions in between.
+    """
 
     def make(self, folder: Path) -> Consumer:
         """Return a new consumer; `folder` is the same for one that takes over from another."""
         raise NotImplementedError
 
     def events(self) -> Sequence[Event]:
-        """Return events that make the consumer do something."""
+        """Return events, of one topic, that make the consumer do something."""
         raise NotImplementedError
 
     def outcome(self, memory: Memory, folder: Path) -> object:  # noqa: ARG002  # a sink looks at its folder
         """Return all that the consumer brought about: by default what it published."""
         return [structs.astuple(emit.event) for emit in memory.emitted]
 
-    def _undisturbed(self, folder: Path) -> object:
-        memory = Memory()
+    def _memory(self, *, markers: bool = False) -> Memory:
+        memory = Memory(markers=markers)
         memory.append(*self.events())
+        return memory
+
+    def _expected(self, folder: Path) -> object:
+        memory = self._memory()
         run(self.make(folder), memory)
         return self.outcome(memory, folder)
 
     def test_brings_something_about(self, tmp_path: Path) -> None:
         """The other tests compare outcomes: an empty one would prove nothing."""
-        assert self._undisturbed(tmp_path)
+        assert self._expected(tmp_path)
 
     def test_the_size_of_batches_does_not_matter(self, tmp_path: Path) -> None:
         """One record at a time gives the same as all at once."""
-        expected = self._undisturbed(tmp_path / "expected")
-        memory = Memory()
-        memory.append(*self.events())
+        memory = self._memory()
         run(self.make(tmp_path / "found"), memory, batch_size=1)
-        assert self.outcome(memory, tmp_path / "found") == expected
+        assert self.outcome(memory, tmp_path / "found") == self._expected(tmp_path / "expected")
 
     def test_a_stop_and_a_start_lose_and_repeat_nothing(self, tmp_path: Path) -> None:
         """Stopped after any event and started again, the outcome is that of an undisturbed run."""
-        expected = self._undisturbed(tmp_path / "expected")
-        events = self.events()
+        expected, events = self._expected(tmp_path / "expected"), self.events()
         for split in range(len(events) + 1):
-            memory, folder = Memory(), tmp_path / str(split)
+            memory, folder = Memory(markers=True), tmp_path / str(split)
             memory.append(*events[:split])
             run(self.make(folder), memory)
             memory.append(*events[split:])
@@ -219,24 +258,46 @@ class ConsumerContract:
 
     def test_a_kill_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
         """Dropped between any two batches, without a word, the outcome is that of an undisturbed run."""
-        expected = self._undisturbed(tmp_path / "expected")
+        expected = self._expected(tmp_path / "expected")
         for rounds in range(1, len(self.events()) + 2):
-            memory, folder = Memory(), tmp_path / str(rounds)
-            memory.append(*self.events())
+            memory, folder = self._memory(markers=True), tmp_path / str(rounds)
             run(self.make(folder), memory, batch_size=1, rounds=rounds)
             run(self.make(folder), memory)
             assert self.outcome(memory, folder) == expected, f"killed after {rounds} rounds"
 
+    def test_a_rebalance_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
+        """Opened anew between any two batches, it knows no more than what is committed or in its sink."""
+        expected = self._expected(tmp_path / "expected")
+        for rounds in range(1, len(self.events()) + 2):
+            memory, folder = self._memory(), tmp_path / str(rounds)
+            consumer = self.make(folder)
+            stream = MemoryStream(memory, consumer.topics)
+            run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
+            stream.reset()
+            run(consumer, memory, stream=stream)
+            assert self.outcome(memory, folder) == expected, f"rebalanced after {rounds} rounds"
+
+    def test_a_failed_transaction_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
+        """What could not be committed comes again, to a consumer that was opened anew."""
+        expected = self._expected(tmp_path / "expected")
+        for rounds in range(len(self.events()) + 1):
+            memory, folder = self._memory(), tmp_path / str(rounds)
+            consumer = self.make(folder)
+            stream = MemoryStream(memory, consumer.topics)
+            run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
+            stream.failing = 1
+            run(consumer, memory, batch_size=1, stream=stream)
+            assert self.outcome(memory, folder) == expected, f"failed after {rounds} rounds"
+
     def test_an_undecodable_record_does_not_stop_it(self, tmp_path: Path) -> None:
         """It becomes a dead letter, and the rest is consumed as if it were not there."""
-        expected = self._undisturbed(tmp_path / "expected")
         memory, folder = Memory(), tmp_path / "found"
         events = self.events()
         memory.append(*events[:1])
         memory.append_bytes(type(events[0]), b"not ours")
         memory.append(*events[1:])
         run(self.make(folder), memory)
-        letters = [emit for emit in memory.emitted if emit.topic.name == "dead-letters"]
-        memory.emitted = [emit for emit in memory.emitted if emit.topic.name != "dead-letters"]
-        assert [letter.event.payload for letter in letters] == [b"not ours"]  # type: ignore[attr-defined]
-        assert self.outcome(memory, folder) == expected
+        letters = [emit.event for emit in memory.emitted if isinstance(emit.event, DeadLetter)]
+        memory.emitted = [emit for emit in memory.emitted if not isinstance(emit.event, DeadLetter)]
+        assert [letter.payload for letter in letters] == [b"not ours"]
+        assert self.outcome(memory, folder) == self._expected(tmp_path / "expected")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
 
-from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Rebuild
+from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Offsets, Own, Partition, Rebuild, Retry
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
-from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.kafka import Kafka, free_port
+from bourse_sandbox.processes import Child, spawn
 from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
@@ -28,9 +33,13 @@ GROUP = "group"
 @pytest.fixture
 def cluster(kafka: Kafka, small_registry: str, prefix: str) -> Cluster:
     """Return a cluster with our topics under a prefix of the test's own."""
-    cluster = Cluster(kafka.bootstrap_servers, small_registry, prefix)
+    return declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
+
+
+def declared(cluster: Cluster) -> Cluster:
+    """Make the topics and register the schemas."""
     apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
-    cluster.registry().register_all(prefix)
+    cluster.registry().register_all(cluster.prefix)
     return cluster
 
 
@@ -80,9 +89,9 @@ def publish(cluster: Cluster, events: Sequence[TradeEvent], *, commit: bool = Tr
 
 
 @contextmanager
-def running(cluster: Cluster, consumer: Consumer) -> Iterator[Runner]:
+def running(cluster: Cluster, consumer: Consumer, stream: KafkaStream | None = None) -> Iterator[Runner]:
     """Run a consumer in a thread until the block ends."""
-    stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    stream = stream or KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
     runner = Runner(consumer, stream, stream.decode, name="test")
     thread = threading.Thread(target=runner.run)
     thread.start()
@@ -96,8 +105,6 @@ def running(cluster: Cluster, consumer: Consumer) -> Iterator[Runner]:
 
 def committed(cluster: Cluster, source: str) -> list[str]:
     """Return the event ids of a source, as a read_committed consumer sees them."""
-    from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
-
     decode = cluster.registry().deserializer(TradeEvent)
     consumer = cluster.consumer(enable_partition_eof=True)
     consumer.assign([TopicPartition(TRADES.full_name(cluster.prefix), n, OFFSET_BEGINNING) for n in range(6)])
@@ -171,8 +178,6 @@ def test_two_members_share_the_partitions_and_double_nothing(cluster: Cluster, w
 
 def test_a_record_that_cannot_be_decoded_becomes_a_dead_letter(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
     """It is published with its bytes, and the consumer goes on."""
-    from confluent_kafka import OFFSET_BEGINNING, TopicPartition
-
     from bourse_schemas.events import DeadLetter
 
     producer = cluster.transactional_producer(f"{cluster.prefix}-bad")
@@ -196,21 +201,51 @@ def test_a_record_that_cannot_be_decoded_becomes_a_dead_letter(cluster: Cluster,
 
 def test_the_group_reaches_the_end(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
     """Transaction markers take offsets too: a consumer that has read everything has no lag."""
-    from confluent_kafka import TopicPartition
-
     publish(cluster, market(30))
     consumer = Copy()
     with running(cluster, consumer):
-        probe = cluster.consumer(f"{cluster.prefix}-{GROUP}")
-        partitions = [TopicPartition(TRADES.full_name(cluster.prefix), number) for number in range(6)]
+        wait_for(lambda: len(consumer.seen) == 30 and lag(cluster) == 0, 30)
 
-        def lag() -> int:
-            ends = [probe.get_watermark_offsets(partition, 5)[1] for partition in partitions]
-            offsets = [max(found.offset, 0) for found in probe.committed(partitions, 5)]
-            return sum(ends) - sum(offsets)
 
-        wait_for(lambda: len(consumer.seen) == 30 and lag() == 0, 30)
-        probe.close()
+def test_a_sink_that_stops_tells_the_group_what_is_durable(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """What `close` made durable is no lag, nor are the markers after it."""
+
+    class Sink(Copy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ends: dict[Partition, int] = {}
+            self.buffered: dict[Partition, int] = {}
+
+        def open(self, assigned: Assignment) -> Own:  # type: ignore[override]
+            return Own({})
+
+        def process(self, batch: Batch) -> list[Emit]:
+            self.buffered |= {record.partition: record.offset + 1 for record in batch.records}
+            self.seen += [event.event_id for event in batch.events]
+            return []
+
+        def durable(self) -> Offsets:
+            return self.ends
+
+        def close(self) -> None:
+            self.ends |= self.buffered
+
+    publish(cluster, market(30))
+    consumer = Sink()
+    with running(cluster, consumer):
+        wait_for(lambda: len(consumer.seen) == 30, 20)
+        assert lag(cluster) == 36
+    assert lag(cluster) == 0
+
+
+def lag(cluster: Cluster) -> int:
+    """Return how many offsets the group has before it."""
+    probe = cluster.consumer(f"{cluster.prefix}-{GROUP}")
+    partitions = [TopicPartition(TRADES.full_name(cluster.prefix), number) for number in range(6)]
+    ends = [probe.get_watermark_offsets(partition, 5)[1] for partition in partitions]
+    offsets = [max(found.offset, 0) for found in probe.committed(partitions, 5)]
+    probe.close()
+    return sum(ends) - sum(offsets)
 
 
 def test_a_missing_topic_names_the_command_that_makes_it(kafka: Kafka, small_registry: str, prefix: str) -> None:
@@ -227,3 +262,249 @@ def test_a_missing_subject_names_the_command_that_registers_it(kafka: Kafka, sma
     apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
     with pytest.raises(ConfigurationError, match="bourse schemas register"):
         KafkaStream(cluster, GROUP, [TRADES], TOPICS)
+
+
+class Broken(KafkaStream):
+    """Its transactions break: the first before it is committed, the second after."""
+
+    transactions = 0
+
+    def _transact(self, producer: Producer, records: Any, positions: Any) -> None:
+        self.transactions += 1
+        if self.transactions == 1:
+            producer.begin_transaction()
+            for record in records:
+                producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
+            producer.send_offsets_to_transaction(positions, self._membership)
+            producer.flush(10)
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+        super()._transact(producer, records, positions)
+        if self.transactions == 2:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+
+def test_a_broken_transaction_loses_and_repeats_nothing(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """Whether it was committed is not guessed: what is committed is read back."""
+    publish(cluster, market(100))
+    consumer = Copy()
+    stream = Broken(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    with running(cluster, consumer, stream):
+        wait_for(lambda: consumer.opened >= 3 and len(committed(cluster, "copy")) >= 100, 30)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(100))
+
+
+def test_yesterday_is_not_replayed(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """The trading day under way begins at Tehran's midnight, whatever the day in London."""
+    # 20:30 UTC is midnight in Tehran.
+    yesterday = datetime(2026, 11, 22, 20, 29, tzinfo=UTC)
+    publish(cluster, [_at(yesterday + timedelta(seconds=n), n + 1) for n in range(59)])
+    publish(cluster, [_at(yesterday + timedelta(minutes=1, seconds=n), n + 60) for n in range(10)])
+    first, second = Copy(), Copy()
+    with running(cluster, first):
+        wait_for(lambda: len(committed(cluster, "copy")) == 69, 20)
+    assert first.replayed == 0
+    with running(cluster, second):
+        wait_for(lambda: second.replayed == 10, 20)
+        publish(cluster, [_at(yesterday + timedelta(hours=1), 70)])
+        wait_for(lambda: second.seen, 20)
+    assert second.replayed == 10
+
+
+def _at(observed_at: datetime, sequence: int) -> TradeEvent:
+    return trade(instrument="IRO1TEST0001", sequence=sequence, observed_at=observed_at)
+
+
+def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """While it waits nothing is fetched, nothing is lost, and a rebalance gets through."""
+
+    class Down(Copy):
+        down = True
+        tries = 0
+
+        def process(self, batch: Batch) -> list[Emit]:
+            self.tries += 1
+            if self.down:
+                raise Retry("the database is down", after=0.2)
+            return super().process(batch)
+
+    publish(cluster, market(3000))
+    one, two = Down(), Copy()
+    with running(cluster, one):
+        wait_for(lambda: one.tries >= 3, 20)
+        with running(cluster, two):
+            wait_for(lambda: one.opened >= 2 and two.seen, 30)
+            one.down = False
+            wait_for(lambda: len(one.seen) + len(two.seen) >= 3000, 30)
+        publish(cluster, market(300, first=3001))
+        wait_for(lambda: len(committed(cluster, "copy")) >= 3300, 30)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(3300))
+
+
+def test_a_broker_that_was_away_is_waited_for(
+    own_kafka: Callable[[], Kafka], small_registry: str, prefix: str, wait_for: Callable[..., Any]
+) -> None:
+    """kill -9 of the only broker: the consumer goes on by itself, and nothing is lost or doubled."""
+    kafka = own_kafka()
+    cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
+    publish(cluster, market(100))
+    consumer = Copy()
+    with running(cluster, consumer):
+        wait_for(lambda: len(consumer.seen) >= 100, 20)
+        kafka.kill()
+        kafka.start()
+        publish(cluster, market(100, first=101))
+        wait_for(lambda: len(committed(cluster, "copy")) >= 200, 60)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(200))
+
+
+def test_a_topic_made_anew_is_read_from_its_start(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """A committed offset beyond the end belongs to a topic that is gone."""
+    commit_offsets(cluster, 1_000)
+    publish(cluster, market(20))
+    consumer = Copy()
+    with running(cluster, consumer):
+        wait_for(lambda: len(consumer.seen) == 20, 20)
+
+
+def commit_offsets(cluster: Cluster, offset: int) -> None:
+    """Commit an offset for each partition in the group's name."""
+    client = cluster.consumer(f"{cluster.prefix}-{GROUP}")
+    name = TRADES.full_name(cluster.prefix)
+    client.commit(offsets=[TopicPartition(name, number, offset) for number in range(6)], asynchronous=False)
+    client.close()
+
+
+def test_a_sink_that_is_ahead_of_its_topic_is_an_operators_mistake(cluster: Cluster) -> None:
+    """Its data are of another topic or cluster: going on would hide rows."""
+
+    class Ahead(Copy):
+        def open(self, assigned: Assignment) -> Own:  # type: ignore[override]
+            return Own(dict.fromkeys(assigned, 1_000))
+
+    publish(cluster, market(20))
+    consumer = Ahead()
+    stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    with pytest.raises(ConfigurationError, match="ends at"):
+        Runner(consumer, stream, stream.decode, name="test").run()
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from bourse_consumers.api import Consumer, Emit
+from bourse_consumers.kafka_stream import KafkaStream
+from bourse_consumers.runner import Runner
+from bourse_consumers.testing import trade
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TRADES
+
+servers, registry, prefix, group, mark, where = sys.argv[1:]
+
+class Stream(KafkaStream):
+    def _transact(self, producer, records, positions):
+        producer.begin_transaction()
+        for record in records:
+            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
+        producer.send_offsets_to_transaction(positions, self._membership)
+        producer.flush(10)
+        Path(mark).touch()
+        if where == "transaction":
+            time.sleep(60)
+        producer.commit_transaction()
+
+class Copy(Consumer):
+    emits = (TRADES,)
+    def process(self, batch):
+        events = [event for event in batch.events if event.source != "copy"]
+        if where == "process" and events:
+            Path(mark).touch()
+            for _ in range(30):  # once woken, long enough to hear that the group has forgotten us
+                time.sleep(0.1)
+        fields = "instrument", "sequence", "trading_day", "observed_at"
+        return [Emit(TRADES, trade(source="copy", **{f: getattr(e, f) for f in fields})) for e in events]
+
+stream = Stream(Cluster(servers, registry, prefix), group, Copy.topics, Copy.emits)
+Runner(Copy(), stream, stream.decode, name="child").run()
+"""
+
+
+@contextmanager
+def child(cluster: Cluster, folder: Path, where: str) -> Iterator[tuple[Child, Path]]:
+    """Run a member of the group in a process of its own; it makes a file when it is where it is to be stopped."""
+    mark = folder / "mark"
+    arguments = (cluster.bootstrap_servers, cluster.registry_url, cluster.prefix, f"{cluster.prefix}-{GROUP}", mark)
+    with spawn(
+        [sys.executable, "-c", CHILD, *map(str, arguments), where], stdout=folder / "log", stderr=folder / "log"
+    ) as process:
+        yield process, mark
+
+
+def test_a_kill_in_the_middle_of_a_transaction(cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """kill -9 after everything was sent, before the commit: the successor waits until that is settled."""
+    publish(cluster, market(100))
+    consumer = Copy()
+    with child(cluster, tmp_path, "transaction") as (process, mark):
+        wait_for(mark.exists, 20)
+        process.kill()
+    with running(cluster, consumer):
+        wait_for(lambda: len(committed(cluster, "copy")) >= 100, 60)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(100))
+
+
+def test_a_member_that_slept_publishes_nothing(cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """Stopped in the middle of a batch until the group has forgotten it, and woken: its transaction is refused."""
+    publish(cluster, market(100))
+    consumer = Copy()
+    with child(cluster, tmp_path, "process") as (process, mark):
+        wait_for(mark.exists, 20)
+        process.send(signal.SIGSTOP)
+        with running(cluster, consumer):
+            wait_for(lambda: len(committed(cluster, "copy")) >= 100, 60)
+            process.send(signal.SIGCONT)
+            wait_for(lambda: "starting over" in (tmp_path / "log").read_text("utf-8"), 30)
+            publish(cluster, market(50, first=101))
+            wait_for(lambda: len(committed(cluster, "copy")) >= 150, 60)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(150))
+
+
+def consume(cluster: Cluster, folder: Path, *more: str) -> Child:
+    """Start `bourse consume archive` as an operator would."""
+    command = [sys.executable, "-m", "bourse_schemas", "consume", "archive", "--to", str(folder / "archive")]
+    where = ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
+    names = ["--topic-prefix", cluster.prefix, *more]
+    return spawn([*command, *where, *names], stdout=folder / "log", stderr=folder / "log")
+
+
+def test_a_signal_ends_the_process_in_good_order(
+    cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """SIGTERM: exit code 0, and the group is left."""
+    publish(cluster, market(50))
+    log = tmp_path / "log"
+    with consume(cluster, tmp_path, "--group", f"{cluster.prefix}-{GROUP}") as process:
+        wait_for(lambda: log.exists() and "assigned" in log.read_text("utf-8"), 20)
+        process.send(signal.SIGTERM)
+        assert process.wait(5) == 0, process.log_tail()
+    assert "stopped" in log.read_text("utf-8")
+    with running(cluster, Copy()) as runner:
+        # The group was left: a successor gets the partitions without waiting for a session to end.
+        wait_for(lambda: runner._opened, 5)
+
+
+def test_a_broker_that_is_not_there_yet_is_waited_for(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """A service says that it waits, and can be stopped while it does."""
+    cluster = Cluster(f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", "nowhere")
+    log = tmp_path / "log"
+    with consume(cluster, tmp_path) as process:
+        wait_for(lambda: log.exists() and "waiting" in log.read_text("utf-8"), 20)
+        process.send(signal.SIGINT)
+        assert process.wait(5) == 0, process.log_tail()
+
+
+def test_a_missing_topic_ends_the_process_with_what_to_do(kafka: Kafka, small_registry: str, tmp_path: Path) -> None:
+    """One or two lines, exit code 2."""
+    with consume(Cluster(kafka.bootstrap_servers, small_registry, "undeclared"), tmp_path) as process:
+        assert process.wait(20) == 2
+    said = (tmp_path / "log").read_text("utf-8")
+    assert "bourse topics apply" in said
+    assert "Traceback" not in said

@@ -71,6 +71,10 @@ class _Buffer:
         self.next = end
 
 
+class _Covered(Exception):
+    """Another writer's file covers the range already."""
+
+
 class ParquetArchive(Consumer):
     """Writes every event of `bourse.trades` to Parquet under a folder, exactly once.
 
@@ -160,11 +164,11 @@ class ParquetArchive(Consumer):
         while self._full:
             try:
                 self._create(self._full[0])
-            except FileExistsError as error:
+            except _Covered as error:
                 self._open, self._full = {}, []
                 ends = _ends(self._root)
                 self._next = {partition: ends.get(partition, 0) for partition in self._next}
-                raise Rewind(dict(self._next), f"{error.filename} was written by another one") from error
+                raise Rewind(dict(self._next), f"{error} was written by another one") from error
             except OSError as error:
                 raise Retry(f"cannot write to {self._root}: {error.strerror or error}") from error
             self._full.pop(0)
@@ -178,7 +182,7 @@ class ParquetArchive(Consumer):
         if any(file.start >= buffer.start for file in before) or (
             before and max(before, key=lambda file: file.start).next() > buffer.start
         ):
-            raise FileExistsError(17, "the range is covered", str(final))
+            raise _Covered(final)
         table = pa.concat_tables(buffer.tables)
         about = {"topic": topic, "partition": number, "start": buffer.start, "next": buffer.next}
         table = table.replace_schema_metadata({METADATA: json.dumps(about).encode()})
@@ -189,7 +193,10 @@ class ParquetArchive(Consumer):
                 file.flush()
                 os.fsync(file.fileno())
             folder.mkdir(exist_ok=True)
-            os.link(staged, final)
+            try:
+                os.link(staged, final)
+            except FileExistsError as error:
+                raise _Covered(final) from error
             _sync(folder)
         finally:
             staged.unlink(missing_ok=True)

@@ -1,0 +1,299 @@
+"""Our own consumers keep the contract that every plug-in is held to, and mean what their rules say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bourse_consumers.alerts.consumer import Alerts
+from bourse_consumers.alerts.rules import Change, Crossing, Direction, Engine, Rule
+from bourse_consumers.alerts.ruleset import load
+from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Retry, Rewind
+from bourse_consumers.archive.parquet import ParquetArchive, count_rows, files, read
+from bourse_consumers.testing import ConsumerContract, Memory, run, trade
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import AlertState, TradeEvent, Unit
+
+TRADES_0 = Partition("bourse.trades", 0)
+OPENED = datetime(2026, 11, 23, 5, 30, tzinfo=UTC)
+RULES = Path(__file__).parents[2] / "examples" / "rules.yaml"
+
+
+def priced(prices: Sequence[int | None], *, seconds: int = 60, **fields: Any) -> list[TradeEvent]:
+    """Return one event a minute with these last prices."""
+    return [
+        trade(sequence=number, last_price=price, observed_at=OPENED + timedelta(seconds=seconds * number), **fields)
+        for number, price in enumerate(prices, 1)
+    ]
+
+
+def change(percent: int = 3, minutes: int = 5, direction: Direction = Direction.UP) -> Rule:
+    test = Change(Fraction(percent), Fraction(percent, 2), Unit.PERCENT, timedelta(minutes=minutes))
+    return Rule(name="move", version="0" * 12, test=test, directions=(direction,))
+
+
+def crossing(level: int) -> Rule:
+    return Rule(name="level", version="0" * 12, test=Crossing(level, Fraction()), directions=(Direction.UP,))
+
+
+def states(rule: Rule, events: Sequence[TradeEvent]) -> list[tuple[int | None, AlertState]]:
+    """Return which event raised what."""
+    engine = Engine([rule])
+    return [(event.sequence, alert.state) for event in events for alert in engine.take(event)]
+
+
+FIRING, RESOLVED = AlertState.FIRING, AlertState.RESOLVED
+
+
+class TestAlerts(ConsumerContract):
+    """Alerts come once, whatever is stopped, killed or moved."""
+
+    def make(self, folder: Path) -> Consumer:
+        return Alerts([change(), crossing(105)])
+
+    def events(self) -> Sequence[TradeEvent]:
+        return priced([100, 101, 104, 106, 106, 104, 103, 103, 108, 108], previous_close=100)
+
+
+class TestArchive(ConsumerContract):
+    """Every event is in a file once, whatever is stopped, killed or moved."""
+
+    def make(self, folder: Path) -> Consumer:
+        return ParquetArchive(folder, max_rows=2, max_bytes=1 << 20, max_age_seconds=300)
+
+    def events(self) -> Sequence[TradeEvent]:
+        first = priced([100, 101, 102, 103])
+        return [*first, *(trade(sequence=number, trading_day=date(2026, 11, 24)) for number in (1, 2, 3))]
+
+    def outcome(self, memory: Memory, folder: Path) -> object:
+        return sorted(read(folder)["event_id"].to_pylist()) if files(folder) else []
+
+
+def test_a_change_is_measured_against_the_price_in_force_a_window_ago() -> None:
+    """Not against the oldest event inside the window, nor the day's first once the day is older."""
+    assert states(change(), priced([100, 100, 100, 100, 100, 101, 102, 103, 104])) == [(8, FIRING)]
+    # Slowly up: never 3 % within five minutes, though 5 % in all.
+    assert states(change(), priced([1000 + 5 * minute for minute in range(12)])) == []
+
+
+def test_an_episode_fires_once_and_resolves_once_below_its_hysteresis() -> None:
+    """A price that wavers around the threshold raises one alert, not one an event."""
+    wavering = [100, 103, 102, 103, 102, 103, 102, 102, 102, 102]
+    assert states(change(), priced(wavering)) == [(2, FIRING), (7, RESOLVED)]
+
+
+def test_a_level_is_crossed_from_the_side_of_the_previous_close() -> None:
+    """The day's first price counts as a crossing where the previous close lay on the other side."""
+    assert states(crossing(105), priced([106, 104, 105], previous_close=100)) == [
+        (1, FIRING),
+        (2, RESOLVED),
+        (3, FIRING),
+    ]
+    assert states(crossing(105), priced([106, 104, 105], previous_close=110)) == [(3, FIRING)]
+    assert states(crossing(105), priced([106, 107], previous_close=None)) == []
+
+
+def test_an_episode_ends_with_its_day_without_a_record() -> None:
+    """The next day begins anew."""
+    today = priced([100, 104], previous_close=100)
+    tomorrow = [trade(sequence=1, trading_day=date(2026, 11, 24), last_price=100)]
+    assert states(change(), [*today, *tomorrow]) == [(2, FIRING)]
+
+
+def test_an_unknown_price_is_no_price() -> None:
+    """Null raises nothing and ends nothing."""
+    assert states(change(), priced([100, None, 104, None])) == [(3, FIRING)]
+
+
+def test_both_records_of_an_episode_carry_one_id_and_what_tripped_them() -> None:
+    """Who stores alerts elsewhere can pair them."""
+    engine = Engine([change()])
+    raised, resolved = [alert for event in priced([100, 104, 100]) for alert in engine.take(event)]
+    assert (raised.alert_id, raised.started_at) == (resolved.alert_id, resolved.started_at)
+    assert (raised.price, raised.reference_price, raised.observed, raised.threshold) == (104, 100, 4.0, 3.0)
+    assert (raised.event_id, resolved.event_id) == ("IRO1MADN0001-20261123-2", "IRO1MADN0001-20261123-3")
+
+
+def naive(rule: Rule, events: Sequence[TradeEvent]) -> list[tuple[int | None, AlertState]]:
+    """Say what a change rule must give by looking at the whole history each time."""
+    test = rule.test
+    assert isinstance(test, Change)
+    found: list[tuple[int | None, AlertState]] = []
+    firing = False
+    sign = rule.directions[0].value
+    for index, event in enumerate(events):
+        history = [e for e in events[: index + 1] if e.last_price is not None]
+        if event.last_price is None:
+            continue
+        before = [e for e in history if e.observed_at <= event.observed_at - test.window]
+        reference = (before[-1] if before else history[0]).last_price
+        if not reference:
+            continue
+        moved = Fraction(sign * (event.last_price - reference) * 100, reference)
+        if not firing and moved >= test.threshold:
+            firing = True
+            found.append((event.sequence, FIRING))
+        elif firing and moved < test.resolve:
+            firing = False
+            found.append((event.sequence, RESOLVED))
+    return found
+
+
+@given(
+    prices=st.lists(st.one_of(st.none(), st.integers(0, 120)), max_size=40),
+    seconds=st.integers(0, 200),
+    percent=st.integers(1, 30),
+    minutes=st.integers(1, 10),
+    direction=st.sampled_from(Direction),
+)
+def test_the_engine_agrees_with_one_that_looks_at_the_whole_history(
+    prices: list[int | None], seconds: int, percent: int, minutes: int, direction: Direction
+) -> None:
+    """A bounded window is an optimisation, not another meaning."""
+    events = priced(prices, seconds=seconds)
+    rule = change(percent, minutes, direction)
+    assert states(rule, events) == naive(rule, events)
+
+
+def test_the_example_rules_are_read() -> None:
+    """What we ship is right, in every field."""
+    rules = {rule.name: rule for rule in load(RULES)}
+    assert {"fast-rise", "fast-fall", "above-5500", "steel-and-copper"} <= set(rules)
+    assert rules["steel-and-copper"].match.symbols == frozenset({"فولاد", "فملی"})
+
+
+HEAD = "version: 1\nrules:\n"
+MISTAKES = {
+    HEAD
+    + "  - {name: a, type: change, percnt: 3, window: 5m}\n": ":3: rules[1].percnt: unknown key; did you mean percent?",
+    HEAD
+    + "  - name: a\n    type: change\n    percent: 3\n    window: 5 days\n": ":6: rules[1].window: give a duration",
+    HEAD + "  - {name: a, type: change, percent: 3}\n": ":3: rules[1].window: is missing",
+    HEAD + "  - {name: a, type: crossing, level: -5}\n": ":3: rules[1].level:",
+    HEAD + "  - {name: a, type: jump}\n": ":3: rules[1]",
+    "version: 2\nrules: []\n": ":1: version:",
+    HEAD + "\t- a\n": ":3: not YAML",
+    "": "not a rules file",
+    HEAD + "  - {name: a, type: crossing, level: 5, message: '{nobody}'}\n": "{nobody} is unknown",
+    HEAD + "  - {name: a, type: crossing, level: 5, message: '{symbol.__class__}'}\n": "message:",
+    HEAD + "  - {name: a, type: crossing, level: 5}\n  - {name: a, type: crossing, level: 6}\n": "'a'",
+}
+
+
+@pytest.mark.parametrize(("text", "hint"), MISTAKES.items())
+def test_a_mistake_in_the_rules_is_named_with_line_and_key(tmp_path: Path, text: str, hint: str) -> None:
+    """Whoever writes rules is told where and what."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    """Nobody mends a file one error at a time."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        "version: 1\nrules:\n  - {name: a, type: change, percent: 3}\n  - {name: b, type: crossing}\n", "utf-8"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def archived(folder: Path, **limits: Any) -> ParquetArchive:
+    return ParquetArchive(folder, **{"max_rows": 50_000, "max_bytes": 1 << 26, "max_age_seconds": 300.0, **limits})
+
+
+def test_a_file_holds_one_range_of_one_day_and_ranges_join(tmp_path: Path) -> None:
+    """The start of each file is exactly the end of the one before it."""
+    memory = Memory()
+    memory.append(*priced([1, 2, 3, 4, 5]), *(trade(sequence=n, trading_day=date(2026, 11, 24)) for n in (1, 2)))
+    run(archived(tmp_path, max_rows=2), memory, batch_size=2)
+    ordered = sorted(files(tmp_path), key=lambda file: file.start)
+    assert [(file.start, file.next()) for file in ordered] == [(0, 2), (2, 4), (4, 5), (5, 7)]
+    assert {file.path.parent.name for file in ordered} == {"trading_day=2026-11-23", "trading_day=2026-11-24"}
+    assert read(tmp_path)["event_id"].to_pylist() == [
+        *(f"IRO1MADN0001-20261123-{n}" for n in (1, 2, 3, 4, 5)),
+        *(f"IRO1MADN0001-20261124-{n}" for n in (1, 2)),
+    ]
+
+
+def batch(memory: Memory, begin: int, end: int) -> Batch:
+    records = [record for record in memory.records[TRADES_0][begin:end] if record is not None]
+    return Batch(records, {TRADES_0: end}, decode=memory.decode)
+
+
+def test_of_two_writers_at_the_same_place_one_wins(tmp_path: Path) -> None:
+    """A zombie with the same rows in its buffer rewinds to what the other one wrote."""
+    memory = Memory()
+    memory.append(*priced([1, 2, 3, 4]))
+    zombie, heir = archived(tmp_path), archived(tmp_path)
+    for writer in (zombie, heir):
+        writer.open(Assignment({TRADES_0: 0}))
+    zombie.process(batch(memory, 0, 2))
+    heir.process(batch(memory, 0, 3))
+    heir.close()
+    with pytest.raises(Rewind) as caught:
+        zombie.close()
+    assert caught.value.offsets == {TRADES_0: 3}
+    zombie.process(batch(memory, 3, 4))
+    zombie.close()
+    assert len(read(tmp_path)) == count_rows(tmp_path) == 4
+
+
+def test_a_disk_that_fails_is_waited_for(tmp_path: Path) -> None:
+    """What could not be written stays, and is written once it can be."""
+    memory = Memory()
+    memory.append(*priced([1, 2]))
+    writer = archived(tmp_path, max_rows=1)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 1))
+    blocker = tmp_path / "trading_day=2026-11-23"
+    blocker.write_text("in the way of the folder")
+    for _ in range(2):
+        with pytest.raises(Retry):
+            writer.process(batch(memory, 1, 2))
+    assert writer.durable() == {TRADES_0: 0}
+    blocker.unlink()
+    writer.process(batch(memory, 1, 2))
+    writer.close()
+    assert writer.durable() == {TRADES_0: 2}
+    assert count_rows(tmp_path) == 2
+
+
+def test_other_readers_take_the_folder_as_one_table(tmp_path: Path) -> None:
+    """The columns are the contract's, with exact types."""
+    memory = Memory()
+    memory.append(*priced([5488]))
+    run(archived(tmp_path), memory)
+    table = pyarrow.dataset.dataset(tmp_path).to_table()
+    (row,) = table.to_pylist()
+    assert (row["last_price"], row["trading_day"], row["op"]) == (5488, date(2026, 11, 23), "OPENED")
+    assert str(table.schema.field("observed_at").type) == "timestamp[ms, tz=UTC]"
+
+
+def test_a_foreign_file_is_named_at_start(tmp_path: Path) -> None:
+    """It might be anything: better to ask than to count it."""
+    writer = archived(tmp_path)
+    folder = tmp_path / "trading_day=2026-11-23"
+    folder.mkdir()
+    (folder / "mine.parquet").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"mine\.parquet"):
+        writer.open(Assignment({TRADES_0: 0}))
+
+
+def test_a_path_that_cannot_be_written_is_named_at_start(tmp_path: Path) -> None:
+    """A file in the place of the folder, for one."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="--to"):
+        archived(tmp_path / "file")
