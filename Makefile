@@ -26,7 +26,7 @@ lint: .venv/.installed ## format, style, types, and who imports whom
 check: lint test ## all of lint, then the tests
 
 bench: .venv/.installed .venv/bench/.installed ## the numbers of docs/benchmarks.md, measured on this machine
-	@$(BIN)/python benchmarks/bench.py $(ARGS)
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 format: .venv/.installed ## format and sort
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -58,7 +58,7 @@ class KafkaStream:
         self._log = get_logger(group=group)
         names = [topic.full_name(cluster.prefix) for topic in topics]
         publishes = {*emits, DEAD_LETTERS}
-        cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)], ASK_SECONDS)
+        cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)])
         registry = cluster.registry()
         self._serializers = {topic: registry.serializer(topic, cluster.prefix) for topic in publishes}
         self._decoders: dict[str, Deserializer[Any]] = {

@@ -514,7 +514,7 @@ class _Feed:
 
         self._cluster = cluster
         self._topics = {topic.full_name(cluster.prefix): topic for topic in TOPICS}
-        self._partitions = cluster.require_topics(list(self._topics), START_SECONDS)
+        self._partitions = cluster.require_topics(list(self._topics))
         self._admin = cluster.admin()
         self._registry = cluster.registry()
         with suppress(Undecodable, SchemaRegistryError):

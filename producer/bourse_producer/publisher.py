@@ -37,7 +37,6 @@ warnings.filterwarnings("ignore", "Producer abort_transaction failed during clos
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 2.0
 # One-shot commands give up within 10 seconds, their own start included.
-TOPICS_SECONDS = 7.0
 CLOSE_SECONDS = 2.0
 
 
@@ -66,9 +65,7 @@ class Publisher:
         self._candles = registry.serializer(CANDLES, cluster.prefix)
         self._polls = registry.serializer(POLLS, cluster.prefix)
         self._letters = registry.serializer(DEAD_LETTERS, cluster.prefix)
-        cluster.require_topics(
-            [topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)], TOPICS_SECONDS
-        )
+        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)])
         self._producer: Producer = cluster.transactional_producer(f"{cluster.prefix}-producer-{source}")
 
     def restore(self) -> State:

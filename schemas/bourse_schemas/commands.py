@@ -18,7 +18,6 @@ from bourse_schemas.topics import TOPICS, Topic
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message
-    from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
 __all__ = ["Plan", "apply_topics", "plan_topics", "schemas", "tail", "topics"]
 
@@ -86,22 +85,13 @@ def apply(
 @cluster_options
 def list_topics(cluster: Cluster) -> None:
     """Show what is declared, and what of it the cluster has."""
-    found = _existing(cluster, cluster.admin()).topics
+    found = cluster.metadata().topics
     for topic in TOPICS:
         name = topic.full_name(cluster.prefix)
         state = f"{len(found[name].partitions)} partitions" if name in found else "missing"
         click.echo(
             f"{name:<24} {state:<14} {topic.cleanup:<8} key: {topic.key_doc:<38} {topic.event.__name__:<11} {topic.doc}"
         )
-
-
-def _existing(cluster: Cluster, admin: AdminClient) -> ClusterMetadata:
-    from confluent_kafka import KafkaException
-
-    try:
-        return admin.list_topics(timeout=TIMEOUT_SECONDS)
-    except KafkaException as error:
-        raise _unreachable(cluster, error) from error
 
 
 def _unreachable(cluster: Cluster, error: Exception) -> Unreachable:
@@ -123,7 +113,7 @@ def plan_topics(
 
     _check_overrides(overrides)
     admin = cluster.admin()
-    existing = _existing(cluster, admin)
+    existing = cluster.metadata()
     brokers = len(existing.brokers)
     plans = []
     for declared in TOPICS:
@@ -227,7 +217,7 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     # The controller has done it, the brokers hear of it a moment later: the next command must find its topics.
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        known = _existing(cluster, admin).topics
+        known = cluster.metadata().topics
         if all(plan.name in known and len(known[plan.name].partitions) >= plan.topic.partitions for plan in plans):
             break
         time.sleep(0.02)

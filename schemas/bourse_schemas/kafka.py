@@ -14,7 +14,7 @@ from bourse_schemas.topics import DEFAULT_PREFIX
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Producer
-    from confluent_kafka.admin import AdminClient
+    from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
     from bourse_schemas.registry import Registry
 
@@ -106,21 +106,36 @@ class Cluster:
         own = {key[prefix:]: value for key, value in self.settings.items() if key.startswith(REGISTRY_KEYS)}
         return Registry(self.registry_url, own)
 
-    def require_topics(self, names: Sequence[str], timeout: float = 8.0) -> dict[str, int]:
-        """Return the number of partitions of each topic.
+    def metadata(self, timeout: float = 8.0) -> ClusterMetadata:
+        """Return the cluster's brokers and topics.
 
-        Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when a topic is missing.
+        Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when it refuses us.
         """
-        from confluent_kafka import KafkaException
+        from confluent_kafka import KafkaError, KafkaException
+        from confluent_kafka.admin import AdminClient
 
-        admin = self.admin()
+        from bourse_schemas.telemetry import kafka_logger
+
+        said: list[KafkaError] = []
+        admin = self._make(AdminClient, {**self.client({}), "error_cb": said.append}, logger=kafka_logger())
         try:
-            found = admin.list_topics(timeout=timeout).topics
+            return admin.list_topics(timeout=timeout)
         except KafkaException as error:
+            # Why it did not come to a connection is said beside the time-out.
+            admin.poll(0)
+            for refusal in said:
+                if refusal.code() in {KafkaError._AUTHENTICATION, KafkaError._SSL}:  # noqa: SLF001  # its public names
+                    raise ConfigurationError(
+                        f"Kafka at {self.bootstrap_servers} refuses us: {refusal.str()}; see -X sasl… and -X ssl…"
+                    ) from error
             raise Unreachable(
                 f"Kafka at {self.bootstrap_servers} does not answer ({error.args[0].str()}): "
                 "is it running, and is --bootstrap-servers right?"
             ) from error
+
+    def require_topics(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the number of partitions of each topic; raise ConfigurationError when one is missing."""
+        found = self.metadata().topics
         missing = [name for name in names if name not in found or found[name].error is not None]
         if missing:
             raise ConfigurationError(

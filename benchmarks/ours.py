@@ -1,0 +1,52 @@
+"""The product's producer as `bourse produce` runs it, timed at its two ends: EXCHANGE BOOTSTRAP REGISTRY PREFIX."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+
+from bourse_producer.diff import Changes
+from bourse_producer.finnotech import SOURCE, Credentials, Finnotech, Reply
+from bourse_producer.publisher import Publisher
+from bourse_producer.service import Producer, Settings
+from bourse_schemas.events import DeadLetter, PollMarker
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.telemetry import configure_logging
+
+
+def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> None:
+    """Poll and publish for every line of stdin; print the poll's seconds: to get, to work out, to publish."""
+    configure_logging("warning")
+    began = got = 0.0
+
+    class Exchange(Finnotech):
+        def realtime(self, **call: Any) -> Reply:
+            nonlocal began, got
+            if not sys.stdin.readline():
+                signal.raise_signal(signal.SIGTERM)
+            began = time.perf_counter()
+            reply = super().realtime(**call)
+            got = time.perf_counter()
+            return reply
+
+    class Publication(Publisher):
+        def publish(self, changes: Changes, letters: Iterable[DeadLetter], marker: PollMarker) -> None:
+            worked_out = time.perf_counter()
+            super().publish(changes, letters, marker)
+            print(json.dumps((got - began, worked_out - got, time.perf_counter() - worked_out)), flush=True)
+
+    cluster = Cluster(bootstrap_servers, registry, prefix)
+    settings = Settings(SOURCE, poll_seconds=0, always=True, response_clock=True)
+    with httpx.Client(headers={"User-Agent": "bourse-stream"}) as client:
+        account = Credentials("bench", "bench", "0123456789")
+        Producer(Exchange(client, exchange, account), lambda: Publication(cluster, SOURCE), settings).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
