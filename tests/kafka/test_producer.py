@@ -96,9 +96,19 @@ def read(cluster: Cluster, topic: Topic) -> Read:
     return found
 
 
+def _settled(cluster: Cluster) -> tuple[list[TradeEvent], list[Candle]]:
+    """Return events and candles once both show the last commit: its markers reach one partition after the other."""
+    deadline = time.monotonic() + 10
+    while True:
+        events, candles = read(cluster, TRADES).events, read(cluster, CANDLES).events
+        newest = [max((event.poll_sequence for event in part), default=0) for part in (events, candles)]
+        if (newest[0] == newest[1] and len(events) == len(candles)) or time.monotonic() > deadline:
+            return events, candles
+
+
 def check(cluster: Cluster) -> list[TradeEvent]:
     """Check what holds of the topics whatever happened, and return the events."""
-    events: list[TradeEvent] = read(cluster, TRADES).events
+    events, candles = _settled(cluster)
     assert len({event.event_id for event in events}) == len(events)
     chains: dict[tuple[str, Any], list[TradeEvent]] = defaultdict(list)
     for event in events:
@@ -108,7 +118,7 @@ def check(cluster: Cluster) -> list[TradeEvent]:
         for total in ("volume", "value", "trade_count"):
             assert sum(getattr(event, f"{total}_delta") for event in chain) == getattr(chain[-1], total)
     last: dict[str, TradeEvent] = {event.instrument: event for event in events}
-    kept: dict[str, Candle] = {candle.instrument: candle for candle in read(cluster, CANDLES).events}
+    kept: dict[str, Candle] = {candle.instrument: candle for candle in candles}
     fields = Candle.__struct_fields__
     assert kept.keys() == last.keys()
     for code, candle in kept.items():
