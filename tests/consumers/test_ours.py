@@ -183,6 +183,9 @@ MISTAKES = {
     HEAD + "\t- a\n": ":3: not YAML",
     "": "not a rules file",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{nobody}'}\n": "{nobody} is unknown",
+    HEAD + "  - {name: a, type: crossing, level: 5, message: '{symbol:d}'}\n": ":3: rules[1].message:",
+    HEAD + "  - {name: a, type: crossing, level: 5, message: '{price:{symbol}}'}\n": "another field",
+    HEAD + "  - {name: a, type: crossing, level: 5, message: '{reference_price:,}'}\n": "previous close",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{symbol.__class__}'}\n": "message:",
     HEAD + "  - {name: a, type: crossing, level: 5}\n  - {name: a, type: crossing, level: 6}\n": "'a'",
 }
@@ -208,6 +211,16 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load(path)
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_message_is_filled_in(tmp_path: Path) -> None:
+    """Formats fit the kinds of the values they are for."""
+    path = tmp_path / "rules.yaml"
+    message = "{symbol} {observed:.1f} % from {reference_price:,} to {price:,}"
+    path.write_text(f"{HEAD}  - {{name: a, type: change, percent: 3, window: 5m, message: '{message}'}}\n", "utf-8")
+    engine = Engine(load(path))
+    (alert,) = [alert for event in priced([5000, 5200]) for alert in engine.take(event)]
+    assert alert.message == "ومعادن 4.0 % from 5,000 to 5,200"
 
 
 def archived(folder: Path, **limits: Any) -> ParquetArchive:

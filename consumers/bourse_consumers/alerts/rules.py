@@ -188,7 +188,7 @@ def _judge(
             episode.beyond = sign * (reference - test.level) >= 0
         beyond = sign * (price - test.level) >= 0
         begins = beyond and episode.beyond is False
-        ends = sign * (price - test.level) < -test.margin or (not test.margin and not beyond)
+        ends = sign * (price - test.level) < -test.margin
         # With a margin the price is only then back when it is a margin back.
         if beyond or ends or episode.beyond is None:
             episode.beyond = beyond
@@ -247,9 +247,12 @@ def _judge(
     )
 
 
-MESSAGE_FIELDS = frozenset(
-    "rule state severity condition instrument symbol title price reference_price observed threshold".split()  # noqa: SIM905
-)
+# What a message template may name, with a value of the kind it will have.
+MESSAGE_FIELDS: Mapping[str, str | int | float] = {
+    **dict.fromkeys(("rule", "state", "severity", "condition", "instrument", "symbol", "title"), "text"),
+    **dict.fromkeys(("price", "reference_price"), 1),
+    **dict.fromkeys(("observed", "threshold"), 1.5),
+}
 
 
 def _plain(number: Fraction) -> str:

@@ -10,7 +10,7 @@ import string
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -66,6 +66,7 @@ class _Resolve(_Strict):
 
 
 class _Rule(_Strict):
+    sample_reference: ClassVar[int | None] = 1
     name: Annotated[str, Field(min_length=1, max_length=100)]
     match: _Match = _Match()
     price: Literal[PRICES] = "last_price"  # type: ignore[valid-type]  # one list serves people and checker
@@ -80,11 +81,18 @@ class _Rule(_Strict):
     @classmethod
     def _known_fields(cls, text: str | None) -> str | None:
         if text is not None:
-            names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-            unknown = sorted(names - MESSAGE_FIELDS)
-            if unknown:
-                raise ValueError(f"{{{unknown[0]}}} is unknown; there are {', '.join(sorted(MESSAGE_FIELDS))}")
-            text.format_map(dict.fromkeys(MESSAGE_FIELDS, 0))
+            for _, name, form, _ in string.Formatter().parse(text):
+                if name is not None and name not in MESSAGE_FIELDS:
+                    raise ValueError(f"{{{name}}} is unknown; there are {', '.join(sorted(MESSAGE_FIELDS))}")
+                if "{" in (form or ""):
+                    raise ValueError(f"{{{name}:{form}}}: a format must not hold another field")
+            # With values of the kinds they will have: a template must not fail when the alert comes.
+            try:
+                text.format_map({**MESSAGE_FIELDS, "reference_price": cls.sample_reference})
+            except TypeError as error:
+                raise ValueError(
+                    "reference_price is empty where there was no previous close: leave its format out"
+                ) from error
         return text
 
 
@@ -109,6 +117,7 @@ class _Change(_Rule):
 
 
 class _Crossing(_Rule):
+    sample_reference: ClassVar[int | None] = None
     type: Literal["crossing"]
     level: Annotated[int, Field(gt=0)]
 
