@@ -26,7 +26,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from bourse_producer.calendar import TEHRAN
 from bourse_producer.diff import RejectedRow, Snapshot
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
-from bourse_schemas.events import Candle, Reason
+from bourse_schemas.events import Candle, Reason, tidy
 
 __all__ = ["ADDRESSES", "SOURCE", "Context", "Credentials", "Finnotech", "Reply", "merge", "parse"]
 
@@ -222,9 +222,9 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
         poll_sequence=context.poll_sequence,
         source=SOURCE,
         company_id=row.CoID,
-        symbol=_tidy(row.BourseSymbol),
+        symbol=tidy(row.BourseSymbol),
         symbol_raw=row.BourseSymbol,
-        title=_tidy(row.FullTitle),
+        title=tidy(row.FullTitle),
         is_right=context.is_right,
         # Beside a last price a zero here is not a price but "not known".
         open_price=None if row.OpeningPrice == unknown else row.OpeningPrice,
@@ -312,13 +312,6 @@ def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
         return local.astimezone(UTC), local.date()
     except (ValueError, OverflowError):
         return None, None
-
-
-@lru_cache(1 << 16)
-def _tidy(text: str) -> str:
-    """Normalise Persian text: ي→ی, ك→ک, one space between words, no ZWNJ but between letters."""
-    text = re.sub("\u200c+", "\u200c", text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک"))
-    return re.sub("\u200c?\\s[\\s\u200c]*", " ", text).strip(" \u200c")
 
 
 def _type(value: Any) -> str:

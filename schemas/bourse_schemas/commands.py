@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, Undecodable
 from bourse_schemas.kafka import Cluster, cluster_options
 from bourse_schemas.topics import TOPICS, Topic
 
@@ -94,13 +94,6 @@ def list_topics(cluster: Cluster) -> None:
         )
 
 
-def _unreachable(cluster: Cluster, error: Exception) -> Unreachable:
-    return Unreachable(
-        f"Kafka at {cluster.bootstrap_servers} does not answer ({error.args[0].str()}): "
-        "is it running, and is --bootstrap-servers right?"
-    )
-
-
 def plan_topics(
     cluster: Cluster, overrides: Mapping[str, Any], replication_factor: int | None, *, any_time: bool
 ) -> list[Plan]:
@@ -145,7 +138,9 @@ def plan_topics(
             try:
                 current = admin.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource].result()
             except KafkaException as error:
-                raise _unreachable(cluster, error) from error
+                raise ConfigurationError(
+                    f"{name}: the cluster does not show its settings: {error.args[0].str()}"
+                ) from error
             values = {key: current[key].value if key in current else None for key in settings}
             alter = {key: (values[key], value) for key, value in settings.items() if values[key] != value}
         grow_from = has if has is not None and has < topic.partitions else None

@@ -5,8 +5,10 @@ Prices and values are whole rial, instants are aware datetimes in UTC with milli
 
 from __future__ import annotations
 
+import re
 from datetime import date, datetime
 from enum import StrEnum
+from functools import lru_cache
 
 import msgspec
 
@@ -28,6 +30,7 @@ __all__ = [
     "Stage",
     "TradeEvent",
     "Unit",
+    "tidy",
 ]
 
 
@@ -302,3 +305,10 @@ class DeadLetter(Event, frozen=True, kw_only=True, gc=False):
     poll_sequence: int | None = None
     poll_id: str | None = None
     failed_at: datetime
+
+
+@lru_cache(1 << 16)
+def tidy(text: str) -> str:
+    """Normalise Persian text as `symbol` and `title` are: ي→ی, ك→ک, single spaces, ZWNJ between letters only."""
+    text = re.sub("\u200c+", "\u200c", text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک"))
+    return re.sub("\u200c?\\s[\\s\u200c]*", " ", text).strip(" \u200c")

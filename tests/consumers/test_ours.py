@@ -202,6 +202,15 @@ def test_a_mistake_in_the_rules_is_named_with_line_and_key(tmp_path: Path, text:
     assert hint in str(caught.value)
 
 
+def test_a_symbol_may_be_written_as_the_exchange_writes_it(tmp_path: Path) -> None:
+    """Arabic letters, stray spaces and ZWNJ in a rule mean the symbol on the topic."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(f"{HEAD}  - {{name: a, type: crossing, level: 5, match: {{symbols: [' فملي\u200c ']}}}}\n", "utf-8")
+    (rule,) = load(path)
+    assert rule.match(trade(symbol="فملی"))
+    assert not rule.match(trade(symbol="فولاد"))
+
+
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     """Nobody mends a file one error at a time."""
     path = tmp_path / "rules.yaml"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from bourse_consumers.alerts.rules import MESSAGE_FIELDS, Change, Crossing, Direction, Match, Rule
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import Severity, Unit
+from bourse_schemas.events import Severity, Unit, tidy
 
 __all__ = ["load"]
 
@@ -242,7 +242,7 @@ def _rule(rule: _Change | _Crossing, defaults: _Defaults) -> Rule:
     symbols = rule.match.symbols
     match = Match(
         None if rule.match.instruments is None else frozenset(rule.match.instruments),
-        None if symbols is None else frozenset(_normalised(symbol) for symbol in symbols),
+        None if symbols is None else frozenset(tidy(symbol) for symbol in symbols),
         rule.match.rights,
     )
     normal = [
@@ -272,7 +272,3 @@ def _rule(rule: _Change | _Crossing, defaults: _Defaults) -> Rule:
         channels=channels,
         message=rule.message,
     )
-
-
-def _normalised(symbol: str) -> str:
-    return " ".join(symbol.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک").split())
