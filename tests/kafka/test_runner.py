@@ -232,8 +232,11 @@ def test_a_sink_that_stops_tells_the_group_what_is_durable(cluster: Cluster, wai
 
     publish(cluster, market(30))
     consumer = Sink()
-    with running(cluster, consumer):
-        wait_for(lambda: len(consumer.seen) == 30, 20)
+    stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    with running(cluster, consumer, stream):
+        # The markers, one a partition, come to the partitions, and so to us, some time after the rows.
+        wait_for(lambda: sum(stream._next.values()) == 36, 20)
+        assert len(consumer.seen) == 30
         assert lag(cluster) == 36
     assert lag(cluster) == 0
 
