@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench format lock clean
+.PHONY: help demo test lint check bench chaos fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -27,6 +27,24 @@ check: lint test ## all of lint, then the tests
 
 bench: .venv/.installed .venv/bench/.installed ## the numbers of docs/benchmarks.md, measured on this machine
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+KILLS ?= 200
+BROKERS ?= 1
+N ?= 10000
+POLLS ?= 10000
+SEED ?= 1
+
+chaos: .venv/.installed ## a real day while services die: KILLS=200 SEED=1 BROKERS=1
+	@$(BIN)/python -m reliability.chaos --kills $(KILLS) --seed $(SEED) --brokers $(BROKERS) $(ARGS)
+
+fuzz: .venv/.installed ## mutated responses against the oracle: N=10000 SEED=1
+	@$(BIN)/python -m reliability.fuzz --n $(N) --seed $(SEED) $(ARGS)
+
+soak: .venv/.installed ## memory over many polls: POLLS=10000
+	@$(BIN)/python -m reliability.soak --polls $(POLLS) $(ARGS)
+
+mutants: .venv/.installed ## break the code on purpose and see which test goes red
+	@$(BIN)/python -m reliability.mutants $(ARGS)
 
 format: .venv/.installed ## format and sort
 	@$(BIN)/ruff check --fix-only --quiet .

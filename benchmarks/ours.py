@@ -36,13 +36,13 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
             return reply
 
     class Publication(Publisher):
-        def publish(self, changes: Changes, letters: Iterable[DeadLetter], marker: PollMarker) -> None:
+        def publish(self, changes: Changes, letters: Iterable[DeadLetter], markers: Iterable[PollMarker]) -> None:
             worked_out = time.perf_counter()
-            super().publish(changes, letters, marker)
+            super().publish(changes, letters, markers)
             print(json.dumps((got - began, worked_out - got, time.perf_counter() - worked_out)), flush=True)
 
     cluster = Cluster(bootstrap_servers, registry, prefix)
-    settings = Settings(SOURCE, poll_seconds=0, always=True, response_clock=True)
+    settings = Settings(poll_seconds=0, always=True, response_clock=True)
     with httpx.Client(headers={"User-Agent": "bourse-stream"}) as client:
         account = Credentials("bench", "bench", "0123456789")
         Producer(Exchange(client, exchange, account), lambda: Publication(cluster, SOURCE), settings).run()

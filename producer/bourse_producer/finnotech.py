@@ -1,20 +1,24 @@
-"""Finnotech's `trades/realtime`: calls, tokens, and (pure) what a response says.
+"""Finnotech's `trades/realtime` and its successor: calls, tokens, and (pure) what a response says.
 
 Source: the exchange's documentation and what public clients have seen of it; `docs/exchange.md` has both.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -25,18 +29,81 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from bourse_producer.calendar import TEHRAN
 from bourse_producer.diff import RejectedRow, Snapshot
-from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
+from bourse_schemas.errors import (
+    ConfigurationError,
+    ExchangeError,
+    ExchangeNonsense,
+    ExchangeRefused,
+    ExchangeUnavailable,
+)
 from bourse_schemas.events import Candle, Reason, tidy
+from bourse_schemas.telemetry import get_logger
 
-__all__ = ["ADDRESSES", "SOURCE", "Context", "Credentials", "Finnotech", "Reply", "merge", "parse"]
+__all__ = [
+    "PROFILES",
+    "SOURCE",
+    "TRADES_REALTIME",
+    "Context",
+    "Credentials",
+    "Finnotech",
+    "Profile",
+    "Received",
+    "Reply",
+    "merge",
+    "parse",
+    "parse_minutes",
+]
 
-SOURCE = "finnotech/trades-realtime"
-SCOPE = "bourse:trades-realtime:get"
-ADDRESSES = {"production": "https://apibeta.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"}
 FUTURE = timedelta(minutes=5)
 MINT_SECONDS = 60.0
+DEADLINE_SECONDS = 55.0
+DAY_SECONDS = 86_400.0
+MOST_BYTES = 64 << 20
 # An error body is short; a market is not.
 SHORT = 10_000
+KEPT_HEADERS = ("date", "content-type", "content-length", "content-encoding", "retry-after")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One of the exchange's services: where it is, what it asks for, and how its rows differ.
+
+    With `one_call` shares and rights come together, each row saying which it is; with `dates_only` a trade time at
+    midnight is a date and nothing more.
+    """
+
+    name: str
+    source: str
+    path: str
+    scope: str
+    addresses: Mapping[str, str]
+    one_call: bool = False
+    dates_only: bool = False
+
+
+TRADES_REALTIME = Profile(
+    name="trades-realtime",
+    source="finnotech/trades-realtime",
+    path="trades/realtime",
+    scope="bourse:trades-realtime:get",
+    addresses={"production": "https://apibeta.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"},
+)
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        TRADES_REALTIME,
+        Profile(
+            name="realTimeTrades",
+            source="finnotech/real-time-trades",
+            path="realTimeTrades",
+            scope="bourse:realTime-trades:get",
+            addresses={"production": "https://api.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"},
+            one_call=True,
+            dates_only=True,
+        ),
+    )
+}
+SOURCE = TRADES_REALTIME.source
 
 
 # --- what a response says (pure) --------------------------------------------------------------------------------------
@@ -85,12 +152,23 @@ _rows = msgspec.json.Decoder(list[_Row])
 _raw_rows = msgspec.json.Decoder(list[Raw])
 _anything = msgspec.json.Decoder()
 
-_NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {"tradedateger": "TradeDateGre"}
+# The names in any case, and what the successor calls them.
+_NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {
+    "tradedateger": "TradeDateGre",
+    "gregoriandate": "TradeDateGre",
+    "jalaalidate": "TradeDate",
+    "companyid": "CoID",
+    "companysymbol": "BourseSymbol",
+    "closingpricechangepercent": "ClosingPChgPercent",
+    "sharedcount": "ShareCount",
+}
 _TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
 _CODE = re.compile(r"[A-Z0-9]{12}")
 # What a decoder says of bytes that are no JSON, no UTF-8, or nested beyond reason.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
+_FN_CODE = re.compile(r"FN-[A-Z]{4}-(\d{3})\d{8}$")
+_ADDRESS_WORDS = re.compile(r"\bip\b|\baddress\b|white ?-?list|آی[ \u200c]?پی|نشانی|آدرس")
 _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
 
 
@@ -99,7 +177,7 @@ class Context:
     """What a response does not say of itself.
 
     `received_at` is when it arrived; `dated` is its `Date` header, or our clock where it had none; `track_id` is what
-    was sent with the call, `is_right` which of the two calls it was.
+    was sent with the call, `is_right` which of the two calls it was, `minutes` that it asked for minute rows.
     """
 
     poll_sequence: int
@@ -108,6 +186,8 @@ class Context:
     session_day: date | None
     is_right: bool
     track_id: str
+    minutes: bool = False
+    profile: Profile = TRADES_REALTIME
 
 
 class _BadRow(Exception):
@@ -123,8 +203,21 @@ def parse(body: bytes, context: Context) -> Snapshot:
     Raises ExchangeNonsense when the body is no response, and the matching ExchangeError when it says that the call
     failed. A row that cannot be used is in `rejected`; the others count.
     """
+    candles, rejected, oddities = _read(body, context)
+    best, duplicates = _best(candles)
+    rows = len(candles) + len(rejected)
+    return Snapshot(best, context.received_at, context.session_day, rejected, rows, duplicates, oddities)
+
+
+def parse_minutes(body: bytes, context: Context) -> list[Candle]:
+    """Return the usable rows of a response of minute rows, oldest first; raises as `parse` does."""
+    return sorted(_read(body, context)[0], key=lambda candle: candle.traded_at)
+
+
+def _read(body: bytes, context: Context) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
     try:
-        envelope = _envelope.decode(body)
+        # A byte order mark is no part of JSON, and some gateways put one there.
+        envelope = _envelope.decode(body.removeprefix(b"\xef\xbb\xbf"))
     except _UNREADABLE as error:
         raise ExchangeNonsense("nonsense", f"the body is no response: {error}", track_id=context.track_id) from error
     state = envelope.state or envelope.status
@@ -157,12 +250,11 @@ def parse(body: bytes, context: Context) -> Snapshot:
             rejected.append(_rejected(bytes(raws[number]), bad))
             continue
         candles.append(candle)
-        if known.PrecedencyRight is not None and known.PrecedencyRight is not context.is_right:
+        if known.PrecedencyRight is not None and known.PrecedencyRight is not candle.is_right:
             oddities["right_contradicted"] += 1
         if known.TradeDate and not _names_day(known.TradeDate, candle.trading_day):
             oddities["jalali_contradicted"] += 1
-    best, duplicates = _best(candles)
-    return Snapshot(best, context.received_at, context.session_day, rejected, len(rows), duplicates, oddities)
+    return candles, rejected, oddities
 
 
 def merge(parts: Sequence[Snapshot]) -> Snapshot:
@@ -204,6 +296,13 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
     traded_at, trading_day = _trade_time(row.TradeDateGre)
     if traded_at is None or trading_day is None:
         raise _BadRow(Reason.INVALID_VALUE, f"TradeDateGre {row.TradeDateGre[:40]!r} is no time", "TradeDateGre")
+    profile = context.profile
+    estimated = profile.dates_only and traded_at.astimezone(TEHRAN).time() == time_of_day.min
+    if estimated:
+        # Seen on its day: now; later: at the day's end, so that it is never older than what was seen on the day.
+        today = context.received_at.astimezone(TEHRAN).date() == trading_day
+        ends = datetime.combine(trading_day, time_of_day.max, TEHRAN).astimezone(UTC)
+        traded_at = context.received_at if today else ends.replace(microsecond=999_000)
     if traded_at > latest:
         raise _BadRow(
             Reason.FUTURE_ROW,
@@ -217,15 +316,15 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
         trading_day=trading_day,
         trading_day_jalali=row.TradeDate,
         traded_at=traded_at,
-        traded_at_estimated=False,
+        traded_at_estimated=estimated,
         observed_at=context.received_at,
         poll_sequence=context.poll_sequence,
-        source=SOURCE,
+        source=profile.source,
         company_id=row.CoID,
         symbol=tidy(row.BourseSymbol),
         symbol_raw=row.BourseSymbol,
         title=tidy(row.FullTitle),
-        is_right=context.is_right,
+        is_right=bool(row.PrecedencyRight) if profile.one_call else context.is_right,
         # Beside a last price a zero here is not a price but "not known".
         open_price=None if row.OpeningPrice == unknown else row.OpeningPrice,
         high_price=None if row.MaxPrice == unknown else row.MaxPrice,
@@ -352,10 +451,27 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """An answer to a call for data, as far as it came; `query` and `headers` hold nothing secret."""
+
+    track_id: str
+    path: str
+    query: Mapping[str, str]
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+    requested_at: datetime
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class _Token:
+    """A token; `renew_at` and `ends_at` are of the steady clock."""
+
     value: str = field(repr=False)
     refresh: str | None = field(repr=False)
     renew_at: float
+    ends_at: float
 
 
 class _TokenRefused(Exception):
@@ -364,24 +480,52 @@ class _TokenRefused(Exception):
         self._status = status
         self._error = error
 
-    def told(self) -> ExchangeError:
+    def told(self, scope: str) -> ExchangeError:
         """Return what it means where a new token is refused too."""
         error = self._error
         if self._status != 403:
             return error
-        said = f"a new token is refused: the client needs the scope {SCOPE} and a whitelisted address ({error})"
+        said = f"a new token is refused: the client needs the scope {scope} and a whitelisted address ({error})"
         return ExchangeRefused("scope", said, code=error.code, track_id=error.track_id)
 
 
 class Finnotech:
-    """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing."""
+    """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing.
 
-    def __init__(self, client: httpx.Client, address: str, credentials: Credentials) -> None:
+    `on_call` is told how each HTTP call ended: done, or an error's kind; with token_ before it for a token's.
+    `on_response` gets every answer to a call for data before it is judged.
+    """
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        address: str,
+        credentials: Credentials,
+        profile: Profile = TRADES_REALTIME,
+        *,
+        token_file: Path | None = None,
+        on_call: Callable[[str], None] | None = None,
+        on_response: Callable[[Received], None] | None = None,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        mint_seconds: float = MINT_SECONDS,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         self._client = client
         self._address = address.rstrip("/")
         self._credentials = credentials
+        self._profile = profile
+        self._on_call = on_call or (lambda _: None)
+        self._on_response = on_response or (lambda _: None)
+        self._deadline_seconds, self._mint_seconds, self._most_bytes = deadline_seconds, mint_seconds, most_bytes
         self._token: _Token | None = None
-        self._patient_until = 0.0
+        self._minted_at = -math.inf
+        self._refused: ExchangeError | None = None
+        self._token_file = token_file
+        # A token is good for one account at one address with one scope only.
+        identity = (self._address, credentials.client_id, credentials.nid, profile.scope)
+        self._identity = sha256("\0".join(identity).encode()).hexdigest()
+        if token_file is not None:
+            self._load_token(token_file)
 
     def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
         """Return the last state of all companies' shares, or of all subscription rights.
@@ -389,103 +533,204 @@ class Finnotech:
         With `company_id` of that one only; with `minutes` (from, to: HHMM of the current day, Tehran) its minute rows,
         which the exchange gives for a named company only.
 
-        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs. Where
-        that did not help no other token is minted for a minute.
+        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs. Never
+        more than one token a minute is asked for.
         """
-        asked = {"isTimePeriod": "true" if minutes else "false", "precedencyRight": "true" if rights else "false"}
-        if company_id is not None:
-            asked["coId"] = str(company_id)
-        if minutes is not None:
-            asked["fromTime"], asked["toTime"] = minutes
+        asked = {"companyId": company_id} if self._profile.one_call else {
+            "isTimePeriod": "true" if minutes else "false",
+            "precedencyRight": "true" if rights else "false",
+            "coId": company_id,
+            "fromTime": minutes and minutes[0],
+            "toTime": minutes and minutes[1],
+        }  # fmt: skip
+        query = {name: str(value) for name, value in asked.items() if value is not None}
         try:
-            return self._realtime(self._valid_token(), asked)
+            return self._realtime(self._valid_token(), query)
         except _TokenRefused as refused:
-            if time.monotonic() < self._patient_until:
-                raise refused.told() from refused
-        self._token = None
+            if self._must_wait():
+                raise refused.told(self._profile.scope) from refused
+            self._token = None
         try:
-            return self._realtime(self._valid_token(), asked)
+            return self._realtime(self._valid_token(), query)
         except _TokenRefused as refused:
-            self._patient_until = time.monotonic() + MINT_SECONDS
-            raise refused.told() from refused
+            raise refused.told(self._profile.scope) from refused
 
-    def _realtime(self, token: str, asked: dict[str, str]) -> Reply:
+    def _realtime(self, token: str, query: dict[str, str]) -> Reply:
         track_id = uuid4().hex
-        response = self._send(
-            "GET",
-            f"/bourse/v2/clients/{quote(self._credentials.client_id, safe='')}/trades/realtime",
-            track_id,
-            params={"trackId": track_id, **asked},
-            headers={"Authorization": f"Bearer {token}"},
-        )
-        # Refusals come with 200 too, and a refused token must be noticed here, where it can be renewed.
-        if response.status_code != 200 or (len(response.content) < SHORT and b"DONE" not in response.content):
-            error = _refusal(response.status_code, response.content, track_id, response.headers.get("retry-after"))
+        client_id = quote(self._credentials.client_id, safe="")
+        path = f"/bourse/v2/clients/{client_id}/{self._profile.path}"
+        query = {"trackId": track_id, **query}
+        try:
+            status, headers, body = self._send(
+                "GET", path, track_id, params=query, headers={"Authorization": f"Bearer {token}"}
+            )
+            # Refusals come with 200 too, and a refused token must be noticed here, where it can be renewed.
+            if status != 200 or (len(body) < SHORT and b"DONE" not in body):
+                raise _refusal(status, body, track_id, headers.get("retry-after"))
+        except ExchangeError as error:
+            self._on_call(error.kind)
             if error.kind == "token":
-                raise _TokenRefused(response.status_code, error)
-            raise error
-        return Reply(track_id, response.content, datetime.now(UTC), _dated(response))
+                raise _TokenRefused(status, error) from error
+            raise
+        self._on_call("done")
+        return Reply(track_id, body, datetime.now(UTC), _dated(headers))
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _valid_token(self) -> str:
-        token = self._token
-        if token is None or time.monotonic() >= token.renew_at:
-            token = self._token = self._renew(token)
+        token, now = self._token, time.monotonic()
+        if token is not None and (now < token.renew_at or (self._must_wait() and now < token.ends_at)):
+            return token.value
+        if self._must_wait():
+            wait = self._mint_seconds - (now - self._minted_at)
+            why = f" ({self._refused})" if self._refused else ""
+            code = self._refused.code if self._refused else None
+            said = f"no token: one was asked for less than a minute ago{why}"
+            raise ExchangeRefused("token", said, code=code, retry_after=max(wait, 1.0))
+        try:
+            token = self._token = self._mint(self._grant(token))
+        except ExchangeRefused:
+            # A refresh token can be used up or revoked; the credentials still stand, a minute later.
+            if token is None or now >= token.ends_at:
+                self._token = None
+                raise
+            token = self._token = _Token(token.value, None, now + self._mint_seconds, token.ends_at)
         return token.value
 
-    def _renew(self, old: _Token | None) -> _Token:
-        if old is not None and old.refresh is not None:
-            try:
-                return self._mint(
-                    {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": old.refresh}
-                )
-            except ExchangeRefused:
-                # A refresh token can be used up or revoked; the credentials still stand.
-                self._token = None
-        return self._mint({"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": SCOPE})
+    def _grant(self, old: _Token | None) -> dict[str, str]:
+        if old is not None and old.refresh is not None and time.monotonic() < old.ends_at:
+            return {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": old.refresh}
+        return {"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": self._profile.scope}
+
+    def _must_wait(self) -> bool:
+        return time.monotonic() < self._minted_at + self._mint_seconds
 
     def _mint(self, grant: dict[str, str]) -> _Token:
-        asked = time.monotonic()
-        response = self._send(
-            "POST",
-            "/dev/v2/oauth2/token",
-            None,
-            json=grant,
-            auth=httpx.BasicAuth(self._credentials.client_id, self._credentials.secret),
-        )
+        self._minted_at = asked = time.monotonic()
+        self._keep_token(None)
+        account = httpx.BasicAuth(self._credentials.client_id, self._credentials.secret)
         try:
-            result = _anything.decode(response.content)["result"]
-            value, life_ms, refresh = result["value"], float(result["lifeTime"]), result.get("refreshToken")
-            # What cannot stand in a header would come back in the client's own error message.
-            if not (isinstance(value, str) and value.isascii() and value.isprintable() and math.isfinite(life_ms)):
-                raise ValueError("no token")
-        except (*_UNREADABLE, KeyError, TypeError, ValueError, AttributeError):
-            if response.status_code in {400, 401, 403}:
-                code, message = _said(response.content)
-                said = f"the exchange gives no token: {message or response.status_code}"
-                raise ExchangeRefused("token", said, code=code) from None
-            raise _refusal(response.status_code, response.content, None) from None
-        # Counted from our own clock; a tenth of its life before the end it is renewed.
-        return _Token(value, refresh if isinstance(refresh, str) else None, asked + life_ms / 1000 * 0.9)
+            status, headers, body = self._send("POST", "/dev/v2/oauth2/token", None, json=grant, auth=account)
+            token = _granted(body, asked)
+            if token is None:
+                raise _no_token(status, body, headers.get("retry-after"))
+        except ExchangeError as error:
+            self._on_call(f"token_{error.kind}")
+            self._refused = error
+            raise
+        self._on_call("token_done")
+        self._refused = None
+        self._keep_token(token)
+        return token
 
-    def _send(self, method: str, path: str, track_id: str | None, **request: Any) -> httpx.Response:
+    def _load_token(self, file: Path) -> None:
+        """Take over the token of an earlier run, where it is ours and nobody else could read it."""
+        log = get_logger()
         try:
-            response = self._client.request(method, self._address + path, **request)
+            if file.stat().st_mode & 0o077:
+                log.warning("the token file is not used: others can read it", file=str(file), advice="chmod 600")
+            else:
+                kept = json.loads(file.read_text("utf-8"))
+                now, steady = time.time(), time.monotonic()
+                if kept["for"] == self._identity:
+                    self._minted_at = steady - max(0.0, now - kept["asked"])
+                    if kept["value"] is not None and now < kept["ends"]:
+                        ends = steady + kept["ends"] - now
+                        renews = steady + kept["renews"] - now
+                        self._token = _Token(str(kept["value"]), kept["refresh"], renews, ends)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            log.warning("the token file is not used: it cannot be read", file=str(file), error=type(error).__name__)
+        self._keep_token(self._token, at_start=True)
+
+    def _keep_token(self, token: _Token | None, *, at_start: bool = False) -> None:
+        if self._token_file is None:
+            return
+        now, steady = time.time(), time.monotonic()
+        kept = {
+            "for": self._identity,
+            "asked": now - min(steady - self._minted_at, now),
+            "value": token and token.value,
+            "refresh": token and token.refresh,
+            "renews": token and now + token.renew_at - steady,
+            "ends": token and now + token.ends_at - steady,
+        }
+        new = self._token_file.with_name(f"{self._token_file.name}.{os.getpid()}.new")
+        try:
+            new.unlink(missing_ok=True)
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+                json.dump(kept, out)
+            new.replace(self._token_file)
+        except OSError as error:
+            if at_start:
+                raise ConfigurationError(f"--token-file {self._token_file}: cannot write: {error.strerror}") from error
+            get_logger().warning("the token is not kept", file=str(self._token_file), error=error.strerror)
+
+    # --- HTTP ---------------------------------------------------------------------------------------------------------
+
+    def _send(
+        self, method: str, path: str, track_id: str | None, **request: Any
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Return status, headers and body; a body too large, too slow or broken is an ExchangeError."""
+        requested_at, until = datetime.now(UTC), time.monotonic() + self._deadline_seconds
+        chunks: list[bytes] = []
+        try:
+            with self._client.stream(method, self._address + path, **request) as response:
+                try:
+                    size = 0
+                    for chunk in response.iter_bytes():
+                        chunks.append(chunk)
+                        size += len(chunk)
+                        if size > self._most_bytes:
+                            said = f"the body is larger than {self._most_bytes >> 20} MiB"
+                            raise ExchangeNonsense("nonsense", said, track_id=track_id)
+                        if time.monotonic() > until:
+                            said = f"the body took longer than {self._deadline_seconds:.0f} s"
+                            raise ExchangeUnavailable("timeout", said, track_id=track_id)
+                finally:
+                    body = b"".join(chunks)
+                    if track_id is not None:
+                        kept = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
+                        status, query = response.status_code, request["params"]
+                        at = requested_at, datetime.now(UTC)
+                        self._on_response(Received(track_id, path, query, status, kept, body[: self._most_bytes], *at))
+                return response.status_code, response.headers, body
         except httpx.TimeoutException as error:
-            raise ExchangeUnavailable(
-                "timeout", f"the exchange did not answer in time ({type(error).__name__})", track_id=track_id
-            ) from error
+            said = f"the exchange did not answer in time ({type(error).__name__})"
+            raise ExchangeUnavailable("timeout", said, track_id=track_id) from error
         except httpx.DecodingError as error:
             raise ExchangeNonsense("nonsense", f"the body cannot be unpacked: {error}", track_id=track_id) from error
         except httpx.HTTPError as error:
-            raise ExchangeUnavailable(
-                "network", f"{type(error).__name__}: {error}".rstrip(": "), track_id=track_id
-            ) from error
-        return response
+            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ExchangeUnavailable("network", said, track_id=track_id) from error
 
 
-def _dated(response: httpx.Response) -> datetime | None:
+def _granted(body: bytes, asked: float) -> _Token | None:
+    """Return the token in an answer; `asked` is when it was asked for."""
     try:
-        dated = parsedate_to_datetime(response.headers["date"])
+        result = _anything.decode(body)["result"]
+        value, life, refresh = result["value"], float(result["lifeTime"]) / 1000, result.get("refreshToken")
+    except (*_UNREADABLE, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    # What cannot stand in a header would come back in the client's own error message.
+    if not (isinstance(value, str) and value.isascii() and value.isprintable() and math.isfinite(life)):
+        return None
+    # Counted from our own clock; a tenth of its life before the end it is renewed.
+    return _Token(value, refresh if isinstance(refresh, str) else None, asked + life * 0.9, asked + life)
+
+
+def _no_token(status: int, body: bytes, retry_after: str | None) -> ExchangeError:
+    error = _refusal(status, body, None, retry_after)
+    if status in {400, 401, 403} and error.kind in {"token", "internal", "provider", "nonsense"}:
+        message = _said(body)[1] or status
+        return ExchangeRefused("token", f"the exchange gives no token: {message}", code=error.code)
+    return error
+
+
+def _dated(headers: Mapping[str, str]) -> datetime | None:
+    try:
+        dated = parsedate_to_datetime(headers["date"])
         # Beyond reason it would only break the arithmetic.
         return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC) if dated.year < 2200 else None
     except (KeyError, ValueError, OverflowError):
@@ -509,22 +754,40 @@ def _said(body: bytes) -> tuple[str | None, str]:
     return None, ""
 
 
+def _seconds(retry_after: str | None) -> float | None:
+    """Return the seconds that a Retry-After, in seconds or a date, asks us to wait: a day at most."""
+    if not retry_after:
+        return None
+    if retry_after.isdecimal():
+        return min(float(retry_after[:9]), DAY_SECONDS)
+    try:
+        at = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    until = (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
+    return min(max(until.total_seconds(), 0.0), DAY_SECONDS)
+
+
 def _refusal(status: int, body: bytes, track_id: str | None, retry_after: str | None = None) -> ExchangeError:
     """Return the error that a response which is not DONE amounts to."""
     code, message = _said(body)
+    if status == 200 and (found := _FN_CODE.match(code or "")):
+        status = int(found[1])
     text = message or f"HTTP {status} without a reason"
     said = message.lower()
-    wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
-    if status in {401, 403} or code == "UNAUTHORIZED" or "invalid token" in said:
-        return ExchangeRefused("token", text, code=code, track_id=track_id)
+    told: dict[str, Any] = {"code": code, "track_id": track_id, "retry_after": _seconds(retry_after)}
     if "quota" in said or "سقف" in said:
-        return ExchangeRefused("quota", text, code=code, track_id=track_id, retry_after=wait)
+        return ExchangeRefused("quota", text, **told)
+    if status == 403 and _ADDRESS_WORDS.search(said):
+        return ExchangeRefused("address", f"this address is not whitelisted: {text}", **told)
+    if status in {401, 403} or code == "UNAUTHORIZED" or "invalid token" in said:
+        return ExchangeRefused("token", text, **told)
     if status == 429:
-        return ExchangeUnavailable("rate", text, code=code, track_id=track_id, retry_after=wait)
+        return ExchangeUnavailable("rate", text, **told)
     if status == 408 or code == "REQUEST_TIME_OUT":
-        return ExchangeUnavailable("timeout", text, code=code, track_id=track_id)
+        return ExchangeUnavailable("timeout", text, **told)
     if status in {200, 400} and code == "VALIDATION_ERROR":
-        return ExchangeRefused("internal", text, code=code, track_id=track_id)
+        return ExchangeRefused("internal", text, **told)
     if status == 200 and code is None and not message:
         return ExchangeNonsense("nonsense", "the response is neither DONE nor an error", track_id=track_id)
-    return ExchangeUnavailable("provider", text, code=code, track_id=track_id, retry_after=wait)
+    return ExchangeUnavailable("provider", text, **told)

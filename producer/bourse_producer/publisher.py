@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,20 +17,21 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Produc
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, Unreachable
-from bourse_schemas.events import Candle, DeadLetter, Event, Outcome, PollMarker
+from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message
 
-__all__ = ["Publisher", "State"]
+__all__ = ["Publisher", "State", "committed"]
 
 E = TypeVar("E", bound=Event)
 
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
-TAIL = 10_000
+# Of the polls topic, in offsets, and of one source, in markers: more than a day has at the fastest sensible beat.
+TAIL, MOST_MARKERS = 10_000, 2_000
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
 OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
 # Where a transaction cannot be aborted its successor does it: nothing an operator need read.
@@ -42,11 +44,11 @@ CLOSE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is committed for a source: each instrument's candle, the last poll's sequence, the last good poll's time."""
+    """What is committed for a source: each instrument's candle, the last poll's sequence, the latest markers."""
 
     candles: dict[InstrumentCode, Candle]
     poll_sequence: int
-    last_good_at: datetime | None
+    markers: Sequence[PollMarker] = ()
 
 
 class Publisher:
@@ -75,19 +77,15 @@ class Publisher:
         it was read. Raises PublishError.
         """
         self._initialise()
-        candles: dict[InstrumentCode, Candle] = {}
-        for candle in self._committed(CANDLES, Candle):
-            candles[candle.instrument] = candle
-        candles = {code: candle for code, candle in candles.items() if candle.source == self._source}
+        latest = {candle.instrument: candle for candle in self._committed(CANDLES, Candle)}
+        candles = {code: candle for code, candle in latest.items() if candle.source == self._source}
+        markers = deque(
+            (marker for marker in self._committed(POLLS, PollMarker, tail=True) if marker.source == self._source),
+            MOST_MARKERS,
+        )
         # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
-        sequence = max((candle.poll_sequence for candle in candles.values()), default=0)
-        last_good_at = None
-        for marker in self._committed(POLLS, PollMarker, tail=True):
-            if marker.source == self._source:
-                sequence = max(sequence, marker.poll_sequence)
-                if marker.outcome in {Outcome.PUBLISHED, Outcome.UNCHANGED}:
-                    last_good_at = marker.received_at
-        return State(candles, sequence, last_good_at)
+        sequences = [*(candle.poll_sequence for candle in candles.values()), *(each.poll_sequence for each in markers)]
+        return State(candles, max(sequences, default=0), markers)
 
     def _initialise(self) -> None:
         """Initialise in short steps: a signal's handler cannot run while librdkafka waits."""
@@ -99,8 +97,8 @@ class Publisher:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise _publish_error(error.args[0]) from error
 
-    def publish(self, changes: Changes, letters: Iterable[DeadLetter], marker: PollMarker) -> None:
-        """Publish one poll: events, candles, dead letters and the marker in one transaction, or nothing of it.
+    def publish(self, changes: Changes, letters: Iterable[DeadLetter], markers: Iterable[PollMarker]) -> None:
+        """Publish one poll: events, candles, dead letters and markers in one transaction, or nothing of it.
 
         Raises PublishError; Fenced where another instance took over.
         """
@@ -111,7 +109,8 @@ class Publisher:
             self._produce(state)
         for letter in letters:
             self._produce(self._letters(letter))
-        self._produce(self._polls(marker))
+        for marker in markers:
+            self._produce(self._polls(marker))
         # Without a time-out of its own: how long it may take is the transaction's business.
         self._do(self._producer.commit_transaction)
 
@@ -173,21 +172,31 @@ class Publisher:
         """Yield the committed events of a topic, in order per partition; with `tail` only the last ones."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._cluster.registry().deserializer(event)
-        consumer = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
         try:
-            found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
-            if found.error is not None or not found.partitions:
-                # Nothing read is not the same as nothing there: the whole market would be published again.
-                raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
-            partitions = list(found.partitions)
-            consumer.assign([_start(consumer, name, number, tail) for number in partitions])
-            yield from _until_end(consumer, decode, len(partitions))
-        except KafkaException as error:
-            raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
+            for payload in committed(self._cluster, name, tail=TAIL if tail else None):
+                yield decode(payload)
         except Undecodable as error:
             raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
-        finally:
-            consumer.close()
+
+
+def committed(cluster: Cluster, name: str, *, tail: int | None = None) -> Iterable[bytes]:
+    """Yield the committed values of a topic to its end, in order per partition; of the last `tail` offsets, if given.
+
+    Raises PublishError where it cannot be read.
+    """
+    consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+    try:
+        found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
+        if found.error is not None or not found.partitions:
+            # Nothing read is not the same as nothing there: the whole market would be published again.
+            raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
+        partitions = list(found.partitions)
+        consumer.assign([_start(consumer, name, number, tail) for number in partitions])
+        yield from _until_end(consumer, len(partitions))
+    except KafkaException as error:
+        raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
+    finally:
+        consumer.close()
 
 
 def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
@@ -212,15 +221,15 @@ def _span(millis: int) -> timedelta:
     return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
 
 
-def _start(consumer: Consumer, topic: str, partition: int, tail: bool) -> TopicPartition:
-    if not tail:
+def _start(consumer: Consumer, topic: str, partition: int, tail: int | None) -> TopicPartition:
+    if tail is None:
         return TopicPartition(topic, partition, OFFSET_BEGINNING)
     low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), RESTORE_SECONDS)
     # Of the last marker of each source, commit markers and aborted records between them included.
-    return TopicPartition(topic, partition, max(low, high - TAIL))
+    return TopicPartition(topic, partition, max(low, high - tail))
 
 
-def _until_end(consumer: Consumer, decode: Callable[[bytes | None], E], partitions: int) -> Iterable[E]:
+def _until_end(consumer: Consumer, partitions: int) -> Iterable[bytes]:
     ended: set[int | None] = set()
     deadline = time.monotonic() + RESTORE_SECONDS
     while len(ended) < partitions:
@@ -229,7 +238,9 @@ def _until_end(consumer: Consumer, decode: Callable[[bytes | None], E], partitio
             deadline = time.monotonic() + RESTORE_SECONDS
             error = message.error()
             if error is None:
-                yield decode(_value(message))
+                # A tombstone is how an operator takes a delisted instrument out: unknown again, when it comes back.
+                if (value := _value(message)) is not None:
+                    yield value
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 ended.add(message.partition())
             elif not error.retriable():

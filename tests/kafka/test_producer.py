@@ -18,7 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from confluent_kafka import KafkaError, Message
+from msgspec import structs
 
+from bourse_producer.diff import Changes
 from bourse_producer.finnotech import SOURCE, Credentials, Finnotech
 from bourse_producer.publisher import Publisher
 from bourse_producer.service import Producer, Settings
@@ -136,7 +138,7 @@ def check(cluster: Cluster) -> list[TradeEvent]:
 
 def in_process(cluster: Cluster, url: str, client: httpx.Client) -> Producer:
     """Return a producer of this process that is told the time by the exchange."""
-    settings = Settings(SOURCE, poll_seconds=0, always=True, response_clock=True)
+    settings = Settings(poll_seconds=0, always=True, response_clock=True)
     return Producer(Finnotech(client, url, PRACTICE), lambda: Publisher(cluster, SOURCE), settings)
 
 
@@ -237,9 +239,9 @@ def test_an_older_instance_is_fenced(cluster: Cluster) -> None:
     """A second instance of the same source takes over; the first one's next poll publishes nothing and says so."""
     with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
         old, new = in_process(cluster, server.url, client), in_process(cluster, server.url, client)
-        old._open()
+        old._recoverable(lambda: None)
         old._poll_once()
-        new._open()
+        new._recoverable(lambda: None)
         with pytest.raises(Fenced):
             old._recoverable(old._poll_once)
         poll(new, 2)
@@ -334,6 +336,47 @@ def test_an_open_transaction_is_settled_by_the_next_instance(cluster: Cluster) -
         poll(in_process(cluster, server.url, client), 2)
         left_open.close()
     assert len(check(cluster)) > len(seen)
+
+
+def test_a_death_before_the_marker_leaves_nothing(cluster: Cluster) -> None:
+    """Events without their marker are never seen: a poll is published whole or not at all."""
+
+    def dies() -> Iterator[PollMarker]:
+        raise RuntimeError("killed")
+        yield
+
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 2)
+    events = check(cluster)
+    publisher = Publisher(cluster, SOURCE)
+    state = publisher.restore()
+    candles = [structs.replace(candle, sequence=candle.sequence + 1) for candle in state.candles.values()][:5]
+    made = [structs.replace(event, sequence=event.sequence + 1) for event in events][:5]
+    with pytest.raises(RuntimeError, match="killed"):
+        publisher.publish(Changes(made, candles, 0), [], dies())
+    publisher.close()
+    again = Publisher(cluster, SOURCE)
+    assert again.restore() == state
+    again.close()
+    assert check(cluster) == events
+
+
+def test_what_an_older_instance_commits_at_the_last_moment_is_known(cluster: Cluster) -> None:
+    """Until the new instance has fenced it the older one may commit: state is read after that, not before."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        old, new = in_process(cluster, server.url, client), Publisher(cluster, SOURCE)
+        poll(old, 1)
+        fence = new._initialise
+
+        def late() -> None:
+            old._recoverable(old._poll_once)
+            fence()
+
+        new._initialise = late  # type: ignore[method-assign]
+        state = new.restore()
+        assert state.poll_sequence == max(candle.poll_sequence for candle in state.candles.values()) == 2
+        new.close()
+        old._close()
 
 
 def test_sigterm_while_the_exchange_is_slow(cluster: Cluster, secret: Path, tmp_path: Path, wait_for: WaitFor) -> None:

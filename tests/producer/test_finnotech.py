@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -10,20 +11,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from structlog.testing import capture_logs
 
-from bourse_producer.finnotech import Context, Credentials, Finnotech, parse
+from bourse_producer.finnotech import PROFILES, Context, Credentials, Finnotech, Received, parse
 from bourse_sandbox.exchange import PracticeExchange, practice_exchange
 from bourse_sandbox.serving import serve
-from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
+from bourse_schemas.errors import (
+    ConfigurationError,
+    ExchangeError,
+    ExchangeNonsense,
+    ExchangeRefused,
+    ExchangeUnavailable,
+)
 
 SECRET, NID = "s3cr3t-of-mine", "0123456789"
 TOKEN = {"result": {"value": "tok3n-value", "lifeTime": 864_000_000, "refreshToken": "r3fresh-value"}, "status": "DONE"}
@@ -31,11 +42,13 @@ DONE = b'{"result":[],"state":"DONE"}'
 
 
 @contextmanager
-def against_practice(**account: Any) -> Iterator[tuple[Finnotech, PracticeExchange]]:
+def against_practice(
+    options: dict[str, Any] | None = None, **account: Any
+) -> Iterator[tuple[Finnotech, PracticeExchange]]:
     """Run the practice exchange and a client of it."""
     practice = practice_exchange("real", "poll", client_secret=SECRET, nid=NID, **account)
     with practice.serve() as server, httpx.Client() as client:
-        yield Finnotech(client, server.url + "/", Credentials("practice", SECRET, NID)), practice
+        yield Finnotech(client, server.url + "/", Credentials("practice", SECRET, NID), **options or {}), practice
 
 
 class Script:
@@ -70,10 +83,10 @@ class Script:
 
 
 @contextmanager
-def against(script: Script, **client: Any) -> Iterator[Finnotech]:
-    """Run a script and a client of it."""
-    with serve(script.app, "127.0.0.1") as server, httpx.Client(**client) as http:
-        yield Finnotech(http, server.url, Credentials("me", SECRET, NID))
+def against(script: Script, *, timeout: float = 5.0, **options: Any) -> Iterator[Finnotech]:
+    """Run a script and a client of it; where nothing else is said it may ask for token after token."""
+    with serve(script.app, "127.0.0.1") as server, httpx.Client(timeout=timeout) as http:
+        yield Finnotech(http, server.url, Credentials("me", SECRET, NID), **{"mint_seconds": 0, **options})
 
 
 def refused(exchange: Finnotech) -> ExchangeError:
@@ -108,7 +121,7 @@ def test_parameters_are_always_sent() -> None:
 def test_a_token_is_renewed_early_by_its_refresh_token() -> None:
     """At nine tenths of its life; no call is refused for it."""
     statuses: set[int] = set()
-    with against_practice(token_seconds=0.5) as (exchange, practice):
+    with against_practice({"mint_seconds": 0}, token_seconds=0.5) as (exchange, practice):
         exchange._client.event_hooks = {"response": [lambda response: statuses.add(response.status_code)]}
         began = time.monotonic()
         while practice.tokens < 3 and time.monotonic() < began + 10:
@@ -118,19 +131,21 @@ def test_a_token_is_renewed_early_by_its_refresh_token() -> None:
 
 
 def test_a_used_up_refresh_token_does_not_matter() -> None:
-    """The credentials still stand."""
-    short = {**TOKEN, "result": {"value": "short", "lifeTime": 0, "refreshToken": "used"}}
-    tokens = [(200, json.dumps(short).encode()), (400, b'{"error":{"code":"VALIDATION_ERROR","message":"used"}}')]
-    script = Script((200, DONE), tokens=tokens)
+    """The token in use still stands, and so do the credentials, of which the next one is asked for."""
+    refusal = (400, b'{"error":{"code":"VALIDATION_ERROR","message":"used"}}')
+    script = Script((200, DONE), tokens=[(200, json.dumps(TOKEN).encode()), refusal])
     with against(script) as exchange:
         exchange.realtime(rights=False)
-        exchange.realtime(rights=False)
+        for _ in range(2):
+            assert exchange._token is not None
+            exchange._token = replace(exchange._token, renew_at=0)
+            exchange.realtime(rights=False)
     assert [grant["grant_type"] for grant in script.grants] == [
         "client_credentials",
         "refresh_token",
         "client_credentials",
     ]
-    assert script.calls[1].headers["authorization"] == "Bearer tok3n-value"
+    assert len(script.calls) == 3
 
 
 REFUSALS = [
@@ -158,9 +173,12 @@ def test_a_refused_token_is_renewed_once_and_the_call_repeated_once(refusal: tup
 def test_no_token_is_minted_in_a_loop(refusal: tuple[int, bytes]) -> None:
     """A refusal that a new token does not help ends in an error, and the next polls mint nothing for a while."""
     script = Script(refusal)
-    with against(script) as exchange:
+    with against(script, mint_seconds=60) as exchange:
         errors = [refused(exchange) for _ in range(4)]
-    assert (len(script.grants), len(script.calls)) == (2, 5)
+        assert (len(script.grants), len(script.calls)) == (1, 4)
+        exchange._minted_at -= 60
+        errors.append(refused(exchange))
+    assert (len(script.grants), len(script.calls)) == (2, 6)
     assert {type(error) for error in errors} == {ExchangeRefused}
     assert {error.kind for error in errors} == {"scope" if refusal[0] == 403 else "token"}
     assert errors[-1].track_id == script.track_ids()[-1]
@@ -331,3 +349,177 @@ def test_one_company_and_its_minutes_can_be_asked_for() -> None:
     assert row == market[0]
     assert minutes
     assert {minute["CoID"] for minute in minutes} == {company}
+
+
+# --- the token file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[tuple[Script, Callable[[], Finnotech], Path]]:
+    """Return an exchange, what makes a client of it as a new process would, and the file of the token."""
+    script, file = Script((200, DONE)), tmp_path / "token"
+    with serve(script.app) as server, httpx.Client() as http:
+        yield script, lambda: Finnotech(http, server.url, Credentials("me", SECRET, NID), token_file=file), file
+
+
+def test_a_token_outlives_a_restart(kept: tuple[Script, Callable[[], Finnotech], Path]) -> None:
+    """In a file that only its owner can read; without one, or of another account, a new one is asked for."""
+    script, client, file = kept
+    for _ in range(3):
+        client().realtime(rights=False)
+    assert (len(script.grants), len(script.calls)) == (1, 3)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert SECRET not in file.read_text()
+    other = client()
+    other._identity = "another account"
+    other._token = None
+    other._minted_at = 0.0
+    other._load_token(file)
+    assert other._token is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"for": 5}', "\x00\xff", "[" * 10_000, '{"asked": "x"}'])
+def test_a_token_file_that_cannot_be_used_is_not(kept: tuple[Script, Callable[[], Finnotech], Path], text: str) -> None:
+    """It is said, and a new token takes its place."""
+    script, client, file = kept
+    file.write_text(text)
+    file.chmod(0o600)
+    client().realtime(rights=False)
+    client().realtime(rights=False)
+    assert (len(script.grants), len(script.calls)) == (1, 2)
+
+
+def test_a_token_file_that_others_can_read_is_not_used(kept: tuple[Script, Callable[[], Finnotech], Path]) -> None:
+    """The token may be known to them; the new one is not."""
+    script, client, file = kept
+    client().realtime(rights=False)
+    file.chmod(0o644)
+    with capture_logs() as lines:
+        client().realtime(rights=False)
+    assert [line["event"] for line in lines] == ["the token file is not used: others can read it"]
+    assert (len(script.grants), file.stat().st_mode & 0o777) == (2, 0o600)
+
+
+def test_a_token_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Is told before anything is asked for."""
+    with httpx.Client() as http, pytest.raises(ConfigurationError, match=r"--token-file .* cannot write"):
+        Finnotech(http, "http://h", Credentials("me", SECRET, NID), token_file=tmp_path / "none" / "token")
+
+
+def test_never_more_than_one_token_a_minute_even_across_restarts(
+    kept: tuple[Script, Callable[[], Finnotech], Path],
+) -> None:
+    """A service that is restarted in a loop does not mint in a loop; the exchange's reason is repeated."""
+    script, client, _ = kept
+    script.tokens = [(401, b'{"error":{"code":"UNAUTHORIZED","message":"who?"}}')] * 9
+    first = refused(client())
+    assert "who?" in str(first)
+    again = client()
+    second, third = refused(again), refused(again)
+    assert (len(script.grants), len(script.calls)) == (1, 0)
+    assert {error.kind for error in (first, second, third)} == {"token"}
+    assert 50 < (second.retry_after or 0) <= 60
+
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_too_large_is_not_read_to_its_end() -> None:
+    """Not even one that is small on the wire."""
+    big = b'{"result":[' + b" " * 3_000_000 + b'],"state":"DONE"}'
+    packed = gzip.compress(big)
+    for answer in (Response(big), Response(packed, headers={"Content-Encoding": "gzip"})):
+        script = Script(partial(lambda answer: answer, answer))
+        with against(script, most_bytes=1 << 20) as exchange:
+            error = refused(exchange)
+        assert (type(error), str(error)) == (ExchangeNonsense, "the body is larger than 1 MiB")
+
+
+def test_a_body_that_drips_ends_at_the_deadline() -> None:
+    """Each piece in time is not enough."""
+    release = threading.Event()
+
+    def drip() -> Iterator[bytes]:
+        while not release.wait(0.05):
+            yield b" "
+
+    script = Script(lambda: StreamingResponse(drip()))
+    with against(script, deadline_seconds=0.5) as exchange:
+        error = refused(exchange)
+        release.set()
+    assert (type(error), error.kind) == (ExchangeUnavailable, "timeout")
+    assert error.track_id in script.track_ids()
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/octet-stream"])
+def test_the_content_type_does_not_matter(kind: str) -> None:
+    """A body that can be read is used, whatever it is called; a byte order mark is no part of it."""
+    script = Script(lambda: Response(b"\xef\xbb\xbf" + DONE, media_type=kind))
+    with against(script) as exchange:
+        reply = exchange.realtime(rights=False)
+    context = Context(1, datetime.now(UTC), datetime.now(UTC), None, False, reply.track_id)
+    assert parse(reply.body, context).rows == 0
+
+
+def test_every_call_is_counted_and_every_answer_kept() -> None:
+    """Tokens apart: their answers hold secrets. Good and bad, as far as they came."""
+    outcomes: list[str] = []
+    kept: list[Received] = []
+    script = Script((200, DONE), (500, b"<html>"), (401, b"no"), (200, DONE))
+    with against(script, on_call=outcomes.append, on_response=kept.append) as exchange:
+        exchange.realtime(rights=False)
+        refused(exchange)
+        exchange.realtime(rights=True)
+    assert outcomes == ["token_done", "done", "provider", "token", "token_done", "done"]
+    assert [(answer.status, answer.body) for answer in kept] == [
+        (200, DONE),
+        (500, b"<html>"),
+        (401, b"no"),
+        (200, DONE),
+    ]
+    assert [answer.track_id for answer in kept] == script.track_ids()
+    assert all(answer.query["trackId"] == answer.track_id for answer in kept)
+    assert "tok3n-value" not in repr([(answer, answer.headers, answer.query) for answer in kept])
+
+
+# --- the successor ----------------------------------------------------------------------------------------------------
+
+
+def test_the_successor_is_asked_its_own_way() -> None:
+    """Path, scope and parameters are the profile's."""
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(200, json=TOKEN if request.method == "POST" else {"result": [], "status": "DONE"})
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+        exchange = Finnotech(client, "http://h", Credentials("me", SECRET, NID), PROFILES["realTimeTrades"])
+        exchange.realtime(rights=False)
+        exchange.realtime(rights=False, company_id=5)
+    assert json.loads(asked[0].content)["scopes"] == "bourse:realTime-trades:get"
+    assert [request.url.path for request in asked[1:]] == ["/bourse/v2/clients/me/realTimeTrades"] * 2
+    assert [sorted(request.url.params) for request in asked[1:]] == [["trackId"], ["companyId", "trackId"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (403, '{"error":{"code":"FORBIDDEN","message":"Your IP is not allowed"}}', "address"),
+        (403, '{"error":{"code":"FORBIDDEN","message":"آی‌پی شما مجاز نیست"}}', "address"),
+        (
+            200,
+            '{"status":"FAILED","responseCode":"FN-BRSE-40300000001","error":{"message":"not in whitelist"}}',
+            "address",
+        ),
+        (200, '{"responseCode":"FN-BRSE-42900000001","status":"FAILED"}', "rate"),
+        (400, '{"error":{"code":"X","message":"سقف مجاز"}}', "quota"),
+        (400, '{"result":{"error":{"code":"SERVICE_CALL_ERROR","message":"later"}},"status":"FAILED"}', "provider"),
+    ],
+)
+def test_refusals_are_told_apart(status: int, body: str, kind: str) -> None:
+    """Whatever shape they come in; an address that is not whitelisted needs no new token to be known."""
+    script = Script((status, body.encode()))
+    with against(script) as exchange:
+        assert refused(exchange).kind == kind
+    assert len(script.grants) == 1

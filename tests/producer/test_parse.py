@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from bourse_producer.diff import Snapshot, diff
-from bourse_producer.finnotech import SOURCE, Context, _refusal, merge, parse
+from bourse_producer.finnotech import PROFILES, SOURCE, Context, _refusal, merge, parse, parse_minutes
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -552,3 +552,65 @@ def test_a_candle_is_its_row_whatever_the_poll() -> None:
     """Nothing of the poll but its number, time and call goes into a candle."""
     first, second = only(read(ROW)), only(read(ROW, poll_sequence=8, received_at=NOW + timedelta(seconds=60)))
     assert structs.replace(first, poll_sequence=8, observed_at=second.observed_at) == second
+
+
+# --- the successor, and minute rows -----------------------------------------------------------------------------------
+
+SUCCESSOR: dict[str, Any] = {
+    "companyId": 5,
+    "companySymbol": "ومعادن",
+    "tseSymbolCode": "IRO1MADN0001",
+    "fullTitle": "توسعه معادن",
+    "precedencyRight": True,
+    "gregorianDate": "2020-01-19T00:00:00",
+    "jalaaliDate": "1398/10/29",
+    "maxPrice": 5488,
+    "minPrice": 5480,
+    "openingPrice": 5488,
+    "closingPrice": 5477,
+    "lastPrice": 5488,
+    "tradeVolume": 51205,
+    "tradeValue": 281013040,
+    "tradeQty": 16,
+    "previousClosingPrice": 5477,
+    "closingPriceChange": 0,
+    "closingPriceChangePercent": 0.5,
+    "sharedCount": 40300000000,
+    "marketValue": 220723100000000,
+}
+
+
+def test_the_successor_gives_the_same_candle() -> None:
+    """Its own names; a midnight is a date, the time of receipt stands in, flagged; each row says if it is a right."""
+    profile = PROFILES["realTimeTrades"]
+    text = json.dumps({"trackId": TRACK_ID, "result": [SUCCESSOR], "status": "DONE"}).encode()
+    candle = only(parse(text, context(profile=profile)))
+    usual = only(read(row(ClosingPChgPercent=0.5, FullTitle="توسعه معادن")))
+    changed = {"source": profile.source, "is_right": True, "traded_at": NOW, "traded_at_estimated": True}
+    assert candle == structs.replace(usual, **changed)
+    exact = only(parse(text.replace(b"T00:00:00", b"T09:01:37"), context(profile=profile)))
+    assert (exact.traded_at, exact.traded_at_estimated) == (usual.traded_at, False)
+
+
+def test_estimated_times_never_make_a_row_older() -> None:
+    """Seen on its day, later that day, and on the next morning: no event, and none is stale."""
+    profile = PROFILES["realTimeTrades"]
+    text = json.dumps({"result": [SUCCESSOR], "status": "DONE"}).encode()
+    known: dict[str, Candle] = {}
+    for hours, day in ((0, 19), (6, 19), (23, 19), (27, 19)):
+        at = NOW + timedelta(hours=hours)
+        found = parse(text, context(profile=profile, received_at=at, dated=at, session_day=date(2020, 1, day)))
+        changes = diff(known, found)
+        assert (len(changes.events), changes.stale_rows) == (int(hours == 0), 0)
+        known.update((candle.instrument, candle) for candle in changes.candles)
+        assert only(found).trading_day == date(2020, 1, 19)
+
+
+def test_minute_rows_come_oldest_first_and_all_of_them() -> None:
+    """Several of one instrument, in order of their time; bad ones are left out."""
+    clocks = ["09:03:00", "09:01:00", "09:02:00"]
+    rows = [row(TradeDateGre=f"2020/01/19 {clock}") for clock in clocks] + [row(TradeVolume=-1)]
+    found = parse_minutes(body(*rows), context(minutes=True))
+    assert [candle.traded_at.minute for candle in found] == [31, 32, 33]
+    with pytest.raises(ExchangeNonsense):
+        parse_minutes(b"<html>", context(minutes=True))

@@ -12,11 +12,12 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from bourse_producer.calendar import TEHRAN, Calendar
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import SOURCE, Reply
+from bourse_producer.finnotech import SOURCE, Context, Reply
 from bourse_producer.publisher import State
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import (
@@ -32,7 +33,7 @@ from bourse_schemas.errors import (
 from bourse_schemas.events import Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
 
 DAY = date(2026, 11, 21)
-ALL_DAYS = Calendar(is_holiday=lambda day: False)
+ALL_DAYS = Calendar(holiday=lambda day: None)
 
 
 def at(clock: str, day: date = DAY) -> datetime:
@@ -59,7 +60,7 @@ class FakeExchange:
         self.answers: dict[bool, list[Answer]] = {False: list(shares), True: list(rights)}
         self.asked: list[bool] = []
 
-    def realtime(self, *, rights: bool) -> Reply:
+    def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
         """Return the next answer or raise it."""
         self.asked.append(rights)
         answers = self.answers[rights]
@@ -102,16 +103,15 @@ class Log:
             """Return what is committed."""
             if self.log.opening and (failure := self.log.opening.pop(0)) is not None:
                 raise failure
-            good = [m for m in self.log.markers if m.outcome in {Outcome.PUBLISHED, Outcome.UNCHANGED}]
             sequence = self.log.markers[-1].poll_sequence if self.log.markers else 0
-            return State(dict(self.log.candles), sequence, good[-1].received_at if good else None)
+            return State(dict(self.log.candles), sequence, list(self.log.markers))
 
         def require_room_for(self, instant: datetime) -> None:
             """Raise what the test says."""
             if self.log.room is not None:
                 raise self.log.room
 
-        def publish(self, changes: Changes, letters: list[DeadLetter], marker: PollMarker) -> None:
+        def publish(self, changes: Changes, letters: Sequence[DeadLetter], markers: Sequence[PollMarker]) -> None:
             """Commit, or raise what the test says."""
             self.log.on_publish()
             if self.log.failures and (failure := self.log.failures.pop(0)) is not None:
@@ -119,7 +119,7 @@ class Log:
             self.log.events += changes.events
             self.log.candles |= {candle.instrument: candle for candle in changes.candles}
             self.log.letters += letters
-            self.log.markers.append(marker)
+            self.log.markers += markers
             self.log.at.append(time.time())
 
         def close(self) -> None:
@@ -129,7 +129,14 @@ class Log:
 
 def settings(**changes: Any) -> Settings:
     """Return settings of a service that is told the time by the responses."""
-    usual = {"source": SOURCE, "poll_seconds": 60, "response_clock": True, "calendar": ALL_DAYS}
+    usual = {
+        "source": SOURCE,
+        "poll_seconds": 60,
+        "response_clock": True,
+        "calendar": lambda: ALL_DAYS,
+        "retry_seconds": 0,
+        "quota_seconds": 0,
+    }
     return Settings(**{**usual, **changes})
 
 
@@ -201,7 +208,7 @@ def test_a_bad_body_is_a_marker_too() -> None:
     """What only parsing finds out is told like any other failure."""
 
     class Garbled(FakeExchange):
-        def realtime(self, *, rights: bool) -> Reply:
+        def realtime(self, **_: Any) -> Reply:
             return Reply("t", b"<html>", datetime.now(UTC), at("09:31:00"))
 
     log = Log()
@@ -350,7 +357,7 @@ def test_gaps_between_runs_by_the_system_clock() -> None:
 
     def gap(before: datetime, now: datetime) -> bool:
         producer._last_good_at = before
-        return producer._gap_from(now, ALL_DAYS.phase(now)) is not None
+        return producer._gap_from(now, []) is not None
 
     assert not gap(at("10:00:00"), at("10:01:30"))
     assert gap(at("10:00:00"), at("10:02:00"))
@@ -376,9 +383,9 @@ def test_beats_lie_on_multiples_and_a_slow_poll_skips_some() -> None:
     started: list[float] = []
     ask = exchange.realtime
 
-    def realtime(*, rights: bool) -> Reply:
+    def realtime(**asked: Any) -> Reply:
         started.append(time.time())
-        return ask(rights=rights)
+        return ask(**asked)
 
     exchange.realtime = realtime  # type: ignore[method-assign]
     loop(producer)
@@ -396,27 +403,27 @@ def loop(producer: Producer) -> None:
         producer._sleep(producer._next_beat() - time.time())
 
 
-CLOSED = Calendar(is_holiday=lambda day: True)
+CLOSED = Calendar(holiday=lambda day: "a holiday")
 
 
 def test_closed_days_cost_no_call() -> None:
     """The publication is given up meanwhile, so that the next session starts with a fresh one, and it is said."""
     log = Log()
-    producer = Producer(FakeExchange([]), log, settings(response_clock=False, calendar=CLOSED))
-    producer._open()
+    producer = Producer(FakeExchange([]), log, settings(response_clock=False, calendar=lambda: CLOSED))
+    producer._recoverable(lambda: None)
     producer._stop.set()
     with capture_logs() as lines:
-        assert not producer._wait_for_session()
+        assert not producer._is_due()
     assert (log.opened, log.closed, [line["event"] for line in lines]) == (1, 1, ["session closed"])
 
 
 def test_only_a_response_tells_the_hour_of_a_simulated_market() -> None:
     """Without one yet, or after one from a closed hour, the exchange is asked."""
     exchange = FakeExchange([(at("20:00:00"), [])])
-    producer = polled(exchange, Log(), 0, poll_seconds=0, calendar=CLOSED)
-    assert producer._wait_for_session()
+    producer = polled(exchange, Log(), 0, poll_seconds=0, calendar=lambda: CLOSED)
+    assert producer._is_due()
     producer._recoverable(producer._poll_once)
-    assert producer._wait_for_session()
+    assert producer._is_due()
 
 
 def test_one_line_a_poll() -> None:
@@ -441,3 +448,431 @@ def test_once() -> None:
     assert (log.opened, log.closed) == (1, 1)
     with pytest.raises(PublishError):
         Producer(FakeExchange([(at("09:31:00"), [row()])]), Log(PublishError("x")), settings()).run_once()
+
+
+# --- beats, by a clock of the test's own ------------------------------------------------------------------------------
+
+
+class Time:
+    """A wall clock that can be set, and a steady one."""
+
+    def __init__(self, now: datetime) -> None:
+        self.wall, self.steady = now.timestamp(), 1000.0
+
+    def time(self) -> float:
+        """Return the wall clock's time."""
+        return self.wall
+
+    def monotonic(self) -> float:
+        """Return the steady clock's."""
+        return self.steady
+
+    perf_counter = monotonic
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass."""
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """Return the clock the service goes by; it begins at 10:00 of an open session."""
+    clock = Time(at("10:00:00"))
+    monkeypatch.setattr("bourse_producer.service.time", clock)
+    return clock
+
+
+class ByTheClock(FakeExchange):
+    """Answers by the test's clock, with one row whose volume grows from call to call."""
+
+    def __init__(self, clock: Time, *failures: ExchangeError | None) -> None:
+        super().__init__([])
+        self.clock, self.failures, self.minutes = clock, list(failures), list[Any]()
+        self.minute_rows: Rows = []
+        self.takes, self.moves = 0.0, True
+
+    def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
+        """Return the next answer or raise the next failure."""
+        self.asked.append(rights)
+        self.clock.pass_by(self.takes)
+        if minutes is None and self.failures and (failure := self.failures.pop(0)) is not None:
+            raise failure
+        now = datetime.fromtimestamp(self.clock.wall, UTC)
+        times = {"TradeDateGre": f"{now.astimezone(TEHRAN):%Y/%m/%d} 08:30:00"}
+        moves = len(self.asked) if self.moves else 1
+        rows: Rows = [row(volume=moves * 10, TradeQty=moves * 10, TradeValue=moves * 1000, **times)]
+        if minutes is not None:
+            self.minutes.append((company_id, minutes))
+            rows = list(self.minute_rows)
+        track_id = uuid4().hex
+        body = json.dumps({"trackId": track_id, "result": rows, "state": "DONE"}).encode()
+        return Reply(track_id, body, now, now)
+
+
+def beat(producer: Producer, clock: Time, polls: int) -> None:
+    """Poll on so many beats, as `run` does."""
+    for _ in range(polls):
+        assert producer._is_due()
+        assert producer._recoverable(producer._poll_once)
+        clock.pass_by(producer._next_beat() - clock.time())
+
+
+def served(clock: Time, log: Log, *failures: ExchangeError | None, **changes: Any) -> tuple[Producer, ByTheClock]:
+    """Return a producer by the system's clock, and its exchange."""
+    exchange = ByTheClock(clock, *failures)
+    return Producer(exchange, log, settings(**{"response_clock": False, **changes})), exchange
+
+
+def outcomes(log: Log) -> list[str]:
+    """Return the outcomes of all markers, which must have no hole."""
+    assert [m.poll_sequence for m in log.markers] == list(range(1, len(log.markers) + 1))
+    return [m.outcome.value[0] for m in log.markers]
+
+
+def test_beats_missed_by_a_slow_poll_are_skipped_with_the_reason(clock: Time) -> None:
+    """Each beat of an open session has a marker, in order, and the poll after names the gap."""
+    log = Log()
+    producer, exchange = served(clock, log)
+    beat(producer, clock, 1)
+    exchange.takes = 130.0
+    beat(producer, clock, 1)
+    exchange.takes = 0.0
+    beat(producer, clock, 2)
+    assert outcomes(log) == ["P", "P", "S", "S", "P", "P"]
+    skipped = log.markers[2:4]
+    assert [m.requested_at for m in skipped] == [at("10:02:00"), at("10:03:00")]
+    assert {(m.feed_state, m.error_kind, m.error_message, m.received_at) for m in skipped} == {
+        (FeedState.DOWN, "internal", "the poll before was still under way", None)
+    }
+    assert [m.gap_from for m in log.markers[4:]] == [at("10:03:10"), None]
+    assert {m.poll_sequence for m in log.markers if m.traded or m.opened} == {e.poll_sequence for e in log.events}
+
+
+def test_beats_missed_between_runs_are_skipped(clock: Time) -> None:
+    """After a pause of minutes, of the open session only; a night makes none."""
+    log = Log()
+    beat(served(clock, log)[0], clock, 2)
+    clock.pass_by(4 * 60)
+    beat(served(clock, log)[0], clock, 1)
+    assert outcomes(log) == ["P", "P", "S", "S", "S", "S", "P"]
+    assert {m.error_message for m in log.markers if m.outcome is Outcome.SKIPPED} == {"no instance was running"}
+    assert log.markers[-1].gap_from == at("10:01:00")
+    clock.wall = at("08:50:00", DAY + timedelta(days=1)).timestamp()
+    beat(served(clock, log)[0], clock, 1)
+    assert outcomes(log)[7:] == ["P"]
+    clock.wall = at("09:03:00", DAY + timedelta(days=1)).timestamp()
+    beat(served(clock, log)[0], clock, 1)
+    assert outcomes(log)[8:] == ["S", "S", "S", "U"]
+
+
+def test_a_clock_that_is_set_makes_no_beats(clock: Time) -> None:
+    """An hour forwards or backwards: said, nothing skipped that was not missed, and the beats go on."""
+    log = Log()
+    producer, _ = served(clock, log)
+    beat(producer, clock, 2)
+    with capture_logs() as lines:
+        clock.wall += 3600
+        beat(producer, clock, 2)
+        clock.wall -= 7200
+        beat(producer, clock, 2)
+    assert outcomes(log) == ["P"] * 6
+    assert [line["by_seconds"] for line in lines if line["event"] == "the clock was set"] == [3600.0, -7200.0]
+
+
+def test_an_outage_of_the_brokers_is_told_beat_by_beat(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service starts over until it can publish; what was missed meanwhile is skipped, and says why."""
+    log = Log(None, *[PublishError("brokers are away")] * 8)
+    producer, _ = served(clock, log)
+    monkeypatch.setattr(producer, "_sleep", clock.pass_by)
+    beat(producer, clock, 2)
+    assert outcomes(log)[0] == "P"
+    assert outcomes(log)[-1] == "P"
+    skipped = [m for m in log.markers if m.outcome is Outcome.SKIPPED]
+    assert {m.error_message for m in skipped} == {"cannot publish: brokers are away"}
+    assert [m.requested_at for m in skipped] == [at(f"10:0{n}:00") for n in range(1, len(skipped) + 1)]
+    assert log.markers[-1].gap_from == at("10:00:00")
+
+
+def test_a_quota_is_left_alone(clock: Time) -> None:
+    """No call is made until it is over, each beat says so, then polling goes on."""
+    log = Log()
+    quota = ExchangeRefused("quota", "used up", code="Q")
+    producer, exchange = served(clock, log, None, quota, quota_seconds=170)
+    beat(producer, clock, 6)
+    assert outcomes(log) == ["P", "F", "S", "S", "P", "P"]
+    assert len(exchange.asked) == 4
+    assert (log.markers[2].error_kind, log.markers[2].error_code) == ("quota", "Q")
+    assert str(log.markers[2].error_message).startswith("not called before 10:03:50: used up")
+
+
+def test_retry_after_is_honoured(clock: Time) -> None:
+    """Whatever the error was."""
+    log = Log()
+    busy = ExchangeUnavailable("rate", "busy", retry_after=100.0)
+    producer, exchange = served(clock, log, busy, retry_seconds=1)
+    beat(producer, clock, 3)
+    assert outcomes(log) == ["F", "S", "P"]
+    assert len(exchange.asked) == 2
+
+
+def test_a_refused_account_is_asked_less_and_less_often(clock: Time) -> None:
+    """At the next beat at first, then every five minutes; once it is let in again, every beat."""
+    log = Log()
+    no = ExchangeRefused("address", "not whitelisted")
+    producer, _ = served(clock, log, *[no] * 6)
+    beat(producer, clock, 24)
+    told = "".join(outcomes(log))
+    assert told.startswith("FFSFSS")
+    assert told.count("F") == 6
+    assert "SSSSS" not in told
+    assert told.endswith("PP")
+
+
+def test_a_failed_call_is_repeated_within_its_beat(clock: Time) -> None:
+    """With growing pauses, not beyond the next beat, and not where it is of no use."""
+    waited: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        clock.pass_by(seconds)
+        return False
+
+    log = Log()
+    gone = ExchangeUnavailable("network", "gone")
+    producer, exchange = served(clock, log, gone, gone, gone, retry_seconds=1)
+    producer._stop.wait = wait  # type: ignore[method-assign, assignment]
+    beat(producer, clock, 1)
+    assert (outcomes(log), len(exchange.asked)) == (["P"], 4)
+    assert 0.5 <= waited[0] <= 1 <= waited[1] <= 2 <= waited[2] <= 4
+    waited.clear()
+    exchange.failures = [gone] * 50
+    beat(producer, clock, 1)
+    assert outcomes(log) == ["P", "F"]
+    assert 25 < sum(waited) < 60
+    exchange.failures = [ExchangeNonsense("nonsense", "half"), ExchangeRefused("scope", "no")]
+    waited.clear()
+    beat(producer, clock, 2)
+    assert (outcomes(log)[2:], waited) == (["F", "F"], [])
+
+
+def test_the_last_poll_of_a_day_is_made_up_for(clock: Time) -> None:
+    """Missed by a failure or because nothing ran: asked for until midnight, once it is there the day is final."""
+    log = Log()
+    clock.wall = at("16:50:00").timestamp()
+    gone = ExchangeUnavailable("network", "gone")
+    producer, _ = served(clock, log, None, gone, gone)
+    beat(producer, clock, 2)
+    assert [m.day_final for m in log.markers] == [False, False]
+    assert clock.wall == at("17:00:00").timestamp()
+    beat(producer, clock, 2)
+    assert [(m.outcome, m.phase, m.day_final) for m in log.markers[2:]] == [
+        (Outcome.FAILED, Phase.CLOSED, False),
+        (Outcome.PUBLISHED, Phase.CLOSED, True),
+    ]
+    assert log.markers[-1].next_poll_at == at("08:45:00", DAY + timedelta(days=1))
+    producer._stop.set()
+    assert not producer._is_due()
+    evening = Log()
+    clock.wall = at("21:00:00").timestamp()
+    beat(served(clock, evening)[0], clock, 1)
+    assert [m.day_final for m in evening.markers] == [True]
+    clock.wall = at("00:30:00", DAY + timedelta(days=1)).timestamp()
+    night, _ = served(clock, Log())
+    night._stop.set()
+    assert not night._is_due()
+
+
+def test_freshness_outlives_a_restart(clock: Time) -> None:
+    """A market that stood still before and after a restart is FROZEN, not fresh."""
+    log = Log()
+    for _ in range(5):
+        producer, exchange = served(clock, log)
+        exchange.moves = False
+        beat(producer, clock, 1)
+    assert [m.feed_state for m in log.markers] == [FeedState.FRESH] * 3 + [FeedState.FROZEN] * 2
+
+
+def test_missed_minutes_are_fetched_within_the_budget(clock: Time) -> None:
+    """They come before the snapshot's own events, flagged, in the same transaction and on the same marker."""
+    log = Log()
+    producer, exchange = served(clock, log, backfill_calls=2)
+    beat(producer, clock, 1)
+    exchange.failures = [ExchangeUnavailable("network", "gone")] * 2
+    beat(producer, clock, 2)
+    exchange.minute_rows = [
+        row(clock="08:31:00", volume=20, TradeQty=20, TradeValue=2000),
+        row(clock="08:32:00", volume=30, TradeQty=30, TradeValue=3000),
+        row(clock="08:33:00", volume=9999, TradeQty=9999, TradeValue=999999),
+    ]
+    rows = row(clock="08:33:00", volume=40, TradeQty=40, TradeValue=4000)
+    whole = exchange.realtime
+
+    def later(**asked: Any) -> Reply:
+        reply = whole(**asked)
+        if asked.get("minutes") is None:
+            body = json.dumps({"trackId": reply.track_id, "result": [rows], "state": "DONE"}).encode()
+            reply = Reply(reply.track_id, body, reply.received_at, reply.dated)
+        return reply
+
+    exchange.realtime = later  # type: ignore[method-assign]
+    beat(producer, clock, 1)
+    assert exchange.minutes == [(5, ("1000", "1003"))]
+    assert outcomes(log) == ["P", "F", "F", "P"]
+    assert [(e.sequence, e.volume, e.volume_delta, e.backfilled, e.poll_sequence) for e in log.events] == [
+        (1, 10, 10, False, 1),
+        (2, 20, 10, True, 4),
+        (3, 30, 10, True, 4),
+        (4, 40, 10, False, 4),
+    ]
+    assert (log.markers[-1].backfilled_rows, log.markers[-1].traded, log.markers[-1].gap_from) == (
+        2,
+        3,
+        at("10:00:00"),
+    )
+    beat(producer, clock, 1)
+    assert len(exchange.minutes) == 1
+
+
+def test_minutes_that_do_not_fit_before_the_beat_are_not_fetched(clock: Time) -> None:
+    """A call as slow as the slowest so far must end before the next poll."""
+    log = Log()
+    producer, exchange = served(clock, log, ExchangeUnavailable("network", "x"), backfill_calls=5)
+    rows = [row(f"IRO1AAAA000{n}", volume=5, TradeQty=5, CoID=n) for n in range(1, 6)]
+    exchange.takes = 25.0
+    whole = exchange.realtime
+
+    def market(**asked: Any) -> Reply:
+        reply = whole(**asked)
+        body = json.dumps({"trackId": reply.track_id, "result": rows, "state": "DONE"}).encode()
+        return Reply(reply.track_id, body, reply.received_at, reply.dated)
+
+    exchange.realtime = market  # type: ignore[method-assign]
+    producer._last_good_at = None
+    beat(producer, clock, 1)
+    log.markers[0] = structs.replace(log.markers[0], outcome=Outcome.UNCHANGED, received_at=at("09:58:00"))
+    again = Producer(exchange, log, settings(response_clock=False, backfill_calls=5))
+    clock.wall = at("10:05:00").timestamp()
+    beat(again, clock, 1)
+    assert len(exchange.minutes) == 1
+
+
+def test_a_changed_api_is_not_poured_into_dead_letters() -> None:
+    """Where most rows cannot be used none is published: FAILED, the reason, and a sample of the rows."""
+    bad = [row(f"IRO1AAAA{n:04}", MaxPrice="a lot") for n in range(30)]
+    good = [row(f"IRO1BBBB{n:04}") for n in range(60)]
+    log = Log()
+    polled(FakeExchange([(at("09:31:00"), [*good, *bad])]), log, 2)
+    assert [(m.outcome, m.error_kind, m.rows) for m in log.markers] == [(Outcome.FAILED, "nonsense", 0)] * 2
+    assert "30 of 90 rows cannot be used: has the API changed?" in str(log.markers[0].error_message)
+    assert (len(log.letters), log.events) == (3, [])
+    few = Log()
+    polled(FakeExchange([(at("09:31:00"), [*good, *bad[:15]])]), few, 1)
+    assert (few.markers[0].outcome, few.markers[0].rejected_rows, len(few.letters)) == (Outcome.PUBLISHED, 15, 15)
+
+
+# --- several instances ------------------------------------------------------------------------------------------------
+
+
+class Office:
+    """Who leads, as the test says."""
+
+    def __init__(self, *terms: int | None) -> None:
+        self.terms = list(terms)
+        self.resigned = self.closed = 0
+
+    def term(self, wait_seconds: float = 0.0) -> int | None:
+        """Return the present term; waiting brings the next one."""
+        if wait_seconds and len(self.terms) > 1:
+            self.terms.pop(0)
+        return self.terms[0]
+
+    def resign(self) -> None:
+        """Give the term up."""
+        self.resigned += 1
+        self.terms[0] = None
+
+    def close(self) -> None:
+        """Count it."""
+        self.closed += 1
+
+
+def test_a_standby_is_warm_and_publishes_nothing() -> None:
+    """It connects, so that mistakes are told; once elected it restores and polls; replaced, it ends."""
+    log, office = Log(), Office(None, None, 7)
+    exchange = FakeExchange([(at("09:31:00"), [row()])])
+    producer = Producer(exchange, log, settings(), leadership=office)
+    with capture_logs() as lines:
+        assert not producer._leads()
+    assert (log.opened, exchange.asked, [line["event"] for line in lines]) == (
+        1,
+        [],
+        ["standing by: another instance of this source leads"],
+    )
+    assert producer._leads()
+    assert producer._recoverable(producer._poll_once)
+    assert (log.opened, len(log.markers)) == (1, 1)
+    office.terms = [None]
+    assert not producer._recoverable(producer._poll_once)
+    assert not producer._leads()
+    assert (log.closed, len(log.markers)) == (1, 1)
+
+
+def test_a_fenced_leader_says_so_and_stands_again() -> None:
+    """Nothing is published, nothing is initialised again before a new term."""
+    log, office = Log(None, Fenced("another")), Office(1)
+    producer = Producer(FakeExchange([(at("09:31:00"), [row()])]), log, settings(), leadership=office)
+    assert producer._leads()
+    assert producer._recoverable(producer._poll_once)
+    with capture_logs() as lines:
+        assert not producer._recoverable(producer._poll_once)
+    assert [line["event"].partition(":")[0] for line in lines] == ["fenced"]
+    assert (office.resigned, log.opened, log.closed, len(log.markers)) == (1, 1, 1, 1)
+    assert not producer._leads()
+    office.terms = [2]
+    assert producer._leads()
+    assert producer._recoverable(producer._poll_once)
+    assert [m.poll_sequence for m in log.markers] == [1, 2]
+
+
+def test_once_beside_a_leader_is_refused() -> None:
+    """One poll would push the leader out: it is told what to do instead, and nothing is restored."""
+    log, office = Log(), Office(None)
+    with pytest.raises(ConfigurationError, match="another instance of this source leads"):
+        Producer(FakeExchange([]), log, settings(), leadership=office).run_once()
+    assert (office.closed, log.closed, log.markers) == (1, 1, [])
+
+
+def test_the_capture_comes_before_the_publication() -> None:
+    """State, bytes, publication, outcome: in this order, and nothing is published that could not be kept."""
+    told: list[str] = []
+
+    class Tape:
+        def restored(self, state: State) -> None:
+            told.append(f"state {state.poll_sequence}")
+
+        def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Any) -> None:
+            told.append(f"poll {poll_sequence} {[context.is_right for context in contexts]}")
+            if len(told) > 6:
+                raise PublishError("disk full")
+
+        def committed(self, poll_sequence: int, outcome: Outcome) -> None:
+            told.append(f"{outcome} {poll_sequence}")
+
+    log = Log()
+    log.on_publish = lambda: told.append("publish")
+    producer = Producer(FakeExchange([(at("09:31:00"), [row()])]), log, settings(), capture=Tape())
+    for _ in range(2):
+        producer._recoverable(producer._poll_once)
+    assert told == [
+        "state 0",
+        "poll 1 [False]",
+        "publish",
+        "PUBLISHED 1",
+        "poll 2 [False]",
+        "publish",
+        "UNCHANGED 2",
+    ]
+    with pytest.raises(PublishError):
+        producer._poll_once()
+    assert len(log.markers) == 2

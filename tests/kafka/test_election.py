@@ -1,0 +1,78 @@
+"""Who leads: one of several instances, the next one at once after a clean stop, within ten seconds after a death."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from bourse_producer.election import Election
+from bourse_sandbox.kafka import Kafka, MockKafka
+from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.kafka import Cluster
+
+pytestmark = pytest.mark.kafka
+WaitFor = Callable[..., Any]
+
+
+@pytest.fixture
+def members(kafka: Kafka, prefix: str) -> Iterator[Callable[[], Election]]:
+    """Return what makes one more instance."""
+    cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    with ExitStack() as stack:
+
+        def member() -> Election:
+            election = Election(cluster, "source")
+            stack.callback(election.close)
+            return election
+
+        yield member
+
+
+def leaders(elections: list[Election]) -> list[Election]:
+    """Return those that lead."""
+    return [election for election in elections if election.term() is not None]
+
+
+def test_one_leads_and_stays_in_office(members: Callable[[], Election], wait_for: WaitFor) -> None:
+    """Others that come do not take over; after a clean stop one of them does at once, in a term of its own."""
+    first = members()
+    assert first.term(10) == 1
+    others = [members(), members()]
+    began = time.monotonic()
+    while time.monotonic() - began < 3:
+        assert leaders([first, *others]) == [first]
+    first.close()
+    assert first.term() is None
+    began = time.monotonic()
+    wait_for(lambda: leaders(others), 5)
+    assert time.monotonic() - began < 3
+    assert len(leaders(others)) == 1
+
+
+def test_who_resigns_stands_again(members: Callable[[], Election], wait_for: WaitFor) -> None:
+    """A fenced leader gives its term up; alone it gets a new one, among others whoever the group chooses does."""
+    first = members()
+    assert first.term(10) == 1
+    first.resign()
+    assert first.term() is None
+    assert wait_for(lambda: first.term(1), 10) == 2
+    second = members()
+    assert second.term(2) is None
+    first.resign()
+    assert first.term() is None
+    (leader,) = wait_for(lambda: leaders([first, second]), 10)
+    assert leader.term() == (3 if leader is first else 1)
+
+
+def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None:
+    """So that whatever runs without Kafka's jars runs the same way."""
+    cluster = Cluster(mock_kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
+    cluster.transactional_producer("maker").list_topics(f"{prefix}.polls", timeout=10)
+    election = Election(cluster, "source")
+    assert election.term(15) == 1
+    election.close()
