@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bourse_sandbox.faults import fault_option
+
 __all__ = ["sandbox"]
 
 
@@ -45,6 +47,7 @@ def sandbox() -> None:
     "--speed", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Market seconds a second."
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the simulated market.")
+@fault_option
 def up(
     *,
     as_json: bool,
@@ -55,6 +58,7 @@ def up(
     advance: str,
     speed: float,
     seed: int,
+    faults: tuple[str, ...],
 ) -> None:
     """Run exchange, Kafka and registry, topics and schemas in place, until Ctrl-C."""
     import json
@@ -68,7 +72,9 @@ def up(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    practice = practice_exchange(replay, advance, speed=speed, seed=seed, client_id=CLIENT_ID, client_secret=SECRET)
+    practice = practice_exchange(
+        replay, advance, speed=speed, seed=seed, faults=faults, client_id=CLIENT_ID, client_secret=SECRET
+    )
     with (
         tempfile.TemporaryDirectory(prefix="bourse-sandbox-") as folder,
         practice.serve(port=exchange_port) as exchange,

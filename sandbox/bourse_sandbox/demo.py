@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bourse_sandbox.faults import fault_option
+
 __all__ = ["demo"]
 
 
@@ -40,6 +42,13 @@ __all__ = ["demo"]
     show_default=True,
     help="Where a folder for this run is made: Parquet files and logs.",
 )
+@fault_option
+@click.option(
+    "--kill-every",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Kill the services in turn, as kill -9 does, and start them again; the summary says what came of it.",
+)
 @click.pass_context
 def demo(
     ctx: click.Context,
@@ -52,8 +61,13 @@ def demo(
     seed: int,
     rules: Path | None,
     data: Path,
+    faults: tuple[str, ...],
+    kill_every: float | None,
 ) -> None:
     """Run everything: practice exchange → producer → Apache Kafka → alerts and archive, and watch it."""
+    from bourse_sandbox.faults import Fault
     from bourse_sandbox.show import Options, run
 
-    ctx.exit(run(Options(replay, speed, broker, seconds, as_json, seed, rules, data)))
+    for fault in faults:
+        Fault.parse(fault)
+    ctx.exit(run(Options(replay, speed, broker, seconds, as_json, seed, rules, data, faults, kill_every)))

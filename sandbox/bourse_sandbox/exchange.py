@@ -28,8 +28,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bourse_sandbox.faults import Fault, Faults, fault_option
 from bourse_sandbox.market import (
     REAL_DAY,
     TEHRAN,
@@ -49,7 +50,31 @@ __all__ = ["SCOPE", "Clock", "MarketClock", "PollClock", "PracticeExchange", "ex
 T = TypeVar("T")
 
 SCOPE: Final = "bourse:trades-realtime:get"
-_SCOPES: Final = frozenset({SCOPE, "bourse:realTime-trades:get"})
+SUCCESSOR_SCOPE: Final = "bourse:realTime-trades:get"
+_SCOPES: Final = frozenset({SCOPE, SUCCESSOR_SCOPE})
+_SUCCESSOR_FIELDS: Final = {
+    "companyId": "CoID",
+    "companySymbol": "BourseSymbol",
+    "tseSymbolCode": "TseSymbolCode",
+    "fullTitle": "FullTitle",
+    "precedencyRight": "PrecedencyRight",
+    "gregorianDate": "TradeDateGre",
+    "jalaaliDate": "TradeDate",
+    "maxPrice": "MaxPrice",
+    "minPrice": "minPrice",
+    "openingPrice": "OpeningPrice",
+    "closingPrice": "ClosingPrice",
+    "lastPrice": "LastPrice",
+    "tradeVolume": "TradeVolume",
+    "tradeValue": "TradeValue",
+    "tradeQty": "TradeQty",
+    "previousClosingPrice": "PreviousClosingPrice",
+    "closingPriceChange": "ClosingPriceChange",
+    "closingPriceChangePercent": "ClosingPChgPercent",
+    "sharedCount": "ShareCount",
+    "marketValue": "MarketValue",
+}
+_TOTALS: Final = ("TradeVolume", "TradeValue", "TradeQty")
 _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 _DAY_STARTS: Final = wall_time(8, 59)
 _DAY_ENDS: Final = wall_time(13, 5)
@@ -170,11 +195,14 @@ class PracticeExchange:
         nid: str | None = None,
         token_seconds: float = 864_000,
         status_key: str = "state",
+        minutes: str = "cumulative",
+        faults: Sequence[str] = (),
+        seed: int = 1,
         wall: Callable[[], float] = time.monotonic,
     ) -> None:
         self._market, self._clock, self._token_seconds, self._status_key = market, clock, token_seconds, status_key
         self._client_id, self._basic, self._nid = client_id, f"{client_id}:{client_secret}".encode(), nid
-        self._wall = wall
+        self._wall, self._minutes = wall, minutes
         self._grants: dict[str, _Grant] = {}
         self._refreshes: dict[str, list[str]] = {}
         self._track_ids: dict[str, None] = {}
@@ -182,13 +210,20 @@ class PracticeExchange:
         self._encoded: dict[bool, tuple[list[Row], bytes]] = {}
         self._last_poll: datetime | None = None
         self.calls = self.served = self.tokens = 0
-        self.app = Starlette(
-            routes=[
-                Route("/dev/v2/oauth2/token", self._token, methods=["POST"]),
-                Route("/bourse/v2/clients/{client_id}/trades/realtime", self._realtime),
-                Route("/practice/state", self._state),
-            ]
+        routes = [
+            Route("/dev/v2/oauth2/token", self._token, methods=["POST"]),
+            Route("/bourse/v2/clients/{client_id}/trades/realtime", self._realtime),
+            Route("/bourse/v2/clients/{client_id}/realTimeTrades", self._realtime),
+            Route("/practice/state", self._state),
+        ]
+        self._faults = Faults(
+            Starlette(routes=routes),
+            [Fault.parse(text) for text in faults],
+            rows=lambda: self._market.rows(self._clock.now(), rights=False),
+            envelope=self._envelope,
+            seed=seed,
         )
+        self.app: ASGIApp = self._faults
 
     def state(self) -> dict[str, Any]:
         """Return what `GET /practice/state` shows; `sent` is epoch milliseconds by track id, of the last calls."""
@@ -201,6 +236,7 @@ class PracticeExchange:
             "responses": self._market.responses,
             "calls": self.calls,
             "tokens": self.tokens,
+            "faults": dict(self._faults.counts),
             "sent": dict(self._sent),
         }
 
@@ -286,7 +322,8 @@ class PracticeExchange:
             raise _Refused(403, "FORBIDDEN", f"the token has no scope {scope}")
 
     def _answer(self, request: Request) -> Response:
-        self._authorise(request, SCOPE)
+        successor = request.url.path.endswith("/realTimeTrades")
+        self._authorise(request, SUCCESSOR_SCOPE if successor else SCOPE)
         query = request.query_params
         track_id = query.get("trackId", "")
         if not re.fullmatch("[0-9A-Za-z]{1,40}", track_id):
@@ -294,6 +331,8 @@ class PracticeExchange:
         if track_id in self._track_ids:
             raise _invalid("trackId is duplicated")
         _remember(self._track_ids, track_id, None, 100_000)
+        if successor:
+            return self._done(request, track_id, self._successor(query.get("companyId", "")), "status")
         for name in ("isTimePeriod", "precedencyRight"):
             if query.get(name) not in {"true", "false"}:
                 raise _invalid(f"{name} must be true or false")
@@ -310,26 +349,54 @@ class PracticeExchange:
             start, end = query.get("fromTime") or "0000", query.get("toTime") or "2359"
             if start > end:
                 raise _invalid("fromTime is after toTime")
-            rows = self._market.history(self._clock.now(), company, *(f"{at[:2]}:{at[2:]}" for at in (start, end)))
-            result = msgspec.json.encode([row for row in rows if row["PrecedencyRight"] is rights])
+            rows = self._market.history(self._clock.now(), company, "00:00", f"{end[:2]}:{end[2:]}")
+            rows = [row for row in rows if row["PrecedencyRight"] is rights]
+            rows = _each(rows) if self._minutes == "each" else rows
+            begin = f"{start[:2]}:{start[2:]}"
+            result = msgspec.json.encode([row for row in rows if row["TradeDateGre"][11:16] >= begin])
         elif company:
             rows = self._market.rows(self._clock.now(), rights)
             result = msgspec.json.encode([row for row in rows if row["CoID"] == company])
         else:
             if not rights:
-                self._clock.polled()
-                self.served += 1
-                self._last_poll = self._clock.now()
+                self._next()
             result = self._whole_market(rights)
+        return self._done(request, track_id, result, self._status_key)
+
+    def _next(self) -> None:
+        self._clock.polled()
+        self.served += 1
+        self._last_poll = self._clock.now()
+
+    def _successor(self, company: str) -> bytes:
+        """Return the rows as the successor has them: other names, dates for times, shares and rights together."""
+        if not re.fullmatch("[0-9]{0,9}", company):
+            raise _invalid("companyId must be a number")
+        if not company:
+            self._next()
+        now = self._clock.now()
+        rows = [*self._market.rows(now, rights=False), *self._market.rows(now, rights=True)]
+        chosen = [row for row in rows if not company or row["CoID"] == int(company)]
+        return msgspec.json.encode(
+            [
+                {ours: row[theirs] for ours, theirs in _SUCCESSOR_FIELDS.items()}
+                | {"gregorianDate": row["TradeDateGre"][:10].replace("/", "-") + "T00:00:00"}
+                for row in chosen
+            ]
+        )
+
+    def _done(self, request: Request, track_id: str, result: bytes, status_key: str) -> Response:
         self.calls += 1
-        ids = [track_id, uuid4().hex]  # as the documentation shows it: two values, and either may be the echo
-        first, second = ids if self.calls % 2 else reversed(ids)
-        response = self._respond(
-            request, b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}'
-            % (first.encode(), result, second.encode(), self._status_key.encode()),
-        )  # fmt: skip
+        response = self._respond(request, self._envelope(track_id, result, status_key))
         response.sent = lambda: _remember(self._sent, track_id, time.time_ns() / 1e6, 1_000)
         return response
+
+    def _envelope(self, track_id: str, result: bytes, status_key: str | None = None) -> bytes:
+        # As the documentation shows it: two values, and either may be the echo.
+        ids = [track_id.encode(), uuid4().hex.encode()]
+        first, second = ids if self.calls % 2 else reversed(ids)
+        key = (status_key or self._status_key).encode()
+        return b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}' % (first, result, second, key)
 
     def _whole_market(self, rights: bool) -> bytes:
         rows = self._market.rows(self._clock.now(), rights)
@@ -341,6 +408,14 @@ class PracticeExchange:
     def serve(self, host: str = "127.0.0.1", port: int = 0) -> Server:
         """Serve in a thread until the handle is closed; port 0 takes any free one."""
         return serve(self.app, host, port)
+
+
+def _each(rows: list[Row]) -> list[Row]:
+    """Return minute rows whose totals are the minute's own."""
+    before = [dict.fromkeys(_TOTALS, 0), *rows]
+    return [
+        {**row, **{name: row[name] - last[name] for name in _TOTALS}} for last, row in zip(before, rows, strict=False)
+    ]
 
 
 def practice_exchange(
@@ -361,8 +436,8 @@ def practice_exchange(
     if replay is not None:
         day = CapturedDay.load(REAL_DAY if replay == "real" else Path(replay))
         if advance == "poll":
-            return PracticeExchange(day, PollClock(day.times), **account)
-        return PracticeExchange(day, MarketClock(start or day.times[0], speed, skip_nights=False), **account)
+            return PracticeExchange(day, PollClock(day.times), seed=seed, **account)
+        return PracticeExchange(day, MarketClock(start or day.times[0], speed, skip_nights=False), seed=seed, **account)
     if advance == "poll":
         raise ConfigurationError("--advance poll needs a captured day: give one with --replay FILE or --replay real")
     if start is None:
@@ -371,7 +446,8 @@ def practice_exchange(
             today -= timedelta(days=1)
         start = _at(today, _DAY_STARTS)
     clock, rights = MarketClock(start, speed), instruments // 11
-    return PracticeExchange(SimulatedMarket(seed, clock.now().date(), instruments - rights, rights), clock, **account)
+    market = SimulatedMarket(seed, clock.now().date(), instruments - rights, rights)
+    return PracticeExchange(market, clock, seed=seed, **account)
 
 
 @click.command(context_settings={"show_default": True})
@@ -404,6 +480,13 @@ def practice_exchange(
     default="state",
     help="What the outcome of a call is called; the provider's other services say status.",
 )
+@click.option(
+    "--minutes",
+    type=click.Choice(["cumulative", "each"]),
+    default="cumulative",
+    help="What the totals of minute rows are: the day's so far, or the minute's own.",
+)
+@fault_option
 def exchange(host: str, port: int, start: datetime | None, client_secret_file: Path | None, **options: Any) -> None:
     """Run a practice exchange: the exchange's API over a made-up market or a day that happened."""
     try:

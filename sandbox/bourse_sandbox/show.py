@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -47,6 +47,8 @@ class Options:
     seed: int
     rules: Path | None
     data: Path
+    faults: Sequence[str] = ()
+    kill_every: float | None = None
 
     @property
     def at_max(self) -> bool:
@@ -75,6 +77,8 @@ class Observer:
     cluster: Cluster
     polls: list[PollMarker] = field(default_factory=list)
     ops: Counter[Op] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+    sequences: dict[tuple[str, Any], int] = field(default_factory=dict)
     alerts: int = 0
     dead_letters: int = 0
     ends: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -132,6 +136,9 @@ class Observer:
                     if topic == trades:
                         fields = event_of.fields(payload)
                         self.ops[Op(fields["op"])] += 1
+                        self.seen[fields["event_id"]] += 1
+                        of_day = fields["instrument"], fields["trading_day"]
+                        self.sequences[of_day] = max(self.sequences.get(of_day, 0), fields["sequence"])
                         self.last_event_ms[fields["poll_sequence"]] = arrived
                     elif topic == polls:
                         self.polls.append(marker_of(payload))
@@ -188,13 +195,17 @@ class _Show:
         self._stop = stop
         self._sent: dict[str, float] = {}
         self._services: dict[str, Child] = {}
+        self._commands: dict[str, Sequence[str]] = {}
+        self._kills = 0
+        self._kill_due = time.monotonic() + (options.kill_every or float("inf"))
         self._stack_of_services = services
         self._http = services.enter_context(httpx.Client())
         self._observer = Observer(stack.cluster)
         services.callback(self._observer.close)
         market = ["--replay", options.replay] if options.replay else ["--seed", str(options.seed)]
         advance = ["--advance", "poll"] if options.at_max else ["--speed", str(speed)]
-        self._start("exchange", "sandbox", "exchange", "--port", "0", *market, *advance)
+        faults = [word for fault in options.faults for word in ("--fault", fault)]
+        self._start("exchange", "sandbox", "exchange", "--port", "0", *market, *advance, *faults)
         self._exchange_url = self._exchange_address()
         # Consumers first, so that nothing waits for them; the order does not matter for what they see.
         archive = ["--to", str(folder / "archive"), "--max-age-seconds", "5"]
@@ -217,6 +228,17 @@ class _Show:
             inherit_terminal=inherit_terminal,
         )
         self._services[name] = self._stack_of_services.enter_context(child)
+        self._commands[name] = command
+
+    def _kill_one(self) -> None:
+        """Kill the next service in turn where it is time, and start it again."""
+        if self._options.kill_every is None or time.monotonic() < self._kill_due:
+            return
+        self._kill_due = time.monotonic() + self._options.kill_every
+        name = ("producer", "archive", "alerts")[self._kills % 3]
+        self._kills += 1
+        self._services.pop(name).kill()
+        self._start(name, *self._commands[name])
 
     def _exchange_address(self) -> str:
         log = self._folder / "logs" / "exchange.log"
@@ -244,6 +266,7 @@ class _Show:
         """Wait for the end (of the day, of the time, Ctrl-C), then end the services so that nothing is left behind."""
         day_over = False
         while self._alive() and not self._stop.is_set() and not day_over:
+            self._kill_one()
             day_over = self._options.at_max and self._day_is_over()
             if self._options.seconds is not None and time.monotonic() - began >= self._options.seconds:
                 break
@@ -297,6 +320,11 @@ class _Show:
             for marker in after
             if marker.poll_id is not None and marker.poll_sequence in observer.last_event_ms
         )
+        damage = {}
+        if self._options.kill_every is not None:
+            # Each change of a day has the next sequence: what is not there was lost, what is there again came twice.
+            lost = sum(observer.sequences.values()) - len(observer.seen)
+            damage = {"kills": self._kills, "lost": lost, "twice": sum(observer.ops.values()) - len(observer.seen)}
         p50 = statistics.median(visible) if visible else None
         p99 = visible[min(len(visible) - 1, int(len(visible) * 0.99))] if visible else None
         return {
@@ -315,6 +343,7 @@ class _Show:
                 "p99": None if p99 is None else round(p99, 1),
             },
             "seconds": round(seconds, 1),
+            **damage,
         }
 
 
@@ -335,6 +364,14 @@ def _print(summary: dict[str, Any], archive: Path, rules: Path) -> None:
         f"{summary['alerts']:,} alerts, {summary['dead_letters']:,} dead letters; "
         f"{summary['archived_rows']:,} rows archived."
     )
+    if "kills" in summary:
+        archived = (
+            "all of them archived, each once" if summary["archived_rows"] == events["total"] else "NOT all archived"
+        )
+        click.echo(
+            f"{summary['kills']} services were killed: {summary['lost'] or 'no'} events lost, "
+            f"{summary['twice'] or 'none'} twice, {archived}."
+        )
     if visible["p50"] is not None:
         click.echo(f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.")
     click.echo(

@@ -1,0 +1,343 @@
+"""Mutated real responses through the client, the parser and the service: `make fuzz N=10000 SEED=1`.
+
+A crash is anything but a marker. A wrong event is one that differs from what the pure core (`parse`, `diff`) makes of
+the bytes delivered, that names values no row of the body holds, or that breaks a sequence or a sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import structlog
+
+from bourse_producer.backfill import derive
+from bourse_producer.diff import Changes
+from bourse_producer.finnotech import Context, Credentials, Finnotech, Received
+from bourse_producer.publisher import State
+from bourse_producer.service import Producer, Settings
+from bourse_schemas.errors import ExchangeError
+from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent
+
+__all__ = ["Fuzz", "main"]
+
+REAL_DAY = Path(__file__).parents[1] / "sandbox/bourse_sandbox/data/day-2019-08-21.ndjson.gz"
+TOKEN = {"result": {"value": "t", "lifeTime": 864_000_000}, "status": "DONE"}
+TOTALS = ("volume", "value", "trade_count")
+ROWS = 25
+BOM = "\ufeff".encode()
+ODD: Sequence[Any] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    5488.0,
+    1e308,
+    2**63,
+    2**70,
+    "",
+    "x",
+    "۱۲",
+    "7",
+    "7.0",
+    [],
+    {},
+    [[]],
+    "2019/13/45 99:99:99",
+)
+BODIES = (
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"<html>",
+    b'{"state":"DONE"}',
+    b'{"result":[[[]]],"state":"DONE"}',
+    b"[" * 99_999,
+)
+ERRORS = (
+    (400, b'{"status":"FAILED","error":{"code":"VALIDATION_ERROR","message":"trackId is duplicated"}}'),
+    (403, b'{"error":{"message":"ip"}}'),
+    (429, b""),
+    (500, b"<html>"),
+    (200, b'{"result":{"error":{"code":5,"message":[1]}},"status":"FAILED"}'),
+    (200, b'{"responseCode":"FN-ABCD-40800000000"}'),
+)
+
+
+def responses() -> list[tuple[datetime, list[dict[str, Any]]]]:
+    """Return the real day's responses, each with its first rows only, so that many fit into a run."""
+    found, latest = [], dict[str, dict[str, Any]]()
+    with gzip.open(REAL_DAY) as lines:
+        for line in lines:
+            said = json.loads(line)
+            latest.update((row["TseSymbolCode"], row) for row in said["changed"])
+            rows = sorted(latest.values(), key=lambda row: row["CoID"])[:ROWS]
+            found.append((datetime.fromisoformat(said["received_at"]).astimezone(UTC), rows))
+    return found
+
+
+class Fuzz:
+    """A service between a mutating exchange and a log that checks whatever is published."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+        self._day = responses()
+        self.counts: Counter[str] = Counter(
+            dict.fromkeys(("cases", "crashes", "wrong_events", "events", "rejected_rows", "refused_bodies"), 0)
+        )
+        self.first: list[str] = []
+        self._at = 0
+        self._known: dict[str, Candle] = {}
+        self._last: PollMarker | None = None
+        self._delivered: list[Received] = []
+        self._contexts: list[Context] = []
+        transport = httpx.MockTransport(self._answer)
+        client = httpx.Client(transport=transport)
+        account = Credentials("fuzz", "fuzz", "0123456789")
+        exchange = Finnotech(client, "http://h", account, on_response=self._delivered.append, mint_seconds=0)
+        settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, quota_seconds=0)
+        self._producer = Producer(exchange, lambda: self, settings, capture=self)
+
+    def run(self, cases: int) -> None:
+        """Try so many responses."""
+        for _ in range(cases):
+            self.counts["cases"] += 1
+            self._at += self._chance.random() < 0.7
+            if self._at == len(self._day):
+                # The same day once more, to a service that knows nothing.
+                self._at, self._known = 0, {}
+                self._producer._close()
+            self._delivered.clear()
+            self._contexts = []
+            try:
+                self._producer._hold_until = 0.0
+                self._producer._recoverable(self._producer._poll_once)
+            except Exception as error:  # that is what is looked for
+                self.counts["crashes"] += 1
+                self.first.append(f"{type(error).__name__}: {error}; body {self._delivered[-1:]!r}"[:500])
+                self._producer._close()
+
+    # --- the exchange -------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, json=TOKEN)
+        chance = self._chance
+        at, rows = self._day[self._at]
+        rows = [dict(row) for row in rows]
+        headers = {"Date": format_datetime(at + timedelta(seconds=chance.choice([0, 0, -600, 600])), usegmt=True)}
+        if chance.random() < 0.1:
+            status, body = chance.choice([*ERRORS, *((200, each) for each in BODIES)])
+            return httpx.Response(status, content=body, headers=headers)
+        for _ in range(chance.choice([0, 0, 1, 1, 2, 5])):
+            chance.choice(ROW_MUTATIONS)(chance, rows)
+        track_id = request.url.params["trackId"]
+        envelope = {"trackId": track_id, "result": rows, "state": chance.choice(["DONE"] * 20 + ["FAILED", None])}
+        body = json.dumps(envelope, ensure_ascii=chance.random() < 0.5).encode()
+        for _ in range(chance.choice([0, 0, 0, 0, 0, 1, 1, 3])):
+            body = chance.choice(BYTE_MUTATIONS)(chance, body)
+        if chance.random() < 0.2:
+            headers["Content-Encoding"] = chance.choice(["gzip", "gzip", "gzip", "deflate", "nonsense"])
+            packed = gzip.compress(body, 1)
+            body = chance.choice([packed, packed, packed[: len(packed) // 2], packed[:-4], body])
+        return httpx.Response(200, content=body, headers=headers)
+
+    # --- the log, and the capture: what is published, and from what ---------------------------------------------------
+
+    def restore(self) -> State:
+        """Return what was published."""
+        return State(
+            dict(self._known), self._last.poll_sequence if self._last else 0, [self._last] if self._last else []
+        )
+
+    def restored(self, state: State) -> None:
+        """Know it already."""
+
+    def require_room_for(self, instant: datetime) -> None:
+        """Have room for everything."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def committed(self, poll_sequence: int, outcome: Outcome) -> None:
+        """Know it already."""
+
+    def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Any) -> None:
+        """Take how the responses were read."""
+        self._contexts = list(contexts)
+
+    def publish(self, changes: Changes, letters: Sequence[DeadLetter], markers: Sequence[PollMarker]) -> None:
+        """Check, then keep."""
+        self.counts["events"] += len(changes.events)
+        self.counts["rejected_rows"] += markers[-1].rejected_rows
+        self.counts["refused_bodies"] += markers[-1].outcome is Outcome.FAILED
+        bodies = {received.track_id: received.body for received in self._delivered}
+        calls = [(bodies[context.track_id], context) for context in self._contexts]
+        try:
+            expected: Sequence[TradeEvent] = derive(self._known, calls).changes.events if calls else []
+        except ExchangeError:
+            expected = []
+        if list(expected) != list(changes.events):
+            self._wrong("not what the bytes say", len(changes.events))
+        held = _held(calls[0][0]) if calls else set()
+        for event, candle in zip(changes.events, changes.candles, strict=True):
+            before = self._known.get(event.instrument)
+            same_day = before is not None and before.trading_day == event.trading_day
+            old = before if before is not None and same_day else None
+            sums = all(
+                (getattr(old, total) if old else 0) + getattr(event, f"{total}_delta") == getattr(event, total)
+                for total in TOTALS
+            )
+            if (
+                event.sequence != (old.sequence if old else 0) + 1
+                or not sums
+                or (before and candle.trading_day < before.trading_day)
+            ):
+                self._wrong(f"a broken chain: {event}", 1)
+            if (event.instrument, event.volume, event.value, event.trade_count, event.last_price) not in held:
+                self._wrong(f"no row says so: {event}", 1)
+        self._known |= {candle.instrument: candle for candle in changes.candles}
+        self._last = markers[-1]
+
+    def _wrong(self, words: str, count: int) -> None:
+        self.counts["wrong_events"] += max(1, count)
+        self.first.append(words[:500])
+
+
+def _held(body: bytes) -> set[tuple[Any, ...]]:
+    """Return, read by Python's own patient means, which totals and prices the rows of a body hold."""
+    try:
+        # Of a name that stands twice the later value counts, as in most readers.
+        # A bad byte spoils its row, not the others.
+        result = json.loads(body.removeprefix(BOM).decode("utf-8", "replace"), strict=False)["result"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    held = set()
+    for row in result if isinstance(result, list) else [result]:
+        if isinstance(row, dict):
+            named = {str(name).lower(): value for name, value in row.items() if value is not None}
+            numbers = [_number(named.get(name)) for name in ("tradevolume", "tradevalue", "tradeqty", "lastprice")]
+            held.add((str(named.get("tsesymbolcode")), *numbers))
+    return held
+
+
+def _number(value: Any) -> int | None:
+    try:
+        return None if value is None or value == "" else int(value)
+    except (TypeError, ValueError, OverflowError):
+        try:
+            return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            return None
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+Rows = list[dict[str, Any]]
+
+
+def _odd_value(chance: random.Random, rows: Rows) -> None:
+    row = chance.choice(rows)
+    row[chance.choice(list(row))] = chance.choice(ODD)
+
+
+def _nan(chance: random.Random, rows: Rows) -> None:
+    chance.choice(rows)["LastPrice"] = chance.choice([float("nan"), float("inf")])
+
+
+def _rename(chance: random.Random, rows: Rows) -> None:
+    row = chance.choice(rows)
+    name = chance.choice(list(row))
+    row[chance.choice([name.upper(), name + "2", "TradeDateGer"])] = row.pop(name)
+
+
+def _double(chance: random.Random, rows: Rows) -> None:
+    row = dict(chance.choice(rows))
+    if isinstance(row.get("TradeVolume"), int):
+        row["TradeVolume"] += chance.randint(-5, 5)
+    rows.insert(chance.randrange(len(rows)), row)
+
+
+def _swap(chance: random.Random, rows: Rows) -> None:
+    one, other = chance.choice(rows), chance.choice(rows)
+    names = list(one.keys() & other.keys())
+    if names:
+        name = chance.choice(sorted(names))
+        one[name], other[name] = other[name], one[name]
+
+
+def _other_day(chance: random.Random, rows: Rows) -> None:
+    row = chance.choice(rows)
+    row["TradeDateGre"] = f"2019/08/{chance.randint(18, 25)} {chance.randint(0, 23):02}:00:00"
+
+
+def _drop(chance: random.Random, rows: Rows) -> None:
+    if len(rows) > 1:
+        del rows[chance.randrange(len(rows))]
+
+
+ROW_MUTATIONS: Sequence[Callable[[random.Random, Rows], None]] = (
+    _odd_value, _odd_value, _nan, _rename, _double, _swap, _other_day, _drop,
+)  # fmt: skip
+
+
+def _flip(chance: random.Random, body: bytes) -> bytes:
+    if not body:
+        return body
+    at = chance.randrange(len(body))
+    return body[:at] + bytes([chance.randrange(256)]) + body[at + 1 :]
+
+
+def _truncate(chance: random.Random, body: bytes) -> bytes:
+    return body[: chance.randrange(len(body) + 1)]
+
+
+def _repeat(chance: random.Random, body: bytes) -> bytes:
+    begin = chance.randrange(len(body) + 1)
+    return body[:begin] + body[begin : begin + chance.randrange(200)] * 2 + body[begin:]
+
+
+def _encode(chance: random.Random, body: bytes) -> bytes:
+    text = body.decode("utf-8", "replace")
+    return chance.choice([text.encode("utf-16"), text.encode("cp1256", "replace"), BOM + body])
+
+
+def _digits(chance: random.Random, body: bytes) -> bytes:
+    at = body.find(b":", chance.randrange(len(body) + 1))
+    return body if at < 0 else body[: at + 1] + b"9" * chance.choice([1, 19, 400]) + body[at + 1 :]
+
+
+BYTE_MUTATIONS: Sequence[Callable[[random.Random, bytes], bytes]] = (_flip, _flip, _truncate, _repeat, _encode, _digits)
+
+
+def main() -> int:
+    """Run as told on the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
+    began = time.monotonic()
+    fuzz = Fuzz(options.seed)
+    fuzz.run(options.n)
+    for words in sorted(set(fuzz.first), key=lambda each: each.startswith("no row"))[:10]:
+        print(words, file=sys.stderr)
+    print(json.dumps({**fuzz.counts, "seconds": round(time.monotonic() - began)}))
+    return int(bool(fuzz.counts["crashes"] or fuzz.counts["wrong_events"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

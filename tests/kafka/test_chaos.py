@@ -1,0 +1,132 @@
+"""A real day while producers die: exact all the same. And the comparison that says so would notice otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from bourse_producer.replay import Replay
+from bourse_sandbox.market import REAL_DAY
+from bourse_schemas.events import Candle, FeedState, Outcome, Phase, PollMarker, TradeEvent
+from reliability.chaos import Options, compare, run
+
+Topics = tuple[list[TradeEvent], list[Candle], list[PollMarker]]
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(600)
+def test_ten_kills(kafka: object) -> None:
+    """Leaders and standbys, killed or frozen at random moments, transactions in flight included."""
+    result = run(Options(kills=10, seed=7))
+    assert result["kills"] + result["freezes"] == 10
+    assert result["found"] == result["expected"] >= 19_346
+    assert {name: result[name] for name in ("lost", "twice", "wrong", "holes")} == dict.fromkeys(
+        ("lost", "twice", "wrong", "holes"), 0
+    )
+    # Elected within a session's time, initialised, restored; this machine is not always quick.
+    assert result["takeover_s"]["max"] < 15
+
+
+@pytest.fixture(scope="module")
+def day() -> Topics:
+    """Return what the topics hold after an undisturbed day."""
+    replay = Replay()
+    replay.day(REAL_DAY)
+    candles = {event.instrument: event for event in replay.events}
+    fields = Candle.__struct_fields__
+    kept = [Candle(**{name: getattr(event, name) for name in fields}) for event in candles.values()]
+    markers = []
+    for sequence in sorted(replay.polls):
+        counts: dict[str, Any] = dict.fromkeys(
+            ("rows", "opened", "revised", "cancelled", "stale_rows", "rejected_rows"), 0
+        )
+        counts |= dict.fromkeys(("duplicate_rows", "backfilled_rows"), 0)
+        markers.append(
+            PollMarker(
+                poll_sequence=sequence,
+                source="s",
+                outcome=Outcome.PUBLISHED,
+                phase=Phase.OPEN,
+                feed_state=FeedState.FRESH,
+                requested_at=replay.events[0].observed_at,
+                day_final=False,
+                traded=sum(event.poll_sequence == sequence for event in replay.events),
+                **counts,
+            )
+        )
+    return replay.events, kept, markers
+
+
+def missing(topics: Topics) -> Topics:
+    """Lose an event."""
+    events, candles, markers = topics
+    return events[:500] + events[501:], candles, markers
+
+
+def doubled(topics: Topics) -> Topics:
+    """Have one twice."""
+    events, candles, markers = topics
+    return [*events, events[7]], candles, markers
+
+
+def altered(topics: Topics) -> Topics:
+    """Have another price."""
+    events, candles, markers = topics
+    return [structs.replace(events[0], last_price=1), *events[1:]], candles, markers
+
+
+def foreign(topics: Topics) -> Topics:
+    """Have one that nobody expected."""
+    events, candles, markers = topics
+    return [*events, structs.replace(events[0], event_id="another")], candles, markers
+
+
+def without_marker(topics: Topics) -> Topics:
+    """Have a poll without its marker."""
+    events, candles, markers = topics
+    return events, candles, [*markers[:3], *markers[4:]]
+
+
+def old_candle(topics: Topics) -> Topics:
+    """Have a candle that is not the last event's."""
+    events, candles, markers = topics
+    return events, [structs.replace(candles[0], volume=0), *candles[1:]], markers
+
+
+def no_candle(topics: Topics) -> Topics:
+    """Have none of an instrument."""
+    events, candles, markers = topics
+    return events, candles[1:], markers
+
+
+def test_an_undisturbed_day_is_right(day: Topics) -> None:
+    """Nothing lost, twice, wrong, and no hole."""
+    assert compare(day[0], *day) == {
+        "expected": 19_346,
+        "found": 19_346,
+        "lost": 0,
+        "twice": 0,
+        "wrong": 0,
+        "holes": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "noticed"),
+    [
+        (missing, {"lost", "holes"}),
+        (doubled, {"twice", "holes"}),
+        (altered, {"wrong"}),
+        (foreign, {"wrong", "holes"}),
+        (without_marker, {"holes"}),
+        (old_candle, {"holes"}),
+        (no_candle, {"holes"}),
+    ],
+)
+def test_damage_is_noticed(day: Topics, damage: Callable[[Topics], Topics], noticed: set[str]) -> None:
+    """Each kind is counted as what it is."""
+    counts = compare(day[0], *damage(day))
+    assert {name for name in ("lost", "twice", "wrong", "holes") if counts[name]} == noticed

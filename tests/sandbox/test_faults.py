@@ -1,0 +1,213 @@
+"""Whatever the exchange does, the producer makes no wrong event of it, says what it was, and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from bourse_producer.diff import Changes
+from bourse_producer.finnotech import PROFILES, Credentials, Finnotech
+from bourse_producer.publisher import State
+from bourse_producer.service import Producer, Settings
+from bourse_sandbox.exchange import practice_exchange
+from bourse_sandbox.faults import KINDS, Fault
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import Candle, DeadLetter, FeedState, Outcome, PollMarker, TradeEvent
+
+PUBLISHED, UNCHANGED, FAILED = Outcome.PUBLISHED, Outcome.UNCHANGED, Outcome.FAILED
+
+
+class Log:
+    """Keeps what is published, as Kafka would."""
+
+    def __init__(self) -> None:
+        self.events: list[TradeEvent] = []
+        self.candles: dict[str, Candle] = {}
+        self.markers: list[PollMarker] = []
+        self.letters = 0
+
+    def restore(self) -> State:
+        """Return what is committed."""
+        return State(dict(self.candles), len(self.markers), list(self.markers))
+
+    def require_room_for(self, instant: Any) -> None:
+        """Have room for everything."""
+
+    def publish(self, changes: Changes, letters: Sequence[DeadLetter], markers: Sequence[PollMarker]) -> None:
+        """Commit."""
+        self.events += changes.events
+        self.candles |= {candle.instrument: candle for candle in changes.candles}
+        self.markers += markers
+        self.letters += len(letters)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def play(*faults: str, polls: int = 5, profile: str = "trades-realtime", **options: Any) -> tuple[Log, dict[str, Any]]:
+    """Poll the real day's first responses over real HTTP, through these faults; return what came of it."""
+    practice = practice_exchange("real", "poll", faults=faults)
+    log = Log()
+    usual = {"poll_seconds": 0, "always": True, "response_clock": True, "retry_seconds": 0, "quota_seconds": 0}
+    chosen = PROFILES[profile]
+    settings = Settings(**{**usual, **options}, source=chosen.source, profile=chosen)
+    with practice.serve() as server, httpx.Client(timeout=0.5) as client:
+        account = Credentials("practice", "practice", "0123456789")
+        exchange = Finnotech(client, server.url, account, chosen, mint_seconds=0, deadline_seconds=1.5)
+        producer = Producer(exchange, lambda: log, settings)
+        for _ in range(polls):
+            producer._hold_until = 0.0
+            assert producer._recoverable(producer._poll_once)
+        return log, practice.state()
+
+
+def business(event: TradeEvent) -> tuple[Any, ...]:
+    """Return what an event says, but for when and in which poll it was seen."""
+    return event.event_id, event.op, event.volume, event.value_delta, event.last_price, event.traded_at
+
+
+EXPECTED = {
+    "token-401": (FAILED, "token"),
+    "token-403": (FAILED, "scope"),
+    "token-400": (FAILED, "token"),
+    "token-200": (FAILED, "token"),
+    "token-bare": (FAILED, "token"),
+    "scope": (FAILED, "scope"),
+    "address": (FAILED, "address"),
+    "quota": (FAILED, "quota"),
+    "rate": (FAILED, "rate"),
+    "duplicate-track-id": (FAILED, "internal"),
+    "provider": (FAILED, "provider"),
+    "timeout": (FAILED, "timeout"),
+    "failed-200": (FAILED, "provider"),
+    "html": (FAILED, "provider"),
+    "empty": (FAILED, "nonsense"),
+    "truncated": (FAILED, "network"),
+    "reset": (FAILED, "network"),
+    "broken-gzip": (FAILED, "nonsense"),
+    "huge": (FAILED, "nonsense"),
+    "wrong-encoding": (FAILED, "nonsense"),
+    "nesting": (FAILED, "nonsense"),
+    "nan": (FAILED, "nonsense"),
+    "silence": (FAILED, "timeout"),
+    "slow": (FAILED, "timeout"),
+    "duplicates": (UNCHANGED, None),
+    "half": (UNCHANGED, None),
+    "bad-rows": (UNCHANGED, None),
+    "renamed": (FAILED, "nonsense"),
+    "other-day": (FAILED, "nonsense"),
+    "yesterday": (UNCHANGED, None),
+    "old-response": (UNCHANGED, None),
+    "frozen": (UNCHANGED, None),
+    "skew": (PUBLISHED, None),
+    "wrong-type": (PUBLISHED, None),
+}
+
+
+def test_every_kind_is_tried() -> None:
+    """None of them is without an expectation."""
+    assert EXPECTED.keys() == KINDS.keys()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[TradeEvent]:
+    """Return the events of the first five responses."""
+    return play()[0].events
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_wrong_event_the_outcome_on_the_marker_and_on_it_goes(kind: str, undisturbed: list[TradeEvent]) -> None:
+    """The third call is spoilt, with its retry where a new token is tried; all five responses come out all the same."""
+    retried = kind.startswith("token") or kind == "scope"
+    log, state = play(f"{kind}@3-4" if retried else f"{kind}@3", polls=6)
+    marker = log.markers[2]
+    assert (marker.outcome, marker.error_kind) == EXPECTED[kind], marker.error_message
+    assert state["faults"] == {kind: 2 if retried else 1}
+    delivered = kind in {"skew", "wrong-type"}
+    events = log.events if not delivered else [event for event in log.events if event.poll_sequence <= 5]
+    assert [business(event) for event in events] == [business(event) for event in undisturbed]
+    assert [each.outcome for each in log.markers[3:5]] == [PUBLISHED] * 2
+    assert [each.poll_sequence for each in log.markers] == list(range(1, 7))
+    told = {"half": FeedState.PARTIAL, "yesterday": FeedState.STALE}
+    assert marker.feed_state is told.get(kind, FeedState.DOWN if marker.outcome is FAILED else FeedState.FRESH)
+    if kind == "bad-rows":
+        assert (marker.rejected_rows, log.letters) == (-(-marker.rows // 10), marker.rejected_rows)
+    if kind == "duplicates":
+        assert marker.duplicate_rows == marker.rows // 2
+
+
+def test_a_frozen_feed_is_told() -> None:
+    """Answers come, with a fresh Date, and nothing moves."""
+    settings = Settings()
+    frozen = replace(settings.freshness, frozen_after=timedelta(seconds=-1))
+    log, _ = play("frozen@3-5", polls=5, freshness=frozen)
+    assert [marker.feed_state for marker in log.markers[2:]] == [FeedState.FROZEN] * 3
+
+
+def test_the_successor_gives_the_same_market() -> None:
+    """Through its own path, names and dates: the same totals of shares and rights, times of receipt, flagged."""
+    ours, _ = play(polls=3)
+    theirs, state = play(polls=3, profile="realTimeTrades")
+    assert (state["calls"], state["served"]) == (3, 3)
+    assert {event.traded_at_estimated for event in theirs.events} == {True}
+    assert {event.source for event in theirs.events} == {"finnotech/real-time-trades"}
+    shares = [event for event in theirs.events if not event.is_right]
+    assert [(e.event_id, e.volume, e.closing_price) for e in shares] == [
+        (e.event_id, e.volume, e.closing_price) for e in ours.events
+    ]
+
+
+@pytest.mark.parametrize("minutes", ["cumulative", "each"])
+def test_minute_rows_of_both_kinds_fill_a_gap(minutes: str) -> None:
+    """Missed responses come back as backfilled events, whichever way the exchange adds up."""
+    practice = practice_exchange("real", "poll", minutes=minutes, faults=["provider@31-40"])
+    log = Log()
+    with practice.serve() as server, httpx.Client() as client:
+        account = Credentials("practice", "practice", "0123456789")
+        exchange = Finnotech(client, server.url, account)
+        settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, backfill_calls=20)
+        producer = Producer(exchange, lambda: log, settings)
+        producer._next_beat = lambda: 2e10  # type: ignore[method-assign]
+        for poll in range(41):
+            assert producer._recoverable(producer._poll_once)
+            if poll == 29:
+                # What the market did meanwhile goes by unseen.
+                practice._clock._polls += 10  # type: ignore[attr-defined]
+    last = log.markers[-1]
+    assert last.outcome is PUBLISHED
+    assert last.backfilled_rows > 20
+    filled = [event for event in log.events if event.backfilled]
+    assert {event.poll_sequence for event in filled} == {last.poll_sequence}
+    assert len(filled) == last.backfilled_rows
+    chains: dict[str, list[TradeEvent]] = {}
+    for event in log.events:
+        chains.setdefault(event.instrument, []).append(event)
+    for chain in chains.values():
+        assert [event.sequence for event in chain] == list(range(1, len(chain) + 1))
+        assert sum(event.volume_delta for event in chain) == chain[-1].volume
+
+
+@pytest.mark.parametrize(
+    "text", ["help", "nosuch", "html:", "html:2", "html:0", "html:1.2.3", "html@", "html@x", "", "html@1-2-3"]
+)
+def test_what_is_no_fault_is_told_with_all_there_is(text: str) -> None:
+    """Every kind with a line of its own."""
+    with pytest.raises(ConfigurationError) as caught:
+        Fault.parse(text)
+    assert "a probability lies between" in str(caught.value) or all(kind in str(caught.value) for kind in KINDS)
+
+
+def test_when_a_fault_happens() -> None:
+    """Always, by chance, once, or for a while."""
+    assert Fault.parse("html") == Fault("html")
+    assert Fault.parse("html:0.25") == Fault("html", 0.25)
+    assert Fault.parse("html@7") == Fault("html", 1.0, 7, 7)
+    assert Fault.parse("html@7-20") == Fault("html", 1.0, 7, 20)
+    log, state = play("html:0.5", polls=12)
+    assert 0 < state["faults"]["html"] < 12
+    assert sum(marker.outcome is FAILED for marker in log.markers) == state["faults"]["html"]
