@@ -38,7 +38,7 @@ MUTANTS = [
         "commit before all of the poll is sent",
         PUBLISHER,
         "        for marker in markers:\n",
-        "        self._do(self._producer.commit_transaction)\n        self._do(self._producer.begin_transaction)\n"
+        "        self._producer.commit_transaction()\n        self._producer.begin_transaction()\n"
         "        for marker in markers:\n",
         f"{KAFKA}::test_a_death_before_the_marker_leaves_nothing",
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +19,7 @@ import yaml
 from bourse_sandbox.jars import fetch, read_lock
 from bourse_sandbox.kafka import Kafka, free_port, java
 from bourse_sandbox.processes import spawn
+from bourse_schemas.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text("utf-8")
@@ -101,8 +104,24 @@ def test_it_starts_in_order_and_comes_back() -> None:
     assert SERVICES["setup"]["depends_on"] == {"kafka": healthy, "registry": healthy}
     for name in ("producer", "alerts", "archive"):
         assert SERVICES[name]["depends_on"] == {"setup": done}
-    assert {name for name, service in SERVICES.items() if "healthcheck" in service} == {"kafka", "registry", "exchange"}
+    assert {name for name, service in SERVICES.items() if "healthcheck" in service} == {*SERVICES} - {"setup"}
     assert {name for name, service in SERVICES.items() if service["restart"] != "unless-stopped"} == {"setup"}
+
+
+def test_a_service_is_asked_whether_it_is_alive_where_it_answers() -> None:
+    """Within its own container: nothing is published, and one that only waits is not restarted."""
+    for name in ("producer", "alerts", "archive"):
+        service = SERVICES[name]
+        command, (cmd, python, flag, code) = service["command"], service["healthcheck"]["test"]
+        assert (cmd, python, flag) == ("CMD", "python", "-c")
+        assert "ports" not in service
+        with Monitor(name).serve(command[command.index("--http") + 1].replace("8080", "0")) as url:
+            asked = code.replace("http://127.0.0.1:8080", str(url))
+            assert asked != code
+            assert subprocess.run([sys.executable, "-c", asked], timeout=30, check=False).returncode == 0
+        assert subprocess.run(
+            [sys.executable, "-c", asked], timeout=30, check=False, stderr=subprocess.DEVNULL
+        ).returncode
 
 
 def test_our_containers_have_no_more_rights_than_they_need() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ import click
 from bourse_schemas.cli import LazyGroup
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.monitor import Monitor, http_option
 
 __all__ = ["consume"]
 
@@ -27,10 +29,18 @@ __all__ = ["consume"]
     show_default=True,
     help="Most records the consumer gets at a time.",
 )
+@click.option(
+    "--max-rejected-share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Stop where a larger share of the last 200 records was rejected, 20 at least; 1 never stops.",
+)
+@http_option
 @cluster_options
-def _common(cluster: Cluster, group: str | None, batch_size: int) -> tuple[Cluster, str | None, int]:
+def _common(**ours: Any) -> dict[str, Any]:
     """Hold the options that every consumer has."""
-    return cluster, group, batch_size
+    return ours
 
 
 class Consumers(LazyGroup):
@@ -57,7 +67,7 @@ class Consumers(LazyGroup):
 
             configure_logging(ctx.find_root().obj or "info")
             consumer = make(**options) if make else None
-            _run(consumer, cmd_name, *click.get_current_context().invoke(_common, **ours))
+            _run(consumer, cmd_name, **click.get_current_context().invoke(_common, **ours))
 
         command.callback = start
         return command
@@ -77,10 +87,11 @@ def consume() -> None:
     """Run a consumer: alerts, archive, or any plug-in that is installed."""
 
 
-def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, batch_size: int) -> None:
+def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, http: str | None, **limits: Any) -> None:
     from bourse_consumers.api import Consumer
     from bourse_consumers.kafka_stream import KafkaStream
     from bourse_consumers.runner import Runner, patiently
+    from bourse_schemas.telemetry import get_logger
 
     if not isinstance(consumer, Consumer):
         raise ConfigurationError(f"the consumer {name!r} returned {type(consumer).__name__}, not a Consumer")
@@ -88,6 +99,11 @@ def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, batch_si
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     group = group or f"{cluster.prefix}-{name}"
-    stream = patiently(lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits), name, stop)
-    if stream is not None:
-        Runner(consumer, stream, stream.decode, name=name, batch_size=batch_size, stop=stop).run()
+    monitor = Monitor(name)
+    with monitor.serve(http) as url:
+        if url:
+            get_logger(consumer=name).info("answering", url=url)
+            cluster = replace(cluster, on_statistics=monitor.statistics)
+        stream = patiently(lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits), name, stop, monitor)
+        if stream is not None:
+            Runner(consumer, stream, stream.decode, name=name, stop=stop, monitor=monitor, **limits).run()

@@ -12,7 +12,6 @@ the generation in which the partitions were assigned, and a plain commit is not 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -27,7 +26,7 @@ from bourse_consumers.runner import Poll, StreamBroken
 from bourse_schemas import codec
 from bourse_schemas.codec import Deserializer
 from bourse_schemas.errors import BourseError, ConfigurationError
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS, Topic
 
@@ -37,6 +36,9 @@ TEHRAN = ZoneInfo("Asia/Tehran")
 SESSION_MS = 10_000
 LONGEST_PROCESS_MS = 1_800_000
 TRANSACTION_MS = 10_000
+# The brokers give a transaction up after its time; without an end of its own the client may go on asking for minutes
+# after they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back.
+COMMIT_SECONDS = 12.0
 # Short enough to stop within five seconds; whatever takes longer is asked for again.
 ASK_SECONDS = 3.0
 # How far before an offset the last record is looked for at first: transaction markers lie between.
@@ -89,6 +91,8 @@ class KafkaStream:
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
+        if self._producer is not None:
+            self._producer.poll(0)  # what it has to say piles up otherwise
         # `consume` waits for the whole batch or the whole time; a first `poll` returns as soon as there is anything.
         first = self._client.poll(timeout)
         messages = [] if first is None else [first, *self._client.consume(limit - 1, 0)]
@@ -163,7 +167,7 @@ class KafkaStream:
         What is committed is certain only when the new producer has settled the old one's transaction.
         """
         if self._producer is not None:
-            _close(self._producer)
+            abandon(self._producer)
             self._producer = self._new_producer()
         self._changed = bool(self._assigned)
 
@@ -179,7 +183,7 @@ class KafkaStream:
         """Leave the group."""
         self._client.close()
         if self._producer is not None:
-            _close(self._producer)
+            abandon(self._producer)
 
     # --- publishing ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ class KafkaStream:
         try:
             producer.init_transactions(ASK_SECONDS)
         except KafkaException as error:
-            _close(producer)
+            abandon(producer)
             raise _broken(error.args[0]) from error
         return producer
 
@@ -206,9 +210,8 @@ class KafkaStream:
                 except BufferError:
                     producer.poll(0.1)
         if positions:
-            producer.send_offsets_to_transaction(list(positions), self._membership)
-        # Without a time-out of its own: how long it may take is the transaction's business.
-        producer.commit_transaction()
+            producer.send_offsets_to_transaction(list(positions), self._membership, COMMIT_SECONDS)
+        producer.commit_transaction(COMMIT_SECONDS)
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
@@ -323,11 +326,3 @@ def _broken(error: KafkaError) -> BourseError:
     if error.code() in REFUSED:
         return ConfigurationError(f"Kafka does not allow it: {error.str()}; see the ACLs of this user")
     return StreamBroken(error.str())
-
-
-def _close(producer: Producer) -> None:
-    """Close a producer in whatever state: its transaction is aborted, here or by the next one with its id."""
-    with warnings.catch_warnings():
-        # It says so where it could not abort.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        producer.close()

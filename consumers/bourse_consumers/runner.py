@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -31,6 +32,7 @@ from bourse_consumers.api import (
 )
 from bourse_schemas.errors import BourseError, Undecodable, Unreachable
 from bourse_schemas.events import DeadLetter, Reason, Stage
+from bourse_schemas.monitor import BATCH_SECONDS, DEAD_LETTERS_TOTAL, EMITTED, LAG, RETRIES, ROWS, Monitor
 from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS
 
@@ -43,6 +45,11 @@ SETTLE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 LONGEST_CONNECT_SECONDS = 15.0
+# What a turn of the loop may take before it counts as dead, and what a call of the consumer (see api.py) or a commit,
+# which ends only when the broker is back.
+TURN_SECONDS, CALL_SECONDS = 120.0, 1_860.0
+# The share of rejected records is judged over so many records, once so many were rejected.
+JUDGED_RECORDS, FEW_RECORDS = 200, 20
 # A record may be as large as brokers allow (1 MiB); its letter, which says more, has to pass as well.
 LETTER_BYTES = 900_000
 
@@ -117,7 +124,9 @@ class Runner:
         *,
         name: str,
         batch_size: int = 1000,
+        max_rejected_share: float = 0.5,
         stop: threading.Event | None = None,
+        monitor: Monitor | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._consumer = consumer
@@ -125,6 +134,8 @@ class Runner:
         self._decode = decode
         self._name = name
         self._batch_size = batch_size
+        self._max_rejected_share = max_rejected_share
+        self._monitor = monitor or Monitor(name)
         self._now = now
         self._stop = stop or threading.Event()
         self._log = get_logger(consumer=name)
@@ -141,6 +152,10 @@ class Runner:
         self._report_due = time.monotonic() + REPORT_SECONDS
         self._idle_backoff, self._broken_backoff = _Backoff(), _Backoff()
         self._rows = self._emitted = 0
+        # Per record why it was rejected, None where it was not.
+        self._judged: deque[str | None] = deque(maxlen=JUDGED_RECORDS)
+        for metric in (ROWS, EMITTED, DEAD_LETTERS_TOTAL, RETRIES):
+            self._monitor.count(metric, 0, consumer=name)
 
     def stop(self) -> None:
         """Ask it to end after the batch in hand; may be called from any thread."""
@@ -161,6 +176,7 @@ class Runner:
 
     def step(self, timeout: float = 0.2) -> bool:
         """Do one round: an assignment or a batch, then what is due by time; return whether anything came."""
+        self._monitor.beat(TURN_SECONDS)
         poll = self._stream.poll(timeout, self._batch_size)
         if poll.assigned is not None:
             self._begin(poll.assigned)
@@ -175,6 +191,8 @@ class Runner:
         while not self._stop.is_set():
             pause = self._broken_backoff.seconds()
             self._log.warning("starting over from what is committed", error=str(error), wait_seconds=round(pause, 1))
+            self._monitor.unready("starting over", f"Kafka: {error}")
+            self._monitor.beat(pause + CALL_SECONDS)
             try:
                 self._stream.wait(pause, self._stop.is_set)
                 self._stream.reset()
@@ -184,6 +202,8 @@ class Runner:
                 return
 
     def _finish(self) -> None:
+        self._monitor.unready("stopping", "stopping")
+        self._monitor.beat(CALL_SECONDS)
         try:
             self._consumer.close()
         except (Retry, Rewind) as error:
@@ -199,6 +219,7 @@ class Runner:
         self._opened = False
         backoff = _Backoff()
         while True:
+            self._monitor.beat(CALL_SECONDS)
             try:
                 start = self._consumer.open(assigned)
                 break
@@ -217,6 +238,9 @@ class Runner:
         self._replaying = set() if self._own else {p for p, at in begin.items() if at < assigned[p]}
         self._taken, self._reached, self._hinted = begin, {}, {}
         self._opened = True
+        for subject in ("starting", "starting over", "trying again"):
+            self._monitor.unready(subject, None)
+        self._monitor.unready("rebuilding the day", "rebuilding the day" if self._replaying else None)
         self._log.info("assigned", partitions=len(assigned), start=type(start).__name__)
 
     # --- batches ------------------------------------------------------------------------------------------------------
@@ -233,7 +257,10 @@ class Runner:
         if old:
             ends = {record.partition: record.offset + 1 for record in old}
             yield Batch(old, ends, replay=True, decode=self._decoded)
-        self._replaying.difference_update(ahead)
+        if self._replaying:
+            self._replaying.difference_update(ahead)
+            if not self._replaying:
+                self._monitor.unready("rebuilding the day", None)
         if new:
             yield Batch(new, ahead, decode=self._decoded)
         else:
@@ -261,7 +288,9 @@ class Runner:
         """
         letters: list[Emit] = []
         backoff = _Backoff()
+        records, rejected, began = batch.records, dict[str, str](), time.monotonic()
         while True:
+            self._monitor.beat(CALL_SECONDS)
             try:
                 emits = (self._consumer.process(batch) if batch.records else None) or ()
                 break
@@ -273,6 +302,8 @@ class Runner:
                 batch = Batch(rest, batch.next, batch.replay, self._decoded)
                 if batch.replay:
                     continue
+                rejected.update((letter.origin, letter.message) for letter in found)
+                self._judge(records, rejected)
                 self._log.warning("dead letters", count=len(found), first=found[0].origin, reason=str(error))
                 letters += [Emit(DEAD_LETTERS, letter) for letter in found]
                 if self._own:
@@ -283,6 +314,7 @@ class Runner:
                 first = {record.partition: record.offset for record in reversed(batch.records)}
                 self._rewind(error, first)
                 return False
+        self._monitor.unready("trying again", None)
         if batch.replay:
             return True
         self._rows += len(batch.records)
@@ -290,11 +322,18 @@ class Runner:
             self._taken.update((record.partition, record.offset + 1) for record in batch.records)
             self._reached.update(batch.next)
         self._publish([*emits, *letters], batch.next)
+        self._judged = self._judge(records, rejected)
+        self._monitor.count(ROWS, len(batch.records), consumer=self._name)
+        self._monitor.count(DEAD_LETTERS_TOTAL, len(rejected), consumer=self._name)
+        self._monitor.observe(BATCH_SECONDS, time.monotonic() - began, consumer=self._name)
         return True
 
     def _wait(self, error: Retry, backoff: _Backoff) -> bool:
         seconds = backoff.seconds() if error.after is None else error.after
         self._log.warning("trying again", error=str(error), wait_seconds=round(seconds, 1))
+        self._monitor.count(RETRIES, consumer=self._name)
+        self._monitor.unready("trying again", str(error))
+        self._monitor.beat(seconds + TURN_SECONDS)
         return not self._stop.is_set() and self._stream.wait(seconds, self._stop.is_set)
 
     def _rewind(self, error: Rewind, first: Offsets) -> None:
@@ -311,6 +350,7 @@ class Runner:
 
         So a member that lost its partitions publishes nothing.
         """
+        self._monitor.beat(CALL_SECONDS)
         if undeclared := {emit.topic.name for emit in emits if emit.topic not in self._publishes}:
             raise RuntimeError(f"{type(self._consumer).__name__} publishes on {undeclared}: add it to its `emits`")
         if self._own:
@@ -320,6 +360,7 @@ class Runner:
             self._stream.commit(emits, offsets or self._committed)
             self._committed.update(offsets)
         self._emitted += len(emits)
+        self._monitor.count(EMITTED, len(emits), consumer=self._name)
         self._broken_backoff.reset()
 
     # --- dead letters -------------------------------------------------------------------------------------------------
@@ -346,9 +387,32 @@ class Runner:
                 rest.append(record)
         return rest, letters
 
+    def _judge(self, records: Sequence[Record], rejected: Mapping[str, str]) -> deque[str | None]:
+        """Return what is judged when this batch is through; raise BourseError where too much of it was rejected.
+
+        A changed schema must not empty a topic into the dead letters.
+        """
+        judged = self._judged.copy()
+        if not rejected:
+            judged.extend([None] * min(len(records), JUDGED_RECORDS))
+            return judged
+        for left, record in zip(range(len(records) - 1, -1, -1), records, strict=True):
+            judged.append(rejected.get(_origin(record)))
+            if len(judged) < JUDGED_RECORDS and left:
+                continue
+            bad = len(judged) - judged.count(None)
+            if bad >= FEW_RECORDS and bad > self._max_rejected_share * len(judged):
+                first = next(why for why in judged if why is not None)
+                raise BourseError(
+                    f"{bad / len(judged):.0%} of the last {len(judged)} records were rejected, the first because: "
+                    f"{first}. The consumer stops; what it has not published stays uncommitted "
+                    "and comes again. Has the schema changed? See `bourse dead-letters list` for those before, "
+                    "upgrade and start it again; --max-rejected-share 1 puts them all aside"
+                )
+        return judged
+
     def _letter(self, rejected: Reject) -> DeadLetter:
         record = rejected.record
-        topic, number = record.partition
         payload, message = record.value or b"", str(rejected)
         if len(payload) > LETTER_BYTES:
             message += f" (the first {LETTER_BYTES} of {len(payload)} bytes)"
@@ -356,12 +420,12 @@ class Runner:
             reason=Reason.UNDECODABLE if isinstance(rejected, _Unreadable) else Reason.REJECTED,
             message=message,
             stage=Stage.CONSUME,
-            origin=f"{topic}-{number}-{record.offset}",
+            origin=_origin(record),
             consumer=self._name,
             payload=payload[:LETTER_BYTES],
-            original_topic=topic,
+            original_topic=record.partition.topic,
             original_key=record.key,
-            original_partition=number,
+            original_partition=record.partition.number,
             original_offset=record.offset,
             original_headers=dict(record.headers),
             failed_at=self._now().replace(microsecond=0),
@@ -378,21 +442,26 @@ class Runner:
         if self._opened and now >= self._settle_due:
             self._settle_due = now + SETTLE_SECONDS
             self._settle()
+            self._monitor.set(LAG, self._stream.lag(), consumer=self._name)
         if now >= self._report_due:
             self._report_due = now + REPORT_SECONDS
             self._log.info("running", rows=self._rows, emitted=self._emitted, lag=self._stream.lag())
 
     def _idle(self, now: float) -> None:
+        self._monitor.beat(CALL_SECONDS)
         try:
             emits = self._consumer.idle(self._now())
         except Retry as error:
             seconds = self._idle_backoff.seconds() if error.after is None else error.after
             self._log.warning("trying again", error=str(error), wait_seconds=round(seconds, 1))
+            self._monitor.count(RETRIES, consumer=self._name)
+            self._monitor.unready("trying again when idle", str(error))
             self._idle_due = now + seconds
         except Rewind as error:
             self._rewind(error, {})
         else:
             self._idle_backoff.reset()
+            self._monitor.unready("trying again when idle", None)
             if emits:
                 self._publish(emits, {})
 
@@ -417,6 +486,11 @@ class _Unreadable(Reject):
     """A record whose bytes are not what its topic promises."""
 
 
+def _origin(record: Record) -> str:
+    topic, number = record.partition
+    return f"{topic}-{number}-{record.offset}"
+
+
 def _sleep(seconds: float, stop: threading.Event) -> None:
     """Sleep, in slices: a signal's handler may set the event while we hold its lock in `Event.wait`."""
     until = time.monotonic() + seconds
@@ -424,7 +498,7 @@ def _sleep(seconds: float, stop: threading.Event) -> None:
         time.sleep(min(left, 0.1))
 
 
-def patiently(connect: Callable[[], S], name: str, stop: threading.Event) -> S | None:
+def patiently(connect: Callable[[], S], name: str, stop: threading.Event, monitor: Monitor) -> S | None:
     """Return what `connect` gives as soon as broker and registry answer; None when `stop` came first."""
     backoff = _Backoff(1.0, LONGEST_CONNECT_SECONDS)
     while not stop.is_set():
@@ -433,5 +507,6 @@ def patiently(connect: Callable[[], S], name: str, stop: threading.Event) -> S |
         except (Unreachable, StreamBroken) as error:
             pause = backoff.seconds()
             get_logger(consumer=name).warning("waiting", error=str(error), wait_seconds=round(pause, 1))
+            monitor.unready("starting", str(error))
             _sleep(pause, stop)
     return None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +15,7 @@ from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, Unreachable
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
 
 if TYPE_CHECKING:
@@ -34,12 +31,11 @@ POLL_SECONDS = 1.0
 TAIL, MOST_MARKERS = 10_000, 2_000
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
 OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
-# Where a transaction cannot be aborted its successor does it: nothing an operator need read.
-warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 2.0
-# One-shot commands give up within 10 seconds, their own start included.
-CLOSE_SECONDS = 2.0
+# The brokers give a transaction up after 20 s; without an end of its own the client may go on asking for minutes after
+# they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back.
+COMMIT_SECONDS = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +98,7 @@ class Publisher:
 
         Raises PublishError; Fenced where another instance took over.
         """
+        self._producer.poll(0)  # what it has to say piles up otherwise
         self._do(self._producer.begin_transaction)
         for candle, event in zip(changes.candles, changes.events, strict=True):
             state, change = candle_and_event_records(self._candles, self._trades, candle, event)
@@ -111,8 +108,7 @@ class Publisher:
             self._produce(self._letters(letter))
         for marker in markers:
             self._produce(self._polls(marker))
-        # Without a time-out of its own: how long it may take is the transaction's business.
-        self._do(self._producer.commit_transaction)
+        self._do(lambda: self._producer.commit_transaction(COMMIT_SECONDS))
 
     def require_room_for(self, instant: datetime) -> None:
         """Raise ConfigurationError where records of this time would be deleted at once or refused by the brokers."""
@@ -133,18 +129,8 @@ class Publisher:
             )
 
     def close(self) -> None:
-        """Give the producer up, whatever state it is in; a transaction under way is aborted.
-
-        Without a broker an abort would wait for ever: it is then left to itself, and to the next `restore()`.
-        """
-        closing = threading.Thread(target=self._give_up, daemon=True)
-        closing.start()
-        closing.join(CLOSE_SECONDS)
-
-    def _give_up(self) -> None:
-        # A fenced producer cannot abort any more, and need not: its successor did.
-        with suppress(KafkaException):
-            self._producer.close()
+        """Give the producer up; a transaction under way is aborted, here or by the next `restore()`."""
+        abandon(self._producer)
 
     def _produce(self, record: Record) -> None:
         while True:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,11 +21,16 @@ if TYPE_CHECKING:
 
     from bourse_schemas.registry import Registry
 
-__all__ = ["Cluster", "cluster_options", "shared_default"]
+__all__ = ["Cluster", "abandon", "cluster_options", "shared_default"]
+
+# Where a transaction cannot be aborted its successor does it: nothing an operator need read.
+warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C")
 
+STATISTICS_MS = 15_000
+ABANDON_SECONDS = 2.0
 REGISTRY_KEYS = "schema.registry."
 SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
 
@@ -31,13 +39,15 @@ SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.in
 class Cluster:
     """A Kafka cluster and its schema registry, as the operator named them.
 
-    `settings` are librdkafka's (`-X key=value`); they may hold secrets and are therefore never shown.
+    `settings` are librdkafka's (`-X key=value`); they may hold secrets and are therefore never shown. `on_statistics`
+    gets what librdkafka says of itself, from whoever polls a client.
     """
 
     bootstrap_servers: str
     registry_url: str
     prefix: str = DEFAULT_PREFIX
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
+    on_statistics: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if "@" in self.registry_url:
@@ -72,7 +82,7 @@ class Cluster:
             # From the first day, so that Java, Flink and ksqlDB can co-partition.
             "partitioner": "murmur2_random",
         }
-        return self._make(Producer, {**tuned, **self.client(pinned)}, logger=kafka_logger())
+        return self._make(Producer, {**tuned, **self._told(), **self.client(pinned)}, logger=kafka_logger())
 
     def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
         """Return a read_committed consumer that never commits by itself; `pinned` are more settings (`a_b` is a.b)."""
@@ -88,7 +98,7 @@ class Cluster:
             "enable.auto.offset.store": False,
             **{key.replace("_", "."): value for key, value in pinned.items()},
         }
-        return self._make(Consumer, {**tuned, **self.client(fixed)}, logger=kafka_logger())
+        return self._make(Consumer, {**tuned, **self._told(), **self.client(fixed)}, logger=kafka_logger())
 
     def admin(self) -> AdminClient:
         """Return an administration client."""
@@ -144,6 +154,11 @@ class Cluster:
             )
         return {name: len(found[name].partitions) for name in names}
 
+    def _told(self) -> dict[str, Any]:
+        if self.on_statistics is None:
+            return {}
+        return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": self.on_statistics}
+
     @staticmethod
     def _make(client: Callable[..., C], settings: dict[str, Any], **extra: Any) -> C:
         from confluent_kafka import KafkaException
@@ -154,6 +169,25 @@ class Cluster:
             raise ConfigurationError(f"Kafka settings are refused: {error.args[0].str()}; see -X") from error
         except (TypeError, ValueError, AttributeError) as error:  # names that mean a Python object to the client
             raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
+
+
+def abandon(producer: Producer) -> None:
+    """Give a transactional producer up, whatever state it is in; a transaction under way is aborted.
+
+    Without a broker an abort would wait for ever: it is then left to itself, and to the next producer of the same
+    transactional id, which settles it.
+    """
+    from confluent_kafka import KafkaException
+
+    def close() -> None:
+        # A fenced producer cannot abort any more, and need not: its successor did. It warns of it, too, and where
+        # warnings are errors the client makes a SystemError of that.
+        with suppress(KafkaException, RuntimeWarning, SystemError):
+            producer.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(ABANDON_SECONDS)
 
 
 def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:

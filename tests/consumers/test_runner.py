@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 
 from bourse_consumers.api import (
@@ -26,10 +28,11 @@ from bourse_consumers.api import (
     Rewind,
     Start,
 )
-from bourse_consumers.runner import Runner
+from bourse_consumers.runner import Runner, StreamBroken, patiently
 from bourse_consumers.testing import ConsumerContract, Memory, MemoryStream, run, trade
-from bourse_schemas.errors import Unreachable
+from bourse_schemas.errors import BourseError, Unreachable
 from bourse_schemas.events import Reason, Stage, TradeEvent
+from bourse_schemas.monitor import Monitor
 from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic
 
 TRADES_0 = Partition("bourse.trades", 0)
@@ -419,7 +422,8 @@ def test_many_undecodable_records_are_one_transaction_of_letters() -> None:
         calls.append(record.offset)
         return memory.decode(record)
 
-    runner = Runner(consumer, MemoryStream(memory, [TRADES]), decode, name="test")
+    stream = MemoryStream(memory, [TRADES])
+    runner = Runner(consumer, stream, decode, name="test", max_rejected_share=1)
     runner.step()
     runner.step()
     assert consumer.batches == [[1, 2]]
@@ -547,3 +551,251 @@ def test_idle_is_called_without_batches_and_its_emits_are_published(wait_for: Ca
     runner = Runner(consumer, MemoryStream(memory, [TRADES]), memory.decode, name="test")
     wait_for(lambda: runner.step() is False and consumer.ticks >= 2)
     assert len(memory.emitted) == consumer.ticks
+
+
+class Strict(Echo):
+    """Rejects one record at a time: those whose sequence is divisible."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def process(self, batch: Batch) -> list[Emit]:
+        for record, event in zip(batch.records, batch.events, strict=True):
+            if event.sequence % self.by == 0:
+                raise Reject(record, f"divisible by {self.by}")
+        return super().process(batch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_a_few_bad_records_among_many_go_on(batch_size: int) -> None:
+    """A third of a hundred is put aside, and everything else is done."""
+    memory, consumer = Memory(), Strict(3)
+    memory.append(*some(100))
+    run(consumer, memory, batch_size=batch_size)
+    assert [emit.topic for emit in memory.emitted].count(DEAD_LETTERS) == 33
+    assert sum(map(len, consumer.batches)) == 67
+    assert memory.committed == {TRADES_0: 100}
+
+
+@pytest.mark.parametrize(("bad", "letters"), [(19, 19), (20, 0)])
+def test_too_many_bad_records_stop_it_before_anything_of_the_batch_is_published(bad: int, letters: int) -> None:
+    """A changed schema must not empty the topic into the dead letters: the operator is asked, nothing is lost."""
+    memory = Memory()
+    for _ in range(bad):
+        memory.append_bytes(TradeEvent, b"of another schema")
+    if letters:
+        run(Echo(), memory)
+    else:
+        with pytest.raises(
+            BourseError, match=r"100% of the last 20 records .* wire format .* `bourse dead-letters list`"
+        ):
+            run(Echo(), memory)
+    assert [emit.topic for emit in memory.emitted] == [DEAD_LETTERS] * letters
+    assert memory.committed.get(TRADES_0, 0) == letters
+
+
+def test_the_share_is_of_the_last_records_only() -> None:
+    """A long good past does not cover up for a topic that is bad from now on; a bad spell that ended is forgiven."""
+    memory, echo = Memory(), Echo()
+    memory.append(*some(1000))
+    for number in range(150):
+        memory.append_bytes(TradeEvent, b"%d" % number)
+    memory.append(*some(1000, first=1001))
+    with pytest.raises(BourseError, match="50% of the last 200 records"):
+        run(echo, memory, batch_size=10)
+    assert len([emit for emit in memory.emitted if emit.topic is DEAD_LETTERS]) == 100
+    assert memory.committed == {TRADES_0: 1100}
+    for share, dead in ((0.75, 150), (1, 150)):
+        memory.emitted, memory.committed = [], {}
+        stream = MemoryStream(memory, [TRADES])
+        runner = Runner(Echo(), stream, memory.decode, name="test", batch_size=10, max_rejected_share=share)
+        while runner.step():
+            pass
+        assert len([emit for emit in memory.emitted if emit.topic is DEAD_LETTERS]) == dead
+
+
+def test_a_sink_of_its_own_stops_as_well(tmp_path: Path) -> None:
+    """Its letters go out before it goes on: not one of them may where all are bad."""
+    memory = Memory()
+    memory.append(*some(2))
+    for _ in range(50):
+        memory.append_bytes(TradeEvent, b"of another schema")
+    with pytest.raises(BourseError, match="of the last 52 records"):
+        run(Lines(tmp_path), memory)
+    assert memory.emitted == []
+
+
+def test_a_batch_that_comes_again_is_judged_once() -> None:
+    """A broken transaction makes no record worse."""
+    memory = Memory()
+    for number in range(15):
+        memory.append_bytes(TradeEvent, b"%d" % number)
+    memory.append(*some(10))
+    stream = MemoryStream(memory, [TRADES])
+    stream.failing = 3
+    runner = Runner(Echo(), stream, memory.decode, name="test", batch_size=15)
+    for _ in range(10):
+        try:
+            runner.step()
+        except StreamBroken:
+            stream.reset()
+    assert memory.committed == {TRADES_0: 25}
+
+
+def test_why_it_is_not_ready_and_when_it_is() -> None:
+    """Assigned, not waiting, not rebuilding: only then is it told to be ready; a member that stands by is."""
+    seen: list[dict[str, str]] = []
+
+    class Troubled(Summing):
+        failures = 2
+
+        def open(self, assigned: Assignment) -> Rebuild:
+            seen.append(monitor.reasons())
+            if self.failures == 2:
+                self.failures -= 1
+                raise Retry("the database is down")
+            return super().open(assigned)
+
+        def process(self, batch: Batch) -> list[Emit]:
+            seen.append(monitor.reasons())
+            if not batch.replay and self.failures:
+                self.failures -= 1
+                raise Retry("the disk is full")
+            return super().process(batch)
+
+    memory, monitor = Memory(), Monitor("test")
+    memory.append(*some(5))
+    memory.committed[TRADES_0] = 3
+    runner = Runner(Troubled(), MemoryStream(memory, [TRADES]), memory.decode, name="test", monitor=monitor)
+    assert monitor.reasons() == {"starting": "starting"}
+    runner.step()
+    assert monitor.reasons() == {"rebuilding the day": "rebuilding the day"}
+    runner.step()
+    assert monitor.reasons() == {}
+    assert seen == [
+        {"starting": "starting"},
+        {"starting": "starting", "trying again": "the database is down"},
+        {"rebuilding the day": "rebuilding the day"},
+        {},
+        {"trying again": "the disk is full"},
+    ]
+    idle, nothing = Monitor("standby"), Memory(partitions=0)
+    Runner(Echo(), MemoryStream(nothing, [TRADES]), memory.decode, name="test", monitor=idle).step()
+    assert idle.reasons() == {}
+
+
+def test_a_timer_that_waits_is_not_ready() -> None:
+    """Batches that go well do not hide that the timer does not."""
+
+    class Stuck(Echo):
+        def idle(self, now: datetime) -> None:
+            raise Retry("the disk is full", after=3600)
+
+    memory, monitor = Memory(), Monitor("test")
+    memory.append(*some(2))
+    runner = Runner(Stuck(), MemoryStream(memory, [TRADES]), memory.decode, name="test", monitor=monitor)
+    runner.step()
+    runner.step()
+    assert memory.committed == {TRADES_0: 2}
+    assert monitor.reasons() == {"trying again when idle": "the disk is full"}
+
+
+def test_a_broken_transaction_is_told_until_the_partitions_are_back() -> None:
+    """While it starts over it is alive, and not ready."""
+
+    class Watching(MemoryStream):
+        def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
+            seen.append(monitor.reasons())
+            return super().wait(seconds, stopped)
+
+        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+            super().commit(emits, offsets)
+            seen.append(monitor.reasons())
+            runner.stop()
+
+    seen: list[dict[str, str]] = []
+    memory, monitor = Memory(), Monitor("test")
+    memory.append(*some(1))
+    stream = Watching(memory, [TRADES])
+    stream.failing = 1
+    runner = Runner(Echo(), stream, memory.decode, name="test", monitor=monitor)
+    runner.run()
+    assert seen == [{"starting over": "Kafka: told to fail"}, {}]
+    assert monitor.reasons() == {"stopping": "stopping"}
+
+
+def test_its_figures(wait_for: Callable[..., Any]) -> None:
+    """What Prometheus is told is what happened."""
+    memory, monitor, consumer = Memory(), Monitor("test"), Strict(10)
+    memory.append(*some(30))
+    names = ("rows_total", "emitted_total", "dead_letters_total", "retries_total", "batch_seconds_count", "lag")
+
+    with monitor.serve("0") as url:
+        runner = Runner(consumer, MemoryStream(memory, [TRADES]), memory.decode, name="me", monitor=monitor)
+
+        def told() -> list[float]:
+            text = httpx.get(f"{url}/metrics", trust_env=False).text
+            found = dict(line.rsplit(" ", 1) for line in text.splitlines() if 'consumer="me"' in line)
+            return [float(found.get(f'bourse_consumer_{name}{{consumer="me"}}', -1)) for name in names]
+
+        assert told() == [0, 0, 0, 0, -1, -1]
+        runner.step()
+        assert told() == [0, 0, 0, 0, -1, 30]
+        runner.step()
+        wait_for(lambda: runner.step() is False and told() == [27, 30, 3, 0, 1, 0])
+
+
+def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
+    """A long call of the consumer is no death, nor is waiting for a broker; a loop that does not come round is."""
+    promised: list[float] = []
+
+    class Listening(Monitor):
+        def beat(self, within_seconds: float) -> None:
+            promised.append(within_seconds)
+
+    class Slow(Echo):
+        def process(self, batch: Batch) -> list[Emit]:
+            at_call.append(promised[-1])
+            if len(at_call) == 1:
+                raise Retry("later", after=500)
+            return super().process(batch)
+
+    class Waiting(MemoryStream):
+        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+            at_call.append(promised[-1])
+            super().commit(emits, offsets)
+
+        def reset(self) -> None:
+            at_call.append(promised[-1])
+            super().reset()
+
+    at_call: list[float] = []
+    memory = Memory()
+    memory.append(*some(1))
+    stream = Waiting(memory, [TRADES])
+    runner = Runner(Slow(), stream, memory.decode, name="test", monitor=Listening("test"))
+    runner.step()
+    runner.step()
+    runner._start_over(StreamBroken("the broker is away"))
+    assert len(at_call) == 4
+    assert min(at_call) > 1800
+    assert any(500 < seconds < 1000 for seconds in promised)
+    promised.clear()
+    runner.step()
+    assert promised[0] < 300
+
+
+def test_waiting_for_a_broker_at_the_start_is_told(wait_for: Callable[..., Any]) -> None:
+    """The service answers already: not ready, and for what it waits."""
+    monitor, stop = Monitor("test"), threading.Event()
+
+    def connect() -> None:
+        raise Unreachable("Kafka at nowhere:1 does not answer")
+
+    thread = threading.Thread(target=patiently, args=(connect, "test", stop, monitor))
+    thread.start()
+    wait_for(lambda: monitor.reasons() == {"starting": "Kafka at nowhere:1 does not answer"})
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()

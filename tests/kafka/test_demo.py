@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import dataset
 
+from bourse_sandbox.faults import KINDS
+from bourse_sandbox.market import REAL_DAY, CapturedDay
 from bourse_sandbox.processes import Child, spawn
 
 pytestmark = pytest.mark.kafka
@@ -72,6 +75,36 @@ def test_the_other_real_day(tmp_path: Path) -> None:
     check_day(summary, events(541, 41_293, 16, 80))
 
 
+@pytest.mark.usefixtures("kafka")
+def test_services_that_are_killed_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    """What a killed producer had fetched and not published is in its successor's first response: totals are exact."""
+    options = ["--replay", "real", "--speed", "max", "--broker", "kafka", "--kill-every", "6", "--json"]
+    summary = last_object(bourse("demo", *options, cwd=tmp_path))
+    assert summary["kills"] >= 2  # the producer and the archive
+    assert (summary["lost"], summary["twice"], summary["dead_letters"]) == (0, 0, 0)
+    assert summary["archived_rows"] == summary["events"]["total"]
+    assert summary["events"]["OPENED"] == 548
+    (archive,) = tmp_path.glob("data/demo-*/archive")
+    table = dataset.dataset(archive).to_table(["instrument", "volume_delta"])
+    traded = table.group_by("instrument").aggregate([("volume_delta", "sum")]).to_pydict()
+    day = CapturedDay.load(REAL_DAY)
+    shares = day.rows(day.times[-1], rights=False)
+    assert dict(zip(traded["instrument"], traded["volume_delta_sum"], strict=True)) == {
+        row["TseSymbolCode"]: row["TradeVolume"] for row in shares
+    }
+
+
+@pytest.mark.usefixtures("kafka")
+def test_an_exchange_that_misbehaves_gives_the_same_day(tmp_path: Path) -> None:
+    """What it spoils is fetched again; none of it ends the demo or makes another event."""
+    spoilt = ["truncated:0.1", "half:0.1", "nan@5", "reset@9", "old-response@20-22", "duplicates@40-42"]
+    faults = [word for fault in spoilt for word in ("--fault", fault)]
+    options = ["--replay", "real", "--speed", "max", "--broker", "kafka", "--json", *faults]
+    summary = last_object(bourse("demo", *options, cwd=tmp_path))
+    check_day(summary, events(548, 18_711, 2, 85))
+    assert summary["polls"] > 98 + 5
+
+
 def test_the_mock_cluster_will_do(tmp_path: Path) -> None:
     """Where no jar can be had the chain still runs, and says on what."""
     summary = last_object(
@@ -123,6 +156,7 @@ def test_ctrl_c_ends_a_simulated_day_in_good_order(tmp_path: Path, wait_for: Cal
         (["--broker", "nonsense"], "HOST:PORT"),
         (["--rules", "nowhere.yaml"], "nowhere.yaml"),
         (["--broker", "127.0.0.1:9"], "127.0.0.1:9"),
+        (["--kill-every", "0"], "--kill-every"),
     ],
 )
 def test_mistakes_are_named_in_a_line_or_two(tmp_path: Path, arguments: list[str], hint: str) -> None:
@@ -132,6 +166,16 @@ def test_mistakes_are_named_in_a_line_or_two(tmp_path: Path, arguments: list[str
     assert hint in ran.stderr
     assert "Traceback" not in ran.stderr
     assert len(ran.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("command", [["demo"], ["sandbox", "up"], ["sandbox", "exchange"]])
+def test_an_unknown_fault_is_told_with_all_there_are(tmp_path: Path, command: list[str]) -> None:
+    """Exit code 2, a line each, before anything starts."""
+    ran = bourse(*command, "--fault", "help", cwd=tmp_path, timeout=30)
+    assert ran.returncode == 2, ran.stderr
+    assert all(kind in ran.stderr for kind in KINDS)
+    assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_replayed_must_be_a_capture(tmp_path: Path) -> None:

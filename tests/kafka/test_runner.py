@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
 
@@ -24,6 +27,7 @@ from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.monitor import Monitor
 from bourse_schemas.topics import DEAD_LETTERS, TOPICS, TRADES
 
 pytestmark = pytest.mark.kafka
@@ -360,6 +364,23 @@ def test_a_broker_that_was_away_is_waited_for(
     assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(200))
 
 
+def test_a_broker_that_is_away_is_told(
+    own_kafka: Callable[[], Kafka], small_registry: str, prefix: str, wait_for: Callable[..., Any]
+) -> None:
+    """A consumer that has nothing to do still says when it lost its broker, and when it is back."""
+    kafka, monitor, consumer = own_kafka(), Monitor("test"), Copy()
+    monitor.unready("starting", None)
+    cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix, {"statistics.interval.ms": "200"}))
+    watched = replace(cluster, on_statistics=monitor.statistics)
+    stream = KafkaStream(watched, f"{prefix}-{GROUP}", consumer.topics, consumer.emits)
+    with running(watched, consumer, stream) as runner:
+        wait_for(lambda: runner._opened and monitor.reasons() == {}, 20)
+        kafka.kill()
+        wait_for(lambda: monitor.reasons() == {"Kafka": "no connection to any broker"})
+        kafka.start()
+        wait_for(lambda: monitor.reasons() == {}, 30)
+
+
 def test_a_topic_made_anew_is_read_from_its_start(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
     """A committed offset beyond the end belongs to a topic that is gone."""
     commit_offsets(cluster, 1_000)
@@ -478,14 +499,24 @@ def consume(cluster: Cluster, folder: Path, *more: str) -> Child:
     return spawn([*command, *where, *names], stdout=folder / "log", stderr=folder / "log")
 
 
+def answering(log: Path) -> str | None:
+    """Return the address that a service says it answers at."""
+    found = re.search(r'"url": "(\S+)", "event": "answering"', log.read_text("utf-8")) if log.exists() else None
+    return found and found[1]
+
+
 def test_a_signal_ends_the_process_in_good_order(
     cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """SIGTERM: exit code 0, and the group is left."""
+    """It is ready, and tells its figures and librdkafka's; SIGTERM: exit code 0, and the group is left."""
     publish(cluster, market(50))
-    log = tmp_path / "log"
-    with consume(cluster, tmp_path, "--group", f"{cluster.prefix}-{GROUP}") as process:
-        wait_for(lambda: log.exists() and "assigned" in log.read_text("utf-8"), 20)
+    log, http = tmp_path / "log", ["--http", "0", "-X", "statistics.interval.ms=200"]
+    with consume(cluster, tmp_path, "--group", f"{cluster.prefix}-{GROUP}", *http) as process:
+        url = wait_for(lambda: answering(log), 20)
+        wait_for(lambda: httpx.get(f"{url}/readyz", trust_env=False).text == "ready\n", 20)
+        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        told = {"bourse_consumer_rows_total{", "bourse_kafka_broker_up{", "bourse_consumer_lag{"}
+        wait_for(lambda: all(name in httpx.get(f"{url}/metrics", trust_env=False).text for name in told))
         process.send(signal.SIGTERM)
         assert process.wait(5) == 0, process.log_tail()
     assert "stopped" in log.read_text("utf-8")
@@ -495,13 +526,59 @@ def test_a_signal_ends_the_process_in_good_order(
 
 
 def test_a_broker_that_is_not_there_yet_is_waited_for(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """A service says that it waits, and can be stopped while it does."""
+    """A service says that it waits and for what, is alive, and can be stopped while it does."""
     cluster = Cluster(f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", "nowhere")
     log = tmp_path / "log"
-    with consume(cluster, tmp_path) as process:
-        wait_for(lambda: log.exists() and "waiting" in log.read_text("utf-8"), 20)
+    with consume(cluster, tmp_path, "--http", "0") as process:
+        url = wait_for(lambda: answering(log), 20)
+        wait_for(lambda: "does not answer" in httpx.get(f"{url}/readyz", trust_env=False).text, 20)
+        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        assert "waiting" in log.read_text("utf-8")
         process.send(signal.SIGINT)
         assert process.wait(5) == 0, process.log_tail()
+
+
+def test_a_port_that_is_taken_ends_the_process_with_what_to_do(tmp_path: Path) -> None:
+    """Before anything else is tried: one line, exit code 2."""
+    with Monitor("other").serve("0") as url:
+        cluster = Cluster(f"127.0.0.1:{free_port()}", "http://127.0.0.1:1", "nowhere")
+        with consume(cluster, tmp_path, "--http", str(url).removeprefix("http://")) as process:
+            assert process.wait(20) == 2
+    said = (tmp_path / "log").read_text("utf-8")
+    assert "--http 127.0.0.1:" in said
+    assert "Traceback" not in said
+
+
+def test_a_changed_schema_ends_the_process_and_loses_nothing(
+    cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """Exit code 1 and what to do; not one dead letter, and the share that lets them all through is a word away."""
+    producer = cluster.transactional_producer(f"{cluster.prefix}-test")
+    producer.init_transactions(10)
+    producer.begin_transaction()
+    for _ in range(60):
+        producer.produce(TRADES.full_name(cluster.prefix), b"not ours", b"key")
+    producer.commit_transaction()
+    producer.close()
+    with consume(cluster, tmp_path) as process:
+        assert process.wait(30) == 1, process.log_tail()
+    said = (tmp_path / "log").read_text("utf-8")
+    assert re.search(r"100% of the last \d+ records were rejected.*`bourse dead-letters list`", said)
+    assert "Traceback" not in said
+    assert letters(cluster) == 0
+    with consume(cluster, tmp_path, "--max-rejected-share", "1"):
+        wait_for(lambda: letters(cluster) == 60, 30)
+
+
+def letters(cluster: Cluster) -> int:
+    """Return how many dead letters there are."""
+    client = cluster.consumer(enable_partition_eof=True)
+    client.assign([TopicPartition(DEAD_LETTERS.full_name(cluster.prefix), 0, OFFSET_BEGINNING)])
+    found = 0
+    while (message := client.poll(5)) is not None and message.error() is None:
+        found += 1
+    client.close()
+    return found
 
 
 def test_a_missing_topic_ends_the_process_with_what_to_do(kafka: Kafka, small_registry: str, tmp_path: Path) -> None:

@@ -1,0 +1,249 @@
+"""What a running service answers over HTTP, and the alarms that are raised from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from bourse_schemas import monitor as m
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.monitor import METRICS, Monitor, http_option
+
+ALERTS = yaml.safe_load((Path(__file__).parents[2] / "prometheus-alerts.yaml").read_text("utf-8"))
+RULES: list[dict[str, Any]] = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+
+
+@pytest.fixture
+def monitor() -> Monitor:
+    return Monitor("test")
+
+
+@pytest.fixture
+def get(monitor: Monitor) -> Iterator[Callable[[str], httpx.Response]]:
+    """Return `get(path)`: what the monitor answers on a free port."""
+    with monitor.serve("0") as url, httpx.Client(base_url=str(url), trust_env=False) as client:
+        yield client.get
+
+
+def samples(get: Callable[[str], httpx.Response]) -> dict[str, float]:
+    """Return the metrics as Prometheus would read them, by name and labels."""
+    lines = [line for line in get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """Each subject has one reason, a line each; only the service itself takes it back."""
+    assert (get("/readyz").status_code, get("/readyz").text) == (503, "starting\n")
+    monitor.unready("starting", None)
+    assert (get("/readyz").status_code, get("/readyz").text) == (200, "ready\n")
+    monitor.unready("Kafka", "no connection")
+    monitor.unready("trying again", "disk\nfull")
+    monitor.unready("Kafka", "no answer")
+    assert (get("/readyz").status_code, get("/readyz").text) == (503, "Kafka: no answer\ntrying again: disk full\n")
+    assert monitor.reasons() == {"Kafka": "no answer", "trying again": "disk\nfull"}
+
+
+def test_alive_until_no_sign_of_life_came_in_time(
+    monitor: Monitor, get: Callable[[str], httpx.Response], wait_for: Callable[..., Any]
+) -> None:
+    """Whoever is not ready is alive all the same; whoever promised a sign and gave none is not."""
+    assert get("/livez").status_code == 200
+    monitor.beat(0.05)
+    dead = wait_for(lambda: (answer := get("/livez")).status_code == 503 and answer)
+    assert re.fullmatch(r"no sign of life for \d+ s\n", dead.text)
+    monitor.beat(60)
+    assert get("/livez").status_code == 200
+    assert get("/nothing").status_code == 404
+
+
+def test_metrics_are_what_was_counted(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """Counters add up, gauges keep the last, histograms count; what nobody set is not there, or 0 for a counter."""
+    monitor.count(m.EVENTS, 3, op="TRADED")
+    monitor.count(m.EVENTS, op="TRADED")
+    monitor.set(m.LEADER, 0)
+    monitor.set(m.LEADER, 1)
+    monitor.observe(m.FETCH_SECONDS, 0.5)
+    monitor.observe(m.FETCH_SECONDS, 1.5)
+    found = samples(get)
+    assert found['bourse_events_total{op="TRADED"}'] == 4
+    assert found["bourse_leader"] == 1
+    assert (found["bourse_fetch_seconds_count"], found["bourse_fetch_seconds_sum"]) == (2, 2)
+    assert found["bourse_fenced_total"] == 0
+    assert "bourse_calendar_days_known" not in found
+    assert get("/metrics").headers["content-type"].startswith("text/plain; version=")
+
+
+def test_every_metric_can_be_told_and_has_one_name(get: Callable[[str], httpx.Response], monitor: Monitor) -> None:
+    """One list: names as Prometheus wants them, units in the name, no name twice; two services share no state."""
+    for metric in METRICS:
+        labels = dict.fromkeys(metric.labels, "x")
+        tell: dict[str, Callable[..., None]] = {
+            "counter": monitor.count,
+            "gauge": monitor.set,
+            "histogram": monitor.observe,
+        }
+        tell[metric.kind](metric, 1, **labels)
+        assert re.fullmatch(r"bourse(_[a-z]+)+", metric.name)
+        assert metric.name.endswith("_total") is (metric.kind == "counter")
+        assert metric.kind != "histogram" or metric.name.endswith("_seconds")
+        assert metric.doc.endswith(".")
+    names = {name.partition("{")[0] for name in samples(get)}
+    assert names >= {metric.name + "_count" * (metric.kind == "histogram") for metric in METRICS}
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    with Monitor("other").serve("0") as url:
+        assert "bourse_leader" not in httpx.get(f"{url}/metrics", trust_env=False).text
+
+
+def test_many_threads_count_right(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """An instrument that several threads use first is one instrument."""
+    start = threading.Barrier(8)
+
+    def count() -> None:
+        start.wait()
+        for _ in range(500):
+            monitor.count(m.ROWS, consumer="x")
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert samples(get)['bourse_consumer_rows_total{consumer="x"}'] == 4000
+
+
+def statistics(client: str, brokers: dict[str, dict[str, Any]]) -> str:
+    """Return librdkafka's statistics, as far as they are looked at."""
+    return json.dumps({"type": client, "msg_cnt": 7, "txmsgs": 8, "rxmsgs": 9, "brokers": brokers})
+
+
+def broker(nodeid: int, state: str) -> dict[str, Any]:
+    return {"nodeid": nodeid, "state": state, "txerrs": 1, "rxerrs": 2, "rtt": {"avg": 1500}}
+
+
+def test_a_broker_that_is_gone_is_told(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """librdkafka forgets a broker it cannot reach, and says so by leaving it out."""
+    monitor.unready("starting", None)
+    monitor.statistics(statistics("consumer", {"a/1": broker(1, "UP"), "GroupCoordinator": broker(-1, "UP")}))
+    found = samples(get)
+    assert found['bourse_kafka_broker_up{broker="1",client="consumer"}'] == 1
+    assert found['bourse_kafka_request_errors{broker="1",client="consumer"}'] == 3
+    assert found['bourse_kafka_round_trip_seconds{broker="1",client="consumer"}'] == 0.0015
+    assert found['bourse_kafka_queued_messages{client="consumer"}'] == 7
+    assert get("/readyz").status_code == 200
+    monitor.statistics(statistics("consumer", {"a/bootstrap": broker(-1, "TRY_CONNECT")}))
+    assert samples(get)['bourse_kafka_broker_up{broker="1",client="consumer"}'] == 0
+    assert get("/readyz").text == "Kafka: no connection to any broker\n"
+    monitor.statistics(statistics("producer", {"a/1": broker(1, "DOWN")}))
+    monitor.statistics(statistics("consumer", {"a/1": broker(1, "UP")}))
+    assert get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "address", ["", "x", "127.0.0.1", "127.0.0.1:x", ":-1", ":65536", "nowhere.invalid:0", "a..b:0"]
+)
+def test_an_address_that_cannot_be_is_an_operators_mistake(monitor: Monitor, address: str) -> None:
+    """The line names the option."""
+    with pytest.raises(ConfigurationError, match="--http"), monitor.serve(address):
+        pass
+
+
+def test_a_port_that_is_taken_is_an_operators_mistake(monitor: Monitor) -> None:
+    """Two services on one machine need two ports."""
+    with Monitor("first").serve("0") as url:
+        port = str(url).rpartition(":")[2]
+        with pytest.raises(ConfigurationError, match=f"--http :{port}: cannot listen there"), monitor.serve(f":{port}"):
+            pass
+    with monitor.serve(port):
+        pass
+
+
+def test_it_listens_on_loopback_unless_told_otherwise(monitor: Monitor) -> None:
+    """Nothing is reachable from another machine by default, and nothing listens without the option."""
+    for address in ("0", ":0", "127.0.0.1:0"):
+        with monitor.serve(address) as url:
+            assert str(url).startswith("http://127.0.0.1:")
+    with monitor.serve("0.0.0.0:0") as url:
+        assert str(url).startswith("http://0.0.0.0:")
+    with Monitor("none").serve(None) as url:
+        assert url is None
+
+
+def test_a_caller_that_says_nothing_holds_up_nobody(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """Each caller has a thread of its own, and the end waits for none of them."""
+    with monitor.serve("0") as url:
+        host, _, port = str(url).removeprefix("http://").partition(":")
+        silent = socket.create_connection((host, int(port)))
+        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    silent.close()
+
+
+def test_the_option_comes_from_the_command_line_or_the_environment() -> None:
+    """One option for all services."""
+
+    @click.command
+    @http_option
+    def command(http: str | None) -> None:
+        click.echo(repr(http))
+
+    for args, environment, expected in (
+        ([], {}, "None"),
+        (["--http", "1"], {}, "'1'"),
+        ([], {"BOURSE_HTTP": ":2"}, "':2'"),
+    ):
+        assert CliRunner().invoke(command, args, env=environment).output == f"{expected}\n"
+
+
+def test_a_cluster_tells_its_statistics_only_where_it_is_asked_to() -> None:
+    """Two clusters are the same, whoever listens."""
+    cluster = Cluster("x:1", "http://x:2")
+    told = replace(cluster, on_statistics=print)
+    assert cluster == told
+    assert "print" not in repr(told)
+    assert (cluster._told(), told._told()["stats_cb"]) == ({}, print)
+
+
+def test_alarms_are_of_metrics_there_are() -> None:
+    """Every name in every expression is one that a service tells, with labels that it has."""
+    known = {metric.name: set(metric.labels) for metric in METRICS}
+    used = set()
+    for rule in RULES:
+        found = re.findall(r"(bourse_[a-z_]+)(?:\{([^}]*)\})?", rule["expr"])
+        assert found, rule["alert"]
+        for name, matchers in found:
+            base = re.sub(r"_(?:bucket|sum|count)$", "", name)
+            assert base in known, rule["alert"]
+            assert set(re.findall(r"(\w+)\s*[=!]", matchers)) <= known[base], rule["alert"]
+            used.add(base)
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+    assert len(used) >= 14
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule["alert"] for rule in RULES])
+def test_an_alarm_says_how_bad_what_and_what_to_do(rule: dict[str, Any]) -> None:
+    """Someone is woken by it."""
+    assert rule["labels"]["severity"] in {"page", "ticket"}
+    assert set(rule["annotations"]) == {"summary", "description", "action"}
+    assert all(len(text) > 15 for text in rule["annotations"].values())
+    assert re.fullmatch(r"\d+[mh]", rule.get("for", "0m"))
+    assert rule["alert"].startswith("Bourse")
+
+
+def test_no_alarm_twice() -> None:
+    """Each has a name of its own."""
+    assert len({rule["alert"] for rule in RULES}) == len(RULES)
