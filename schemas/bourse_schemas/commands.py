@@ -19,7 +19,7 @@ from bourse_schemas.topics import TOPICS, Topic
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message
 
-__all__ = ["Plan", "apply_topics", "plan_topics", "schemas", "tail", "topics"]
+__all__ = ["Plan", "apply_topics", "plan_topics", "read_topic", "schemas", "tail", "topics"]
 
 TIMEOUT_SECONDS = 8.0
 OVERRIDES: dict[str, type] = {"config": dict, "partitions": int, "replication_factor": int}
@@ -319,6 +319,16 @@ def tail(
     except BrokenPipeError:
         # The reader is gone (`bourse tail … | head`): nothing is left to say, not even when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        consumer.close()
+
+
+def read_topic(cluster: Cluster, name: str) -> Iterator[Message]:
+    """Yield a topic's committed records from its beginning to its present end."""
+    partitions = cluster.require_topics([name])[name]
+    consumer = cluster.consumer(enable_partition_eof=True)
+    try:
+        yield from _messages(consumer, name, partitions, from_beginning=True, exit_at_end=True)
     finally:
         consumer.close()
 
