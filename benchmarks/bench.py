@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.market import received_at, rows
-from benchmarks.plain import Fields, Record, records
 from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 
+from benchmarks.market import received_at, rows
+from benchmarks.plain import Fields, Record, records
 from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
 from bourse_sandbox.processes import spawn

@@ -15,11 +15,12 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
-from benchmarks.plain import Fields, records
 from quixstreams import Application  # type: ignore[import-not-found]  # in an environment of its own
 from quixstreams.models.serializers.avro import AvroSerializer  # type: ignore[import-not-found]
 from quixstreams.models.serializers.schema_registry import SchemaRegistryClientConfig as Registry  # type: ignore[import-not-found]
 from quixstreams.models.topics import Topic, TopicType  # type: ignore[import-not-found]
+
+from benchmarks.plain import Fields, records
 
 AVRO = Path(__file__).parent.parent / "schemas" / "bourse_schemas" / "avro"
 

@@ -9,10 +9,13 @@ import json
 import math
 import os
 import re
+import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from email.utils import parsedate_to_datetime
@@ -164,10 +167,12 @@ _NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {
 }
 _TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
 _CODE = re.compile(r"[A-Z0-9]{12}")
+# No part of JSON, but some gateways put one there.
+_BOM = b"\xef\xbb\xbf"
 # What a decoder says of bytes that are no JSON, no UTF-8, or nested beyond reason.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
-_FN_CODE = re.compile(r"FN-[A-Z]{4}-(\d{3})\d{8}$")
+_FN_CODE = re.compile(rb'"FN-[A-Z]{4}-(\d{3})\d{8}"')
 _ADDRESS_WORDS = re.compile(r"\bip\b|\baddress\b|white ?-?list|آی[ \u200c]?پی|نشانی|آدرس")
 _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
 
@@ -216,8 +221,7 @@ def parse_minutes(body: bytes, context: Context) -> list[Candle]:
 
 def _read(body: bytes, context: Context) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
     try:
-        # A byte order mark is no part of JSON, and some gateways put one there.
-        envelope = _envelope.decode(body.removeprefix(b"\xef\xbb\xbf"))
+        envelope = _envelope.decode(body.removeprefix(_BOM))
     except _UNREADABLE as error:
         raise ExchangeNonsense("nonsense", f"the body is no response: {error}", track_id=context.track_id) from error
     state = envelope.state or envelope.status
@@ -303,7 +307,8 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
         today = context.received_at.astimezone(TEHRAN).date() == trading_day
         ends = datetime.combine(trading_day, time_of_day.max, TEHRAN).astimezone(UTC)
         traded_at = context.received_at if today else ends.replace(microsecond=999_000)
-    if traded_at > latest:
+    # Our own clock is not held against a row that has none.
+    if traded_at > latest and traded_at is not context.received_at:
         raise _BadRow(
             Reason.FUTURE_ROW,
             f"TradeDateGre {row.TradeDateGre} is more than 5 minutes after the response",
@@ -520,6 +525,7 @@ class Finnotech:
         self._token: _Token | None = None
         self._minted_at = -math.inf
         self._refused: ExchangeError | None = None
+        self._socket: socket.socket | None = None
         self._token_file = token_file
         # A token is good for one account at one address with one scope only.
         identity = (self._address, credentials.client_id, credentials.nid, profile.scope)
@@ -589,12 +595,13 @@ class Finnotech:
             raise ExchangeRefused("token", said, code=code, retry_after=max(wait, 1.0))
         try:
             token = self._token = self._mint(self._grant(token))
-        except ExchangeRefused:
-            # A refresh token can be used up or revoked; the credentials still stand, a minute later.
+        except ExchangeError as error:
             if token is None or now >= token.ends_at:
                 self._token = None
                 raise
-            token = self._token = _Token(token.value, None, now + self._mint_seconds, token.ends_at)
+            # The token in use still stands. A refresh token can be used up; the credentials stand, a minute later.
+            refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
+            token = self._token = replace(token, refresh=refresh, renew_at=now + self._mint_seconds)
         return token.value
 
     def _grant(self, old: _Token | None) -> dict[str, str]:
@@ -607,7 +614,7 @@ class Finnotech:
 
     def _mint(self, grant: dict[str, str]) -> _Token:
         self._minted_at = asked = time.monotonic()
-        self._keep_token(None)
+        self._keep_token(self._token)
         account = httpx.BasicAuth(self._credentials.client_id, self._credentials.secret)
         try:
             status, headers, body = self._send("POST", "/dev/v2/oauth2/token", None, json=grant, auth=account)
@@ -634,13 +641,13 @@ class Finnotech:
                 now, steady = time.time(), time.monotonic()
                 if kept["for"] == self._identity:
                     self._minted_at = steady - max(0.0, now - kept["asked"])
-                    if kept["value"] is not None and now < kept["ends"]:
+                    if _is_token(kept["value"]) and now < kept["ends"]:
                         ends = steady + kept["ends"] - now
                         renews = steady + kept["renews"] - now
-                        self._token = _Token(str(kept["value"]), kept["refresh"], renews, ends)
+                        self._token = _Token(kept["value"], kept["refresh"], renews, ends)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.warning("the token file is not used: it cannot be read", file=str(file), error=type(error).__name__)
         self._keep_token(self._token, at_start=True)
 
@@ -673,21 +680,20 @@ class Finnotech:
         self, method: str, path: str, track_id: str | None, **request: Any
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Return status, headers and body; a body too large, too slow or broken is an ExchangeError."""
-        requested_at, until = datetime.now(UTC), time.monotonic() + self._deadline_seconds
-        chunks: list[bytes] = []
+        requested_at, chunks, size = datetime.now(UTC), list[bytes](), 0
+        request["extensions"] = {"trace": self._note_socket}
         try:
-            with self._client.stream(method, self._address + path, **request) as response:
+            with self._deadline(track_id), self._client.stream(method, self._address + path, **request) as response:
                 try:
-                    size = 0
+                    if "," in response.headers.get("content-encoding", ""):
+                        # Each layer may be a thousand times the one around it, before any of it can be counted.
+                        raise ExchangeNonsense("nonsense", "the body is packed more than once", track_id=track_id)
                     for chunk in response.iter_bytes():
                         chunks.append(chunk)
                         size += len(chunk)
                         if size > self._most_bytes:
                             said = f"the body is larger than {self._most_bytes >> 20} MiB"
                             raise ExchangeNonsense("nonsense", said, track_id=track_id)
-                        if time.monotonic() > until:
-                            said = f"the body took longer than {self._deadline_seconds:.0f} s"
-                            raise ExchangeUnavailable("timeout", said, track_id=track_id)
                 finally:
                     body = b"".join(chunks)
                     if track_id is not None:
@@ -705,16 +711,50 @@ class Finnotech:
             said = f"{type(error).__name__}: {error}".rstrip(": ")
             raise ExchangeUnavailable("network", said, track_id=track_id) from error
 
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    @contextmanager
+    def _deadline(self, track_id: str | None) -> Iterator[None]:
+        """Hang up when an attempt takes too long: what drips is in time for every single read."""
+        overdue = threading.Event()
+
+        def hang_up() -> None:
+            overdue.set()
+            with suppress(OSError, AttributeError):
+                # Not the TLS socket's own, which would take its state away from under the reader.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # type: ignore[arg-type]
+
+        timer = threading.Timer(self._deadline_seconds, hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except httpx.HTTPError:
+            if not overdue.is_set():
+                raise
+        finally:
+            timer.cancel()
+        # A body without a length ends where the connection does.
+        if overdue.is_set():
+            said = f"the answer took longer than {self._deadline_seconds:g} s"
+            raise ExchangeUnavailable("timeout", said, track_id=track_id)
+
+
+def _is_token(value: Any) -> bool:
+    """Tell what can stand in a header: the client would show anything else in its own error message."""
+    return isinstance(value, str) and value.isascii() and value.isprintable()
+
 
 def _granted(body: bytes, asked: float) -> _Token | None:
     """Return the token in an answer; `asked` is when it was asked for."""
     try:
         result = _anything.decode(body)["result"]
         value, life, refresh = result["value"], float(result["lifeTime"]) / 1000, result.get("refreshToken")
-    except (*_UNREADABLE, KeyError, TypeError, ValueError, AttributeError):
+    except (*_UNREADABLE, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
-    # What cannot stand in a header would come back in the client's own error message.
-    if not (isinstance(value, str) and value.isascii() and value.isprintable() and math.isfinite(life)):
+    if not (_is_token(value) and math.isfinite(life)):
         return None
     # Counted from our own clock; a tenth of its life before the end it is renewed.
     return _Token(value, refresh if isinstance(refresh, str) else None, asked + life * 0.9, asked + life)
@@ -740,7 +780,7 @@ def _dated(headers: Mapping[str, str]) -> datetime | None:
 def _said(body: bytes) -> tuple[str | None, str]:
     """Return the error code and message in a body, wherever it hides them."""
     try:
-        answer = _anything.decode(body)
+        answer = _anything.decode(body.removeprefix(_BOM))
     except _UNREADABLE:
         return None, ""
     for holder in (answer, answer.get("result") if isinstance(answer, dict) else None):
@@ -762,7 +802,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return min(float(retry_after[:9]), DAY_SECONDS)
     try:
         at = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     until = (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
     return min(max(until.total_seconds(), 0.0), DAY_SECONDS)
@@ -771,7 +811,7 @@ def _seconds(retry_after: str | None) -> float | None:
 def _refusal(status: int, body: bytes, track_id: str | None, retry_after: str | None = None) -> ExchangeError:
     """Return the error that a response which is not DONE amounts to."""
     code, message = _said(body)
-    if status == 200 and (found := _FN_CODE.match(code or "")):
+    if status == 200 and (found := _FN_CODE.search(body, 0, SHORT)):
         status = int(found[1])
     text = message or f"HTTP {status} without a reason"
     said = message.lower()

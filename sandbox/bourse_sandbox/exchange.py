@@ -30,7 +30,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bourse_sandbox.faults import Fault, Faults, fault_option
+from bourse_sandbox.faults import PEEK, Fault, Faults, fault_option
 from bourse_sandbox.market import (
     REAL_DAY,
     TEHRAN,
@@ -178,7 +178,7 @@ class _Grant(msgspec.Struct, frozen=True):
 
 
 class PracticeExchange:
-    """The API of the exchange, legacy profile, over a market and a clock.
+    """The API of the exchange, the legacy one and its successor, over a market and a clock.
 
     Quirks of the real one are kept: `trackId` stands twice in a response, either may be the echo; `status_key` is
     `state` where every other service says `status`; the lowest price is `minPrice`. `calls` counts the calls that would
@@ -217,13 +217,14 @@ class PracticeExchange:
             Route("/practice/state", self._state),
         ]
         self._faults = Faults(
-            Starlette(routes=routes),
-            [Fault.parse(text) for text in faults],
-            rows=lambda: self._market.rows(self._clock.now(), rights=False),
-            envelope=self._envelope,
-            seed=seed,
+            Starlette(routes=routes), [Fault.parse(fault) for fault in faults], forget=self._forget, seed=seed
         )
-        self.app: ASGIApp = self._faults
+        self.app: ASGIApp = self._faults if faults else self._faults.app
+
+    def _forget(self, refreshes: bool) -> None:
+        self._grants.clear()
+        if refreshes:
+            self._refreshes.clear()
 
     def state(self) -> dict[str, Any]:
         """Return what `GET /practice/state` shows; `sent` is epoch milliseconds by track id, of the last calls."""
@@ -332,7 +333,7 @@ class PracticeExchange:
             raise _invalid("trackId is duplicated")
         _remember(self._track_ids, track_id, None, 100_000)
         if successor:
-            return self._done(request, track_id, self._successor(query.get("companyId", "")), "status")
+            return self._done(request, track_id, self._successor(request), successor=True)
         for name in ("isTimePeriod", "precedencyRight"):
             if query.get(name) not in {"true", "false"}:
                 raise _invalid(f"{name} must be true or false")
@@ -359,21 +360,24 @@ class PracticeExchange:
             result = msgspec.json.encode([row for row in rows if row["CoID"] == company])
         else:
             if not rights:
-                self._next()
+                self._next(request)
             result = self._whole_market(rights)
-        return self._done(request, track_id, result, self._status_key)
+        return self._done(request, track_id, result)
 
-    def _next(self) -> None:
+    def _next(self, request: Request) -> None:
+        if request.scope.get(PEEK):
+            return
         self._clock.polled()
         self.served += 1
         self._last_poll = self._clock.now()
 
-    def _successor(self, company: str) -> bytes:
+    def _successor(self, request: Request) -> bytes:
         """Return the rows as the successor has them: other names, dates for times, shares and rights together."""
+        company = request.query_params.get("companyId", "")
         if not re.fullmatch("[0-9]{0,9}", company):
             raise _invalid("companyId must be a number")
         if not company:
-            self._next()
+            self._next(request)
         now = self._clock.now()
         rows = [*self._market.rows(now, rights=False), *self._market.rows(now, rights=True)]
         chosen = [row for row in rows if not company or row["CoID"] == int(company)]
@@ -385,18 +389,18 @@ class PracticeExchange:
             ]
         )
 
-    def _done(self, request: Request, track_id: str, result: bytes, status_key: str) -> Response:
-        self.calls += 1
-        response = self._respond(request, self._envelope(track_id, result, status_key))
-        response.sent = lambda: _remember(self._sent, track_id, time.time_ns() / 1e6, 1_000)
-        return response
-
-    def _envelope(self, track_id: str, result: bytes, status_key: str | None = None) -> bytes:
+    def _done(self, request: Request, track_id: str, result: bytes, *, successor: bool = False) -> Response:
+        counted = not request.scope.get(PEEK)
+        self.calls += counted
         # As the documentation shows it: two values, and either may be the echo.
         ids = [track_id.encode(), uuid4().hex.encode()]
         first, second = ids if self.calls % 2 else reversed(ids)
-        key = (status_key or self._status_key).encode()
-        return b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}' % (first, result, second, key)
+        key = b'responseCode":"FN-BRSE-20000000000","status' if successor else self._status_key.encode()
+        body = b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}' % (first, result, second, key)
+        response = self._respond(request, body)
+        if counted:
+            response.sent = lambda: _remember(self._sent, track_id, time.time_ns() / 1e6, 1_000)
+        return response
 
     def _whole_market(self, rights: bool) -> bytes:
         rows = self._market.rows(self._clock.now(), rights)

@@ -77,7 +77,7 @@ class Observer:
     cluster: Cluster
     polls: list[PollMarker] = field(default_factory=list)
     ops: Counter[Op] = field(default_factory=Counter)
-    seen: Counter[str] = field(default_factory=Counter)
+    seen: set[str] = field(default_factory=set)
     sequences: dict[tuple[str, Any], int] = field(default_factory=dict)
     alerts: int = 0
     dead_letters: int = 0
@@ -136,7 +136,7 @@ class Observer:
                     if topic == trades:
                         fields = event_of.fields(payload)
                         self.ops[Op(fields["op"])] += 1
-                        self.seen[fields["event_id"]] += 1
+                        self.seen.add(fields["event_id"])
                         of_day = fields["instrument"], fields["trading_day"]
                         self.sequences[of_day] = max(self.sequences.get(of_day, 0), fields["sequence"])
                         self.last_event_ms[fields["poll_sequence"]] = arrived
@@ -194,6 +194,7 @@ class _Show:
         self._folder = folder
         self._stop = stop
         self._sent: dict[str, float] = {}
+        self._day_calls: frozenset[str] | None = None
         self._services: dict[str, Child] = {}
         self._commands: dict[str, Sequence[str]] = {}
         self._kills = 0
@@ -285,11 +286,14 @@ class _Show:
             child.terminate(10)
 
     def _day_is_over(self) -> bool:
-        """Say whether the last response was handed out and all of it is published: asked again, it made no event."""
+        """Say whether all of the day is published: asked again after its last response, the producer made no event."""
         polls = self._observer.polls
         if not polls or polls[-1].outcome is not Outcome.UNCHANGED:
             return False
-        return bool(self._http.get(f"{self._exchange_url}/practice/state").json()["day_over"])
+        state = self._http.get(f"{self._exchange_url}/practice/state").json()
+        if state["day_over"] and self._day_calls is None:
+            self._day_calls = frozenset(state["sent"])
+        return self._day_calls is not None and polls[-1].poll_id in state["sent"].keys() - self._day_calls
 
     def _settled(self) -> bool:
         cluster, ends = self._stack.cluster, self._observer.ends

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from functools import partial
@@ -148,6 +148,19 @@ def test_a_used_up_refresh_token_does_not_matter() -> None:
     assert len(script.calls) == 3
 
 
+def test_a_token_that_still_stands_is_used_while_none_is_given() -> None:
+    """An exchange that has data but no new tokens is polled on, and asked for a token again later, the same way."""
+    script = Script((200, DONE), tokens=[(200, json.dumps(TOKEN).encode()), (503, b""), (503, b"")])
+    with against(script) as exchange:
+        exchange.realtime(rights=False)
+        for _ in range(2):
+            assert exchange._token is not None
+            exchange._token = replace(exchange._token, renew_at=0)
+            exchange.realtime(rights=False)
+    assert [grant["grant_type"] for grant in script.grants] == ["client_credentials", *["refresh_token"] * 2]
+    assert len(script.calls) == 3
+
+
 REFUSALS = [
     (401, b""),
     (403, b'{"error":{"code":"FORBIDDEN","message":"no"}}'),
@@ -221,6 +234,7 @@ def test_wrong_credentials_are_asked_once_a_poll() -> None:
         (200, b'{"result":{"value":"a\\nb","lifeTime":1}}', ExchangeNonsense, "nonsense"),
         (200, '{"result":{"value":"توکن","lifeTime":1}}'.encode(), ExchangeNonsense, "nonsense"),
         (200, b'{"result":{"value":"x","lifeTime":"soon"}}', ExchangeNonsense, "nonsense"),
+        (200, b'{"result":{"value":"x","lifeTime":' + b"9" * 400 + b"}}", ExchangeNonsense, "nonsense"),
         (500, b"<html>", ExchangeUnavailable, "provider"),
         (429, b"", ExchangeUnavailable, "rate"),
         (408, b"", ExchangeUnavailable, "timeout"),
@@ -421,6 +435,37 @@ def test_never_more_than_one_token_a_minute_even_across_restarts(
     assert 50 < (second.retry_after or 0) <= 60
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"ends": 10**400}, {"asked": 10**400}, {"renews": None}, {"value": "a\nb"}, {"value": "توکن"}, {"value": 5}],
+)
+def test_a_token_file_with_odd_values(
+    kept: tuple[Script, Callable[[], Finnotech], Path], odd: dict[str, object]
+) -> None:
+    """What can be no token, or no time, is not used."""
+    script, client, file = kept
+    client().realtime(rights=False)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "asked": 0, **odd}))
+    with capture_logs():
+        client().realtime(rights=False)
+    assert (len(script.grants), len(script.calls)) == (2, 2)
+
+
+def test_a_renewal_that_fails_does_not_cost_the_kept_token(
+    kept: tuple[Script, Callable[[], Finnotech], Path],
+) -> None:
+    """A restart goes on with the token that still stands."""
+    script, client, _ = kept
+    script.tokens = [(200, json.dumps(TOKEN).encode()), (503, b"")]
+    exchange = client()
+    exchange.realtime(rights=False)
+    assert exchange._token is not None
+    exchange._token, exchange._minted_at = replace(exchange._token, renew_at=0), 0.0
+    exchange.realtime(rights=False)
+    client().realtime(rights=False)
+    assert (len(script.grants), len(script.calls)) == (2, 3)
+
+
 # --- bodies -----------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +494,46 @@ def test_a_body_that_drips_ends_at_the_deadline() -> None:
         release.set()
     assert (type(error), error.kind) == (ExchangeUnavailable, "timeout")
     assert error.track_id in script.track_ids()
+
+
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + DONE])
+@pytest.mark.parametrize("drips", [True, False])
+def test_the_deadline_holds_wherever_the_answer_stops(piece: bytes, drips: bool) -> None:
+    """In its headers, in a body without a length; dripping on, or silent for less than a read may take."""
+    release = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.recv(65_536)
+                connection.sendall(piece)
+                while not release.wait(0.02):
+                    connection.sendall(b" " if drips else b"")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        began = time.monotonic()
+        with httpx.Client(timeout=20) as client:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            error = refused(Finnotech(client, url, Credentials("me", SECRET, NID), deadline_seconds=0.3))
+        release.set()
+        thread.join(10)
+    assert (type(error), error.kind, str(error)) == (
+        ExchangeUnavailable,
+        "timeout",
+        "the answer took longer than 0.3 s",
+    )
+    assert time.monotonic() - began < 10
+
+
+def test_a_body_packed_more_than_once_is_not_unpacked() -> None:
+    """A bomb within a bomb would fill the memory before its size could be seen."""
+    packed = gzip.compress(gzip.compress(DONE))
+    script = Script(lambda: Response(packed, headers={"Content-Encoding": "gzip, gzip"}))
+    with against(script) as exchange:
+        error = refused(exchange)
+    assert (type(error), str(error)) == (ExchangeNonsense, "the body is packed more than once")
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/octet-stream"])
@@ -513,6 +598,8 @@ def test_the_successor_is_asked_its_own_way() -> None:
             "address",
         ),
         (200, '{"responseCode":"FN-BRSE-42900000001","status":"FAILED"}', "rate"),
+        (200, '{"responseCode":"FN-BRSE-42900000001","error":{"code":"X","message":"slower"}}', "rate"),
+        (400, '\ufeff{"error":{"code":"VALIDATION_ERROR","message":"no such trackId"}}', "internal"),
         (400, '{"error":{"code":"X","message":"سقف مجاز"}}', "quota"),
         (400, '{"result":{"error":{"code":"SERVICE_CALL_ERROR","message":"later"}},"status":"FAILED"}', "provider"),
     ],

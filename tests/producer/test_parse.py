@@ -438,9 +438,22 @@ def test_words_of_any_length_stay_within_a_record() -> None:
     assert len(found.code) <= 1000
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("30", 30.0), ("²", None), ("soon", None), (None, None)])
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("30", 30.0),
+        ("9" * 5000, 86_400.0),
+        ("Wed, 21 Aug 2019 06:27:17 GMT", 0.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("Wed, 21 Aug 99999999999999 06:27:17 GMT", None),
+        ("Wed, 21 Aug 2019 06:27:17 +99999999999999", None),
+        ("²", None),
+        ("soon", None),
+        (None, None),
+    ],
+)
 def test_retry_after(header: str | None, seconds: float | None) -> None:
-    """It is read where it is a number."""
+    """It is read where it is a number or a date, and never more than a day."""
     assert _refusal(429, b"", None, header).retry_after == seconds
 
 
@@ -604,6 +617,15 @@ def test_estimated_times_never_make_a_row_older() -> None:
         assert (len(changes.events), changes.stale_rows) == (int(hours == 0), 0)
         known.update((candle.instrument, candle) for candle in changes.candles)
         assert only(found).trading_day == date(2020, 1, 19)
+
+
+def test_estimated_times_are_not_of_the_future() -> None:
+    """Where our clock is ahead of the exchange's, its rows are no dead letters for it."""
+    text = json.dumps({"result": [SUCCESSOR], "status": "DONE"}).encode()
+    ahead = context(profile=PROFILES["realTimeTrades"], received_at=NOW + timedelta(minutes=6))
+    assert only(parse(text, ahead)).traded_at == ahead.received_at
+    (bad,) = parse(text.replace(b"-19T", b"-20T"), ahead).rejected
+    assert bad.reason is Reason.FUTURE_ROW
 
 
 def test_minute_rows_come_oldest_first_and_all_of_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -260,6 +261,39 @@ def test_minute_rows_of_one_company(at_ten: Caller) -> None:
     assert some == [row for row in rows if "09:15" <= row["TradeDateGre"][11:16] <= "09:29"]
     assert some
     assert at_ten.rows(isTimePeriod="true", coId=company, precedencyRight="true") == []
+
+
+def test_minute_rows_with_totals_of_their_own() -> None:
+    """The other reading of the documentation: each minute's own totals, which add up to the day's."""
+    with calling(practice_exchange("real", "poll", minutes="each")) as caller:
+        for _ in range(40):
+            rows = caller.rows()
+        share = max(rows, key=lambda row: row["TradeQty"])
+        minutes = caller.rows(isTimePeriod="true", coId=str(share["CoID"]))
+        assert len(minutes) > 5
+        for name in ("TradeVolume", "TradeValue", "TradeQty"):
+            assert sum(row[name] for row in minutes) == share[name]
+        late = caller.rows(isTimePeriod="true", coId=str(share["CoID"]), fromTime="1140")
+        assert late == [row for row in minutes if row["TradeDateGre"][11:16] >= "11:40"]
+
+
+def test_the_successor(at_ten: Caller) -> None:
+    """Its path, scope, names and outcome; shares and rights in one answer, dates for times."""
+    ours = [*at_ten.rows(), *at_ten.rows(precedencyRight="true")]
+    path = "/bourse/v2/clients/practice/realTimeTrades"
+    at_ten.refused(403, "FORBIDDEN", "bourse:realTime-trades:get", path=path)
+    caller = Caller(at_ten.client, at_ten.practice)
+    caller.token = caller.grant(scopes="bourse:realTime-trades:get")["value"]
+    body = caller.call(path=path).json()
+    assert body["status"] == "DONE"
+    assert re.fullmatch(r"FN-[A-Z]{4}-200\d{8}", body["responseCode"])
+    assert [(row["companyId"], row["precedencyRight"], row["tradeVolume"]) for row in body["result"]] == [
+        (row["CoID"], row["PrecedencyRight"], row["TradeVolume"]) for row in ours
+    ]
+    assert {row["gregorianDate"] for row in body["result"]} == {"2026-11-21T00:00:00"}
+    one = caller.rows(path=path, companyId=str(ours[0]["CoID"]))
+    assert one == body["result"][:1]
+    caller.refused(400, "VALIDATION_ERROR", "companyId", path=path, companyId="x")
 
 
 def test_gzip_only_where_accepted(at_ten: Caller) -> None:

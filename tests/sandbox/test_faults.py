@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from bourse_producer.diff import Changes
 from bourse_producer.finnotech import PROFILES, Credentials, Finnotech
 from bourse_producer.publisher import State
 from bourse_producer.service import Producer, Settings
-from bourse_sandbox.exchange import practice_exchange
+from bourse_sandbox.exchange import SCOPE, practice_exchange
 from bourse_sandbox.faults import KINDS, Fault
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, DeadLetter, FeedState, Outcome, PollMarker, TradeEvent
@@ -72,6 +73,8 @@ def business(event: TradeEvent) -> tuple[Any, ...]:
 
 
 EXPECTED = {
+    "expired": (PUBLISHED, None),
+    "revoked": (PUBLISHED, None),
     "token-401": (FAILED, "token"),
     "token-403": (FAILED, "scope"),
     "token-400": (FAILED, "token"),
@@ -96,7 +99,7 @@ EXPECTED = {
     "nan": (FAILED, "nonsense"),
     "silence": (FAILED, "timeout"),
     "slow": (FAILED, "timeout"),
-    "duplicates": (UNCHANGED, None),
+    "duplicates": (PUBLISHED, None),
     "half": (UNCHANGED, None),
     "bad-rows": (UNCHANGED, None),
     "renamed": (FAILED, "nonsense"),
@@ -128,7 +131,7 @@ def test_no_wrong_event_the_outcome_on_the_marker_and_on_it_goes(kind: str, undi
     marker = log.markers[2]
     assert (marker.outcome, marker.error_kind) == EXPECTED[kind], marker.error_message
     assert state["faults"] == {kind: 2 if retried else 1}
-    delivered = kind in {"skew", "wrong-type"}
+    delivered = marker.outcome is PUBLISHED
     events = log.events if not delivered else [event for event in log.events if event.poll_sequence <= 5]
     assert [business(event) for event in events] == [business(event) for event in undisturbed]
     assert [each.outcome for each in log.markers[3:5]] == [PUBLISHED] * 2
@@ -193,13 +196,29 @@ def test_minute_rows_of_both_kinds_fill_a_gap(minutes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["help", "nosuch", "html:", "html:2", "html:0", "html:1.2.3", "html@", "html@x", "", "html@1-2-3"]
+    "text",
+    [
+        "help",
+        "nosuch",
+        "html:",
+        "html:2",
+        "html:0",
+        "html:1.2.3",
+        "html@",
+        "html@x",
+        "",
+        "html@1-2-3",
+        "html@0",
+        "html@3-2",
+    ],
 )
 def test_what_is_no_fault_is_told_with_all_there_is(text: str) -> None:
     """Every kind with a line of its own."""
     with pytest.raises(ConfigurationError) as caught:
         Fault.parse(text)
-    assert "a probability lies between" in str(caught.value) or all(kind in str(caught.value) for kind in KINDS)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(KINDS)
+    assert all(doc in line for doc, line in zip(KINDS.values(), lines, strict=True))
 
 
 def test_when_a_fault_happens() -> None:
@@ -211,3 +230,32 @@ def test_when_a_fault_happens() -> None:
     log, state = play("html:0.5", polls=12)
     assert 0 < state["faults"]["html"] < 12
     assert sum(marker.outcome is FAILED for marker in log.markers) == state["faults"]["html"]
+    assert play("html:0.5", polls=12)[1]["faults"] == state["faults"]
+
+
+def test_only_an_accepted_call_is_spoilt() -> None:
+    """Calls that would be refused anyway, for rights, or for one company are answered as ever and do not count."""
+    practice = practice_exchange("real", "poll", faults=["html@1"])
+    with practice.serve() as server, httpx.Client(base_url=server.url) as client:
+        body = {"grant_type": "client_credentials", "nid": "0123456789", "scopes": SCOPE}
+        grant = client.post("/dev/v2/oauth2/token", auth=("practice", "practice"), json=body).json()["result"]
+
+        def call(**params: str) -> int:
+            wanted = {"trackId": uuid4().hex, "isTimePeriod": "false", "precedencyRight": "false"} | params
+            path = "/bourse/v2/clients/practice/trades/realtime"
+            return client.get(path, params=wanted, headers={"Authorization": f"Bearer {grant['value']}"}).status_code
+
+        assert [call(trackId="-"), call(precedencyRight="true"), call(coId="1"), call(isTimePeriod="x")] == [
+            *(400, 200, 200, 400),
+        ]
+        assert practice.state()["faults"] == {}
+        assert [call(), call()] == [502, 200]
+        state = practice.state()
+        assert (state["faults"], state["served"], state["calls"]) == ({"html": 1}, 1, 3)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "reset", "slow", "huge", "silence", "nesting"])
+def test_the_server_has_nothing_to_say_about_it(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Hanging up, and being hung up on, leaves no line in the exchange's log."""
+    play(f"{kind}@1", polls=2)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")] == []
