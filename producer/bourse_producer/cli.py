@@ -18,6 +18,8 @@ from bourse_schemas.kafka import Cluster, cluster_options
 from bourse_schemas.monitor import Monitor, http_option
 
 if TYPE_CHECKING:
+    import httpx
+
     from bourse_producer.finnotech import Credentials, Finnotech, Profile
 
 __all__ = ["ExchangeOptions", "exchange_options", "produce"]
@@ -94,21 +96,24 @@ class ExchangeOptions:
         """Return the account; raise ConfigurationError where a part of it is missing."""
         return _credentials(self.client_id, self.client_secret_file, self.nid_file)
 
-    def connect(self, stack: ExitStack, **hooks: Any) -> Finnotech:
-        """Return the exchange's client, closed with the stack; `hooks` are its `on_call` and `on_response`."""
+    def http(self, stack: ExitStack) -> httpx.Client:
+        """Return an HTTP client with the operator's time-outs and proxy, closed with the stack."""
         import httpx
 
-        from bourse_producer.finnotech import Finnotech
-
-        credentials, address = self.credentials(), self.where()
         timeout = httpx.Timeout(self.read_timeout_seconds, connect=self.connect_timeout_seconds)
         try:
             client = httpx.Client(timeout=timeout, proxy=self.proxy, headers={"User-Agent": "bourse-stream"})
         except (ValueError, httpx.InvalidURL) as error:
             # The reason may quote a password.
             raise ConfigurationError("--proxy is no address such as http://127.0.0.1:3128") from error
-        stack.enter_context(client)
-        return Finnotech(client, address, credentials, self.profile, token_file=self.token_file, **hooks)
+        return stack.enter_context(client)
+
+    def connect(self, stack: ExitStack, **hooks: Any) -> Finnotech:
+        """Return the exchange's client, closed with the stack; `hooks` are its `on_call` and `on_response`."""
+        from bourse_producer.finnotech import Finnotech
+
+        credentials, address = self.credentials(), self.where()
+        return Finnotech(self.http(stack), address, credentials, self.profile, token_file=self.token_file, **hooks)
 
 
 def exchange_options(command: F) -> F:

@@ -471,12 +471,13 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """A token; `renew_at` and `ends_at` are of the steady clock."""
+    """A token; `renew_at` and `ends_at` are of the steady clock. `scopes` are what was granted, where that was said."""
 
     value: str = field(repr=False)
     refresh: str | None = field(repr=False)
     renew_at: float
     ends_at: float
+    scopes: tuple[str, ...] = ()
 
 
 class _TokenRefused(Exception):
@@ -551,13 +552,13 @@ class Finnotech:
         }  # fmt: skip
         query = {name: str(value) for name, value in asked.items() if value is not None}
         try:
-            return self._realtime(self._valid_token(), query)
+            return self._realtime(self._valid_token().value, query)
         except _TokenRefused as refused:
             if self._must_wait():
                 raise refused.told(self._profile.scope) from refused
             self._token = None
         try:
-            return self._realtime(self._valid_token(), query)
+            return self._realtime(self._valid_token().value, query)
         except _TokenRefused as refused:
             raise refused.told(self._profile.scope) from refused
 
@@ -583,10 +584,15 @@ class Finnotech:
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
-    def _valid_token(self) -> str:
+    def authorise(self) -> tuple[Sequence[str], timedelta]:
+        """Get a token unless there is a good one; return its scopes, if the exchange named them, and the life left."""
+        token = self._valid_token()
+        return token.scopes, timedelta(seconds=token.ends_at - time.monotonic())
+
+    def _valid_token(self) -> _Token:
         token, now = self._token, time.monotonic()
         if token is not None and (now < token.renew_at or (self._must_wait() and now < token.ends_at)):
-            return token.value
+            return token
         if self._must_wait():
             wait = self._mint_seconds - (now - self._minted_at)
             why = f" ({self._refused})" if self._refused else ""
@@ -602,7 +608,7 @@ class Finnotech:
             # The token in use still stands. A refresh token can be used up; the credentials stand, a minute later.
             refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
             token = self._token = replace(token, refresh=refresh, renew_at=now + self._mint_seconds)
-        return token.value
+        return token
 
     def _grant(self, old: _Token | None) -> dict[str, str]:
         if old is not None and old.refresh is not None and time.monotonic() < old.ends_at:
@@ -644,7 +650,7 @@ class Finnotech:
                     if _is_token(kept["value"]) and now < kept["ends"]:
                         ends = steady + kept["ends"] - now
                         renews = steady + kept["renews"] - now
-                        self._token = _Token(kept["value"], kept["refresh"], renews, ends)
+                        self._token = _Token(kept["value"], kept["refresh"], renews, ends, tuple(kept["scopes"] or ()))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -660,6 +666,7 @@ class Finnotech:
             "asked": now - min(steady - self._minted_at, now),
             "value": token and token.value,
             "refresh": token and token.refresh,
+            "scopes": token and token.scopes,
             "renews": token and now + token.renew_at - steady,
             "ends": token and now + token.ends_at - steady,
         }
@@ -752,12 +759,13 @@ def _granted(body: bytes, asked: float) -> _Token | None:
     try:
         result = _anything.decode(body)["result"]
         value, life, refresh = result["value"], float(result["lifeTime"]) / 1000, result.get("refreshToken")
+        scopes = tuple(map(str, result.get("scopes") or ()))
     except (*_UNREADABLE, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
     if not (_is_token(value) and math.isfinite(life)):
         return None
     # Counted from our own clock; a tenth of its life before the end it is renewed.
-    return _Token(value, refresh if isinstance(refresh, str) else None, asked + life * 0.9, asked + life)
+    return _Token(value, refresh if isinstance(refresh, str) else None, asked + life * 0.9, asked + life, scopes)
 
 
 def _no_token(status: int, body: bytes, retry_after: str | None) -> ExchangeError:

@@ -215,6 +215,7 @@ class PracticeExchange:
             Route("/bourse/v2/clients/{client_id}/trades/realtime", self._realtime),
             Route("/bourse/v2/clients/{client_id}/realTimeTrades", self._realtime),
             Route("/practice/state", self._state),
+            Route("/{path:path}", self._unknown),
         ]
         self._faults = Faults(
             Starlette(routes=routes), [Fault.parse(fault) for fault in faults], forget=self._forget, seed=seed
@@ -243,6 +244,9 @@ class PracticeExchange:
 
     async def _state(self, request: Request) -> Response:
         return self._respond(request, msgspec.json.encode(self.state()))
+
+    async def _unknown(self, request: Request) -> Response:
+        return self._refuse(request, _Refused(404, "NOT_FOUND", "there is no such service"))
 
     def _respond(self, request: Request, body: bytes, status: int = 200) -> _Timed:
         now = self._clock.now()

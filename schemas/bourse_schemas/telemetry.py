@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Hashable
 
 import structlog
 
@@ -11,7 +13,8 @@ __all__ = ["configure_logging", "get_logger", "kafka_logger"]
 
 
 def configure_logging(level: str = "info") -> None:
-    """Send structured logs to stderr from `level` (debug, info, warning, error) on."""
+    """Send structured logs to stderr from `level` (debug, info, warning, error, critical) on."""
+    threshold = logging.getLevelNamesMapping()[level.upper()]
     terminal = sys.stderr.isatty()
     common: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -25,7 +28,7 @@ def configure_logging(level: str = "info") -> None:
     )
     structlog.configure(
         processors=[*common, *render],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
@@ -33,7 +36,7 @@ def configure_logging(level: str = "info") -> None:
     handler = logging.StreamHandler(sys.stderr)
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=common, processors=[remove, *render]))
-    logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
+    logging.basicConfig(level=max(logging.ERROR, threshold), handlers=[handler], force=True)
 
 
 def get_logger(**context: object) -> structlog.typing.FilteringBoundLogger:
@@ -42,9 +45,30 @@ def get_logger(**context: object) -> structlog.typing.FilteringBoundLogger:
     return logger
 
 
+class _Once(logging.Filter):
+    """Lets a line pass once in a while: of a broker that is away each thread of each client speaks all the time."""
+
+    SECONDS = 30.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[Hashable, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # "FAIL [client] [thread]: broker: what happened (after 3ms in state CONNECT)": the same but for its last part.
+        text, now = record.getMessage().partition(" (after")[0], time.monotonic()
+        if now - self._passed.get(text, -self.SECONDS) < self.SECONDS:
+            return False
+        if len(self._passed) > 1_000:
+            self._passed.clear()
+        self._passed[text] = now
+        return True
+
+
 def kafka_logger() -> logging.Logger:
     """Return the logger of librdkafka's own lines; it is silent where no logs are configured."""
     logger = logging.getLogger("librdkafka")
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
+        logger.addFilter(_Once())
     return logger
