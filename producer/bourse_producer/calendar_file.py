@@ -9,7 +9,6 @@ import click
 
 from bourse_producer.calendar import Calendar, parse_calendar
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.telemetry import get_logger
 
 __all__ = ["CalendarFile", "calendar_option"]
 
@@ -29,6 +28,8 @@ class CalendarFile:
 
     def calendar(self) -> Calendar:
         """Return the calendar as of now."""
+        from bourse_schemas.telemetry import get_logger
+
         if self._path is not None:
             try:
                 if _stamp(self._path) != self._seen:

@@ -1,4 +1,4 @@
-"""`bourse replay`: the events again, from the bytes, and whether the topics hold exactly these."""
+"""The events again, from the bytes, and whether the topics hold exactly these."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,13 @@ from bourse_producer.calendar import Calendar
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_producer.finnotech import Context
 from bourse_producer.freshness import GOOD
-from bourse_schemas.codec import encoder, to_json
+from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ConfigurationError, ExchangeError
-from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.events import Candle, PollMarker, TradeEvent
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "Topics"]
 
 SHOWN_DIFFERENCES = 10
 Calls = Sequence[tuple[bytes, Context]]
@@ -132,54 +132,7 @@ def _latest(changes: Changes) -> dict[InstrumentCode, Candle]:
     return {candle.instrument: candle for candle in changes.candles}
 
 
-@click.command
-@click.argument("captures", nargs=-1, required=True, metavar="CAPTURE…", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One event a line, as `bourse tail --json` shows them.")
-@click.option("--against", metavar="HOST:PORT", help="Compare with the topics of this cluster, event by event.")
-@cluster_options
-@click.pass_context
-def replay(
-    ctx: click.Context, cluster: Cluster, captures: tuple[Path, ...], *, as_json: bool, against: str | None
-) -> None:
-    """Derive the events again, from a producer's captures or from captured days (*.ndjson.gz).
-
-    The same bytes give the same events. With --against the topics are compared with them; exit 1 where they differ.
-    """
-    found = None
-    derived = Replay()
-    if against is not None:
-        cluster = replace(cluster, bootstrap_servers=against)
-        found = _Topics(cluster)
-        derived.markers = found.markers
-    files = [file for path in captures for file in (sorted(path.glob("capture-*.gz")) if path.is_dir() else [path])]
-    if missing := [path for path in files if not path.is_file()]:
-        raise ConfigurationError(f"{missing[0]}: no such file")
-    if not files:
-        raise ConfigurationError(f"{captures[0]} holds no capture-*.gz")
-    days = [file for file in files if file.name.endswith(".ndjson.gz")]
-    derived.capture([file for file in files if file not in days])
-    for file in days:
-        derived.day(file)
-    for words in derived.said:
-        click.echo(words, err=True)
-    if found is not None:
-        counts = found.compare(derived)
-        click.echo(json.dumps(counts))
-        ctx.exit(int(counts["equal"] != counts["derived"] or counts["found"] != counts["derived"]))
-    if as_json:
-        for event in derived.events:
-            click.echo(to_json(msgspec.structs.asdict(event)))
-        return
-    by_day: dict[date, Counter[Op]] = {}
-    for event in derived.events:
-        by_day.setdefault(event.trading_day, Counter())[event.op] += 1
-    ops = (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
-    for day, count in sorted(by_day.items()):
-        click.echo(f"{day}  {count.total():>8,} events  " + "  ".join(f"{count[op]:>7,} {op}" for op in ops))
-    click.echo(f"{len(derived.polls):,} polls, {len(derived.events):,} events")
-
-
-class _Topics:
+class Topics:
     """What the topics hold of the polls and their events."""
 
     def __init__(self, cluster: Cluster) -> None:

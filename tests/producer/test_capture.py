@@ -19,7 +19,8 @@ from bourse_producer.backfill import derive
 from bourse_producer.capture import Capture, Record, read
 from bourse_producer.finnotech import Context, Received
 from bourse_producer.publisher import State
-from bourse_producer.replay import Replay, replay
+from bourse_producer.replay import Replay
+from bourse_producer.replay_command import replay
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Op, Outcome, PollMarker, TradeEvent
