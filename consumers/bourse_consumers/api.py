@@ -16,11 +16,11 @@ A consumer's life, all calls from one thread:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 from bourse_schemas.errors import BourseError
 from bourse_schemas.events import Event
@@ -37,8 +37,10 @@ __all__ = [
     "Offsets",
     "Own",
     "Partition",
+    "Places",
     "Rebuild",
     "Record",
+    "Records",
     "Reject",
     "Resume",
     "Retry",
@@ -115,6 +117,54 @@ class Record(NamedTuple):
     headers: Mapping[str, bytes]
 
 
+class Places(NamedTuple):
+    """Records by columns: where they are, when they are of, and their bytes."""
+
+    partitions: Sequence[Partition]
+    offsets: Sequence[int]
+    timestamps: Sequence[int]
+    values: Sequence[bytes | None]
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Places:
+        """Return the places of records."""
+        if isinstance(records, Records):
+            return records.places
+        each = [(record.partition, record.offset, record.timestamp, record.value) for record in records]
+        return cls(*zip(*each, strict=True)) if each else cls((), (), (), ())
+
+    def ends(self) -> Offsets:
+        """Return, per partition, the offset after its last record."""
+        return {partition: offset + 1 for partition, offset in zip(self.partitions, self.offsets, strict=True)}
+
+
+class Records(Sequence[Record]):
+    """Records that are made when the first of them is looked at: many consumers need their columns only."""
+
+    def __init__(self, places: Places, make: Callable[[], list[Record]]) -> None:
+        self.places = places
+        self._make = make
+        self._made: list[Record] | None = None
+
+    def __len__(self) -> int:
+        return len(self.places.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._all())
+
+    def _all(self) -> list[Record]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
 class Emit(NamedTuple):
     """An event to publish on one of the declared topics."""
 
@@ -135,6 +185,7 @@ class Batch:
     next: Offsets
     replay: bool = False
     decode: Callable[[Record], Any] = field(default=lambda record: record.value, repr=False)
+    columns: Callable[[Places], pa.Table | None] = field(default=lambda _: None, repr=False)
 
     @cached_property
     def events(self) -> Sequence[Any]:
@@ -143,9 +194,13 @@ class Batch:
 
     def table(self) -> pa.Table:
         """Return the records, at least one and all of one topic, as one Arrow table. Needs the extra `archive`."""
+        places = Places.of(self.records)
+        table = None if "events" in self.__dict__ else self.columns(places)
+        if table is not None:
+            return table
         from bourse_consumers.rows import to_table
 
-        return to_table(self.events, self.records)
+        return to_table(self.events, places)
 
 
 class Retry(BourseError):

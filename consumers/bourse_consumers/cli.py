@@ -106,4 +106,7 @@ def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, http: st
             cluster = replace(cluster, on_statistics=monitor.statistics)
         stream = patiently(lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits), name, stop, monitor)
         if stream is not None:
-            Runner(consumer, stream, stream.decode, name=name, stop=stop, monitor=monitor, **limits).run()
+            runner = Runner(
+                consumer, stream, stream.decode, columns=stream.columns, name=name, stop=stop, monitor=monitor, **limits
+            )
+            runner.run()

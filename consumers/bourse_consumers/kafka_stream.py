@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
@@ -21,7 +22,7 @@ from zoneinfo import ZoneInfo
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Record
+from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import Poll, StreamBroken
 from bourse_schemas import codec
 from bourse_schemas.codec import Deserializer
@@ -52,6 +53,11 @@ REFUSED = {
 }
 
 
+@lru_cache(4096)
+def _partition(topic: str, number: int) -> Partition:
+    return Partition(topic, number)
+
+
 class KafkaStream:
     """One member of a consumer group, with a transactional producer beside it."""
 
@@ -66,6 +72,7 @@ class KafkaStream:
         self._decoders: dict[str, Deserializer[Any]] = {
             name: registry.deserializer(topic.event) for name, topic in zip(names, topics, strict=True)
         }
+        self._columns: dict[str, Any] = {}
         # The same for the life of the process: its next producer settles what the one before it left behind.
         self._transactional_id = f"{group}-{uuid4()}"
         # Who publishes dead letters only need not wait for a producer.
@@ -89,6 +96,15 @@ class KafkaStream:
         """Return the record's event; raises Undecodable, or Unreachable while the registry is away."""
         return self._decoders[record.partition.topic](record.value)
 
+    def columns(self, places: Places) -> Any:
+        """Return records of one topic as a table, None where they have to be decoded one by one."""
+        from bourse_consumers.columns import Columns
+
+        topic = places.partitions[0].topic
+        if topic not in self._columns:
+            self._columns[topic] = Columns(self._decoders[topic])
+        return self._columns[topic].table(places)
+
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
         if self._producer is not None:
@@ -100,24 +116,32 @@ class KafkaStream:
             # What came along with the assignment is fetched again from where the consumer wants to begin.
             self._changed = False
             return Poll(assigned=self._assignment())
-        records: list[Record] = []
+        good: list[Message] = []
+        partitions: list[Partition] = []
+        offsets: list[int] = []
         positions: dict[Partition, int] = {}
         for message in messages:
             error = message.error()
-            partition = Partition(str(message.topic()), int(message.partition() or 0))
+            partition = _partition(message.topic(), message.partition())
+            offset: int = message.offset()  # type: ignore[assignment]  # what was fetched has one
             if error is None:
-                records.append(_record(partition, message))
-                positions[partition] = self._next[partition] = int(message.offset() or 0) + 1
+                good.append(message)
+                partitions.append(partition)
+                offsets.append(offset)
+                positions[partition] = offset + 1
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 # The end lies beyond the last record where a transaction marker follows it.
-                positions[partition] = self._next[partition] = int(message.offset() or 0)
+                positions[partition] = offset
             elif error.fatal():
                 raise KafkaException(error)
             elif error.code() in REFUSED:
                 raise _broken(error)
             else:
                 self._log.warning("kafka", error=error.str())
-        return Poll(records, positions)
+        self._next.update(positions)
+        values: list[Any] = [message.value() for message in good]
+        places = Places(partitions, offsets, [message.timestamp()[1] for message in good], values)
+        return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
 
     def seek(self, offsets: Offsets) -> None:
         """Go on from these offsets; those not named go on after what was polled."""

@@ -13,9 +13,9 @@ from bourse_schemas.codec import RECURRING, avro_schema
 from bourse_schemas.events import Event
 
 if TYPE_CHECKING:
-    from bourse_consumers.api import Record
+    from bourse_consumers.api import Places
 
-__all__ = ["arrow_schema", "dictionary_columns", "to_table"]
+__all__ = ["arrow_schema", "dictionary_columns", "to_table", "with_places"]
 
 PLAIN = {
     "string": pa.string(),
@@ -67,14 +67,15 @@ def dictionary_columns(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if name in RECURRING or name in {"op", "trading_day"}]
 
 
-def to_table(events: Sequence[Event], records: Sequence[Record]) -> pa.Table:
+def to_table(events: Sequence[Event], places: Places) -> pa.Table:
     """Return events of one type as a table: the schema's columns, then `_partition`, `_offset` and `_timestamp`."""
     schema = arrow_schema(type(events[0]))
     columns = [pa.array(map(attrgetter(field.name), events), field.type) for field in schema]
-    places = (
-        [record.partition.number for record in records],
-        [record.offset for record in records],
-        [record.timestamp for record in records],
-    )
-    columns += [pa.array(place, field.type) for place, field in zip(places, WHERE, strict=True)]
-    return pa.Table.from_arrays(columns, schema=pa.schema([*schema, *WHERE]))
+    return with_places(pa.Table.from_arrays(columns, schema=schema), places)
+
+
+def with_places(table: pa.Table, places: Places) -> pa.Table:
+    """Return the table with `_partition`, `_offset` and `_timestamp` at its end."""
+    where = [partition.number for partition in places.partitions], places.offsets, places.timestamps
+    columns = [pa.array(place, field.type) for place, field in zip(where, WHERE, strict=True)]
+    return pa.Table.from_arrays([*table.columns, *columns], schema=pa.schema([*table.schema, *WHERE]))

@@ -23,6 +23,7 @@ from bourse_consumers.api import (
     Offsets,
     Own,
     Partition,
+    Places,
     Rebuild,
     Record,
     Reject,
@@ -122,6 +123,7 @@ class Runner:
         stream: Stream,
         decode: Callable[[Record], Any],
         *,
+        columns: Callable[[Places], Any] = lambda _: None,
         name: str,
         batch_size: int = 1000,
         max_rejected_share: float = 0.5,
@@ -131,7 +133,7 @@ class Runner:
     ) -> None:
         self._consumer = consumer
         self._stream = stream
-        self._decode = decode
+        self._decode, self._columns = decode, columns
         self._name = name
         self._batch_size = batch_size
         self._max_rejected_share = max_rejected_share
@@ -256,13 +258,13 @@ class Runner:
         ahead = {partition: at for partition, at in poll.positions.items() if self._is_new(partition, at)}
         if old:
             ends = {record.partition: record.offset + 1 for record in old}
-            yield Batch(old, ends, replay=True, decode=self._decoded)
+            yield Batch(old, ends, replay=True, decode=self._decoded, columns=self._table)
         if self._replaying:
             self._replaying.difference_update(ahead)
             if not self._replaying:
                 self._monitor.unready("rebuilding the day", None)
         if new:
-            yield Batch(new, ahead, decode=self._decoded)
+            yield Batch(new, ahead, decode=self._decoded, columns=self._table)
         else:
             self._reached.update(ahead)
 
@@ -280,6 +282,12 @@ class Runner:
             except Unreachable as error:
                 raise Retry(str(error)) from error
         return self._events[place]
+
+    def _table(self, places: Places) -> Any:
+        try:
+            return self._columns(places)
+        except Unreachable as error:
+            raise Retry(str(error)) from error
 
     def _take(self, batch: Batch) -> bool:
         """Bring a batch through: again after Retry, without the record after Reject.
@@ -299,7 +307,7 @@ class Runner:
                     return False
             except Reject as error:
                 rest, found = self._without(batch.records, error)
-                batch = Batch(rest, batch.next, batch.replay, self._decoded)
+                batch = Batch(rest, batch.next, batch.replay, self._decoded, self._table)
                 if batch.replay:
                     continue
                 rejected.update((letter.origin, letter.message) for letter in found)
@@ -319,7 +327,7 @@ class Runner:
             return True
         self._rows += len(batch.records)
         if self._own:
-            self._taken.update((record.partition, record.offset + 1) for record in batch.records)
+            self._taken.update(Places.of(batch.records).ends())
             self._reached.update(batch.next)
         self._publish([*emits, *letters], batch.next)
         self._judged = self._judge(records, rejected)

@@ -26,6 +26,7 @@ from bourse_schemas.topics import Topic
 __all__ = [
     "Deserializer",
     "Record",
+    "Schema",
     "Serializer",
     "avro_schema",
     "candle_and_event_records",
@@ -41,6 +42,7 @@ Schema = dict[str, Any]
 MAGIC = 0
 FRAME = struct.Struct(">bI")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LONGEST = -(1 << 63), (1 << 63) - 1
 EPOCH_DAY = EPOCH.toordinal()
 MILLISECOND = timedelta(milliseconds=1)
 # Strings that come back in every poll: their encoded form is kept.
@@ -269,7 +271,7 @@ class Deserializer(Generic[E]):
     """
 
     def __init__(self, event: type[E], writer: Callable[[int], Schema]) -> None:
-        self._event = event
+        self.event = event
         self._writer = writer
         self._parsed: dict[int, Schema] = {}
 
@@ -281,9 +283,9 @@ class Deserializer(Generic[E]):
         """
         fields = self.fields(payload)
         try:
-            return msgspec.convert(fields, self._event)
+            return msgspec.convert(fields, self.event)
         except msgspec.ValidationError as error:  # the writer's types resolve, but not the logical ones
-            raise Undecodable(f"not a {self._event.__name__}: {error}") from error
+            raise Undecodable(f"not a {self.event.__name__}: {error}") from error
 
     def fields(self, payload: bytes | None) -> dict[str, Any]:
         """Return the event as a mapping of Avro field names: dates, datetimes and enum symbols as plain values."""
@@ -293,7 +295,7 @@ class Deserializer(Generic[E]):
         parsed = self._parsed.get(schema_id)
         if parsed is None:
             parsed = self._parsed[schema_id] = self._resolve(schema_id)
-        ours = _parsed(self._event)
+        ours = _parsed(self.event)
         stream = io.BytesIO(payload)
         stream.seek(FRAME.size)
         try:
@@ -307,17 +309,24 @@ class Deserializer(Generic[E]):
             OverflowError,
             fastavro.read.SchemaResolutionError,
         ) as error:
-            raise Undecodable(f"not a {self._event.__name__} by schema id {schema_id}: {error!r}") from error
+            raise Undecodable(f"not a {self.event.__name__} by schema id {schema_id}: {error!r}") from error
         if stream.tell() != len(payload):
             raise Undecodable(f"{len(payload) - stream.tell()} bytes after the record")
+        if any(type(value) is int and not LONGEST[0] <= value <= LONGEST[1] for value in fields.values()):  # type: ignore[union-attr]
+            raise Undecodable("a number is longer than 64 bits")
         return cast("dict[str, Any]", fields)
 
-    def _resolve(self, schema_id: int) -> Schema:
+    def schema(self, schema_id: int) -> Schema:
+        """Return the schema that wrote payloads of this id; one that is not of the event is Undecodable."""
         schema = self._writer(schema_id)
-        if str(schema.get("name")).rpartition(".")[2] != self._event.__name__:
-            raise Undecodable(f"schema id {schema_id} is {schema.get('name')!r}, not {self._event.__name__!r}")
-        if schema == avro_schema(self._event):
-            return _parsed(self._event)
+        if str(schema.get("name")).rpartition(".")[2] != self.event.__name__:
+            raise Undecodable(f"schema id {schema_id} is {schema.get('name')!r}, not {self.event.__name__!r}")
+        return schema
+
+    def _resolve(self, schema_id: int) -> Schema:
+        schema = self.schema(schema_id)
+        if schema == avro_schema(self.event):
+            return _parsed(self.event)
         try:
             return cast("Schema", fastavro.parse_schema(schema))
         except (fastavro.schema.SchemaParseException, ValueError, TypeError, KeyError, AttributeError) as error:

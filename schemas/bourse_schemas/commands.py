@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -297,6 +298,8 @@ def tail(
     decode = cluster.registry().deserializer(declared.event)
     consumer = cluster.consumer(enable_partition_eof=True)
     shown = 0
+    # Ctrl-C is heard in the background too, as the services do.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for message in _messages(consumer, name, partitions, from_beginning=from_beginning, exit_at_end=exit_at_end):
             raw_key = message.key()

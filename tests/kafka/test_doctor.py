@@ -34,7 +34,6 @@ pytestmark = pytest.mark.kafka
 SECRET, NID = "never-to-be-shown", "0123456789"
 NOBODY = "127.0.0.1:9"
 SOURCE = "finnotech/trades-realtime"
-NOW = datetime.now(UTC)
 
 
 class Found(NamedTuple):
@@ -92,16 +91,17 @@ class Place:
         return Found(run.returncode, {check["name"]: check for check in said["checks"]}, run.stderr)
 
     def publish(self, **changes: Any) -> None:
-        """Put a poll's marker on the topic."""
+        """Put a poll's marker on the topic, of a poll a moment ago."""
+        now = datetime.now(UTC)
         usual: dict[str, Any] = {
             "poll_sequence": 1,
             "source": SOURCE,
             "outcome": Outcome.PUBLISHED,
             "phase": Phase.OPEN,
             "feed_state": FeedState.FRESH,
-            "requested_at": NOW,
-            "received_at": NOW,
-            "next_poll_at": NOW + timedelta(minutes=1),
+            "requested_at": now,
+            "received_at": now,
+            "next_poll_at": now + timedelta(minutes=1),
             "day_final": False,
             **dict.fromkeys(("opened", "traded", "revised", "cancelled"), 0),
             **{f"{kind}_rows": 0 for kind in ("stale", "rejected", "duplicate", "backfilled")},
@@ -268,7 +268,7 @@ def test_subjects(place: Place) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "said"),
     [
-        ({"next_poll_at": NOW - timedelta(minutes=10)}, "FAIL", "is `bourse produce` running?"),
+        ({"next_poll_at": datetime(2026, 11, 21, 7, 0, tzinfo=UTC)}, "FAIL", "is `bourse produce` running?"),
         (
             {
                 "feed_state": FeedState.DOWN,

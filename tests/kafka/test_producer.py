@@ -133,7 +133,8 @@ def check(cluster: Cluster) -> list[TradeEvent]:
         counted |= {Op.REVISED: marker.revised, Op.CANCELLED: marker.cancelled}
         assert counted == {op: found[op] for op in counted}
         assert (marker.outcome is Outcome.PUBLISHED) == bool(found)
-    return events
+    # Partitions come in any order.
+    return sorted(events, key=lambda event: event.event_id)
 
 
 def in_process(cluster: Cluster, url: str, client: httpx.Client) -> Producer:

@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bourse_schemas.codec import (
-    FRAME,
     Deserializer,
     Record,
     Serializer,
@@ -37,70 +36,10 @@ from bourse_schemas.codec import (
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, Op, PriceAlert, TradeEvent
 from bourse_schemas.topics import CANDLES, TOPICS, TRADES, topic_of
+from tests.strategies import LONGS, all_of, any_event, framed, one
 
 EVENTS = [topic.event for topic in TOPICS]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-INSTANTS = st.datetimes(timezones=st.just(UTC))
-MILLISECONDS = INSTANTS.map(lambda at: at.replace(microsecond=at.microsecond // 1000 * 1000))
-LONGS = st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 20_000)
-LEAVES: dict[str, st.SearchStrategy[Any]] = {
-    "string": st.text(),
-    "long": LONGS,
-    "int": st.integers(-(2**31), 2**31 - 1),
-    "double": st.floats(allow_nan=False),
-    "boolean": st.booleans(),
-    "bytes": st.binary(),
-}
-
-
-def _values(avro: Any) -> st.SearchStrategy[Any]:
-    match avro:
-        case ["null", inner]:
-            return st.none() | _values(inner)
-        case {"logicalType": "date"}:
-            return st.dates()
-        case {"logicalType": "timestamp-millis"}:
-            return MILLISECONDS
-        case {"type": "enum", "symbols": symbols}:
-            return st.sampled_from(symbols)
-        case {"type": "map", "values": inner}:
-            return st.dictionaries(st.text(), _values(inner), max_size=4)
-        case {"type": "array", "items": inner}:
-            return st.lists(_values(inner), max_size=4)
-    return LEAVES[avro]
-
-
-def _all(event: type[Event]) -> st.SearchStrategy[Event]:
-    fields = {field["name"]: _values(field["type"]) for field in avro_schema(event)["fields"]}
-    return st.fixed_dictionaries(fields).map(lambda values: msgspec.convert(values, event))
-
-
-def _any_event() -> st.SearchStrategy[Event]:
-    return st.sampled_from(EVENTS).flatmap(_all)
-
-
-def _one(event: type[Event], **changes: Any) -> Any:
-    """Return an event with something in every field."""
-    some = {"string": "x", "long": 7, "int": 7, "double": 0.5, "boolean": True, "bytes": b"\x00\xff"}
-
-    def value(avro: Any) -> Any:
-        match avro:
-            case ["null", inner]:
-                return value(inner)
-            case {"logicalType": "date"}:
-                return date(2019, 8, 24)
-            case {"logicalType": "timestamp-millis"}:
-                return datetime(2019, 8, 24, 6, 30, 0, 123_000, UTC)
-            case {"type": "enum", "symbols": [first, *_]}:
-                return first
-            case {"type": "map", "values": inner}:
-                return {"k": value(inner)}
-            case {"type": "array", "items": inner}:
-                return [value(inner)]
-        return some[avro]
-
-    fields = {field["name"]: value(field["type"]) for field in avro_schema(event)["fields"]}
-    return msgspec.convert({**fields, **changes}, event)
 
 
 def _ours(event: Event) -> bytes:
@@ -117,27 +56,23 @@ def _decoder(event: type[Event], writer: dict[str, Any] | None = None) -> Deseri
     return Deserializer(event, lambda _: writer if writer is not None else avro_schema(event))
 
 
-def _framed(body: bytes) -> bytes:
-    return FRAME.pack(0, 1) + body
-
-
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
-@given(_any_event())
+@given(any_event())
 def test_every_event_is_encoded_as_fastavro_does_and_comes_back(event: Event) -> None:
     """Byte for byte, for all five types."""
     body = _ours(event)
     assert body == _theirs(avro_schema(type(event)), msgspec.structs.asdict(event))
-    assert _decoder(type(event))(_framed(body)) == event
+    assert _decoder(type(event))(framed(body)) == event
 
 
 @given(LONGS, st.floats())
 def test_numbers_of_any_size(number: int, real: float) -> None:
     """All 64 bits, infinities and NaN."""
-    alert = _one(PriceAlert, price=number, observed=real)
+    alert = one(PriceAlert, price=number, observed=real)
     assert _ours(alert) == _theirs(avro_schema(PriceAlert), msgspec.structs.asdict(alert))
-    back = _decoder(PriceAlert)(_framed(_ours(alert)))
+    back = _decoder(PriceAlert)(framed(_ours(alert)))
     assert back.price == number
     assert back.observed == real or math.isnan(real)
 
@@ -146,9 +81,9 @@ def test_numbers_of_any_size(number: int, real: float) -> None:
 def test_instants_of_any_zone_and_precision_lose_what_is_below_a_millisecond(naive: datetime, minutes: int) -> None:
     """Always towards the past, as fastavro, JSON and the record's timestamp do; never a neighbour's millisecond."""
     at = naive.replace(tzinfo=timezone(timedelta(minutes=minutes)))
-    alert = _one(PriceAlert, raised_at=at)
+    alert = one(PriceAlert, raised_at=at)
     assert _ours(alert) == _theirs(avro_schema(PriceAlert), msgspec.structs.asdict(alert))
-    back = _decoder(PriceAlert)(_framed(_ours(alert)))
+    back = _decoder(PriceAlert)(framed(_ours(alert)))
     assert timedelta(0) <= at - back.raised_at < timedelta(milliseconds=1)
     assert EPOCH + timedelta(milliseconds=millis(at)) == back.raised_at
     assert json.loads(to_json({"at": at})) == json.loads(to_json({"at": back.raised_at}))
@@ -171,10 +106,10 @@ def test_what_the_schema_does_not_allow_is_not_encoded(
 ) -> None:
     """An integer too wide, an enum's unknown symbol, an instant without a zone, half a character."""
     with pytest.raises(error):
-        _ours(msgspec.structs.replace(_one(event), **{field: value}))
+        _ours(msgspec.structs.replace(one(event), **{field: value}))
 
 
-@given(_all(TradeEvent))
+@given(all_of(TradeEvent))
 def test_what_candle_and_event_share_is_encoded_once(event: Event) -> None:
     """The pair of records equals the two made one by one."""
     fields = msgspec.structs.asdict(event)
@@ -187,7 +122,7 @@ def test_what_candle_and_event_share_is_encoded_once(event: Event) -> None:
 
 def test_a_record_is_framed_keyed_and_timed() -> None:
     """As the contract says."""
-    event = _one(TradeEvent)
+    event = one(TradeEvent)
     record: Record = Serializer(TRADES, 258, "tehran")(event)
     assert (record.topic, record.key) == ("tehran.trades", b"x")
     assert record.value == b"\x00\x00\x00\x01\x02" + _ours(event)
@@ -204,7 +139,7 @@ class _Avro:
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_headers_are_a_cloud_event_to_its_own_sdk(event: type[Event]) -> None:
     """CloudEvents 1.0, Kafka binding, binary mode."""
-    topic, value = topic_of(event), _one(event)
+    topic, value = topic_of(event), one(event)
     serialize: Serializer[Any] = Serializer(topic, 1, "bourse")
     record = serialize(value)
     headers = {name: data for name, data in record.headers if isinstance(data, bytes)}
@@ -227,7 +162,7 @@ def test_the_headers_are_a_cloud_event_to_its_own_sdk(event: type[Event]) -> Non
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
-@given(event=_any_event())
+@given(event=any_event())
 def test_confluents_own_serdes_write_the_same_bytes_and_read_ours(small_registry: str, event: Event) -> None:
     """Framing and all; what they wrote is ours to read."""
     topic = topic_of(type(event))
@@ -283,19 +218,19 @@ def _full_name(schema: dict[str, Any], fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [_newer, _older, _reordered, _narrower, _full_name])
 def test_another_writers_schema_is_resolved_against_ours(change: Callable[..., None]) -> None:
     """Fields added, missing, elsewhere, narrower: what we know is read, what was not written is null."""
-    schema, event = deepcopy(avro_schema(TradeEvent)), _one(TradeEvent)
+    schema, event = deepcopy(avro_schema(TradeEvent)), one(TradeEvent)
     fields = msgspec.structs.asdict(event)
     change(schema, fields)
     expected = event if change is not _older else msgspec.structs.replace(event, exchange_type=None)
-    assert _decoder(TradeEvent, schema)(_framed(_theirs(schema, fields))) == expected
+    assert _decoder(TradeEvent, schema)(framed(_theirs(schema, fields))) == expected
 
 
 def test_a_symbol_of_tomorrow_is_unknown() -> None:
     """A new kind of change does not stop an old consumer."""
     schema = deepcopy(avro_schema(TradeEvent))
     _field(schema, "op")["type"]["symbols"].insert(0, "SUSPENDED")
-    fields = {**msgspec.structs.asdict(_one(TradeEvent)), "op": "SUSPENDED"}
-    assert _decoder(TradeEvent, schema)(_framed(_theirs(schema, fields))) == _one(TradeEvent, op=Op.UNKNOWN)
+    fields = {**msgspec.structs.asdict(one(TradeEvent)), "op": "SUSPENDED"}
+    assert _decoder(TradeEvent, schema)(framed(_theirs(schema, fields))) == one(TradeEvent, op=Op.UNKNOWN)
 
 
 def _plain_number(schema: dict[str, Any]) -> None:
@@ -334,12 +269,12 @@ def test_a_writers_schema_that_is_not_ours_is_undecodable(change: Callable[[dict
     schema = deepcopy(avro_schema(Candle))
     change(schema)
     with pytest.raises(Undecodable):
-        _decoder(Candle, schema)(_framed(_ours(_one(Candle))))
+        _decoder(Candle, schema)(framed(_ours(one(Candle))))
 
 
 # --- bytes that are no event ------------------------------------------------------------------------------------------
 
-WHOLE = _framed(_ours(_one(TradeEvent)))
+WHOLE = framed(_ours(one(TradeEvent)))
 
 
 @pytest.mark.parametrize(
@@ -359,19 +294,19 @@ def test_part_of_a_record_or_more_than_one_is_undecodable(payload: bytes | None)
     body=st.binary(max_size=300),
     position=st.integers(0, 10_000),
     foreign=st.booleans(),
-    framed=st.booleans(),
+    in_frame=st.booleans(),
 )
 def test_any_bytes_are_an_event_or_undecodable(
-    event: type[Event], body: bytes, position: int, foreign: bool, framed: bool
+    event: type[Event], body: bytes, position: int, foreign: bool, in_frame: bool
 ) -> None:
     """And nothing else, ever: random bytes, and a good record with random bytes in its middle."""
     writer = deepcopy(avro_schema(event))
     if foreign:
         writer["fields"].reverse()
-    whole = _framed(_theirs(writer, msgspec.structs.asdict(_one(event))))
+    whole = framed(_theirs(writer, msgspec.structs.asdict(one(event))))
     at = 5 + position % (len(whole) - 5)
     decode = _decoder(event, writer)
-    for payload in (_framed(body) if framed else body, whole[:at] + body + whole[at + len(body) :]):
+    for payload in (framed(body) if in_frame else body, whole[:at] + body + whole[at + len(body) :]):
         try:
             decoded = decode(payload)
         except Undecodable:
@@ -387,9 +322,9 @@ def test_a_length_that_cannot_be_is_undecodable(event: type[Event], length: int)
     fields = avro_schema(event)["fields"]
     lengthy = next(i for i, field in enumerate(fields) if field["type"] in ("string", "bytes"))
     prefix = {**avro_schema(event), "fields": fields[:lengthy]}
-    head = _theirs(prefix, msgspec.structs.asdict(_one(event)))
+    head = _theirs(prefix, msgspec.structs.asdict(one(event)))
     with pytest.raises(Undecodable):
-        _decoder(event)(_framed(head + _theirs({"type": "long"}, length) + b"abc"))  # type: ignore[arg-type]
+        _decoder(event)(framed(head + _theirs({"type": "long"}, length) + b"abc"))  # type: ignore[arg-type]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -397,7 +332,7 @@ def test_a_length_that_cannot_be_is_undecodable(event: type[Event], length: int)
 
 def test_json() -> None:
     """One line; days, instants, bytes and symbols as the command promises."""
-    fields = _decoder(DeadLetter)(_framed(_ours(_one(DeadLetter, message="خط\n", poll_id=None))))
+    fields = _decoder(DeadLetter)(framed(_ours(one(DeadLetter, message="خط\n", poll_id=None))))
     assert to_json(msgspec.structs.asdict(fields)) == (
         '{"reason":"MALFORMED_ROW","message":"خط\\n","stage":"PARSE","origin":"x","consumer":"x","payload":"AP8=",'
         '"original_topic":"x","original_key":"AP8=","original_partition":7,"original_offset":7,'
@@ -408,9 +343,9 @@ def test_json() -> None:
     )
 
 
-@given(_any_event())
+@given(any_event())
 def test_every_event_has_a_json_line_with_the_fields_of_its_schema(event: Event) -> None:
     """In the schema's order."""
-    line = to_json(_decoder(type(event)).fields(_framed(_ours(event))))
+    line = to_json(_decoder(type(event)).fields(framed(_ours(event))))
     assert "\n" not in line
     assert list(json.loads(line)) == [field["name"] for field in avro_schema(type(event))["fields"]]
