@@ -6,6 +6,7 @@ Where Kafka's jars cannot be had, the tests that need them are skipped and the s
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 import time
 import uuid
@@ -130,6 +131,32 @@ def apicurio_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
                 pytest.fail(f"Apicurio did not start:\n{child.log_tail()}")
             time.sleep(0.05)
         yield url
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run an S3 server for the whole session; return its address."""
+    port, log = free_port(), tmp_path_factory.mktemp("s3") / "log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with spawn(command, stdout=log, stderr=log) as child:
+        deadline = time.monotonic() + 60
+        while not _answers(url):
+            if child.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the S3 server did not start:\n{child.log_tail()}")
+            time.sleep(0.05)
+        yield url
+
+
+@pytest.fixture
+def bucket(_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the address of a bucket of its own, which the environment can reach."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    httpx.put(f"{_s3}/{name}").raise_for_status()
+    access = {"ENDPOINT_URL": _s3, "ACCESS_KEY_ID": "anyone", "SECRET_ACCESS_KEY": "whatever", "REGION": "us-east-1"}
+    for key, value in access.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    return f"s3://{name}/archive"
 
 
 def _answers(url: str) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from bourse_schemas.errors import BourseError
 from bourse_schemas.events import Event
@@ -64,12 +64,16 @@ class Assignment(dict[Partition, int]):
     """The partitions assigned and, for each, the offset the group has committed (the topic's start where none is).
 
     `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
-    the committed offset: where to rebuild state that lives at most a trading day.
+    the committed offset: where to rebuild state that lives at most a trading day. `first` is, per partition, the oldest
+    offset that the topic still has.
     """
 
-    def __init__(self, committed: Offsets, day_start: Callable[[], Offsets] | None = None) -> None:
+    def __init__(
+        self, committed: Offsets, day_start: Callable[[], Offsets] | None = None, first: Offsets | None = None
+    ) -> None:
         super().__init__(committed)
         self._day_start = day_start
+        self.first: Offsets = first or {}
 
     def day_start(self) -> Offsets:
         """Return where the current trading day of each partition begins; may ask the broker."""
@@ -236,9 +240,9 @@ class Rewind(BourseError):
 class Consumer(ABC):
     """A consumer of the bus. Any error but Retry, Reject and Rewind ends the process; uncommitted work comes again."""
 
-    topics: ClassVar[Sequence[Topic]] = (TRADES,)
+    topics: Sequence[Topic] = (TRADES,)
     """What it reads."""
-    emits: ClassVar[Sequence[Topic]] = ()
+    emits: Sequence[Topic] = ()
     """What it publishes, dead letters apart: looked at before it starts, and it may publish nothing else."""
 
     def open(self, assigned: Assignment) -> Start:  # noqa: ARG002

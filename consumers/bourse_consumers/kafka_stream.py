@@ -257,6 +257,7 @@ class KafkaStream:
     def _assignment(self) -> Assignment:
         committed: dict[Partition, int | None] = {}
         begin: dict[Partition, int] = {}
+        first: dict[Partition, int] = {}
         if self._assigned:
             asked = [TopicPartition(*partition) for partition in self._assigned]
             try:
@@ -266,6 +267,7 @@ class KafkaStream:
                 raise _broken(error.args[0]) from error
             for partition, at in found.items():
                 low, self._ends[partition] = self._watermarks(partition)
+                first[partition] = low
                 fits = low <= at <= self._ends[partition]
                 if at >= 0 and not fits:
                     self._log.warning(
@@ -279,7 +281,7 @@ class KafkaStream:
                 begin[partition] = at if fits else low
         self._next = dict(begin)
         self._assign()
-        return Assignment(begin, lambda: self._day_start(committed))
+        return Assignment(begin, lambda: self._day_start(committed), first)
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:

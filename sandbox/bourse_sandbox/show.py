@@ -315,7 +315,8 @@ class _Show:
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Return what came out, counted from the topics and the files."""
-        from bourse_consumers.archive.parquet import count_rows
+        from bourse_consumers.archive.files import count_rows
+        from bourse_consumers.archive.store import Folder
 
         observer = self._observer
         after = [marker for marker in observer.polls[WARM_UP_POLLS:] if marker.poll_id in self._sent]
@@ -340,7 +341,7 @@ class _Show:
                 "total": sum(observer.ops.values()),
             },
             "alerts": observer.alerts,
-            "archived_rows": count_rows(self._folder / "archive"),
+            "archived_rows": count_rows(Folder(self._folder / "archive")),
             "dead_letters": observer.dead_letters,
             "visible_ms": {
                 "p50": None if p50 is None else round(p50, 1),

@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,13 +15,11 @@ from hypothesis import strategies as st
 from bourse_consumers.alerts.consumer import Alerts
 from bourse_consumers.alerts.rules import Change, Crossing, Direction, Engine, Rule
 from bourse_consumers.alerts.ruleset import load
-from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Retry, Rewind
-from bourse_consumers.archive.parquet import ParquetArchive, count_rows, files, read
-from bourse_consumers.testing import ConsumerContract, Memory, run, trade
+from bourse_consumers.api import Consumer
+from bourse_consumers.testing import ConsumerContract, trade
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import AlertState, TradeEvent, Unit
 
-TRADES_0 = Partition("bourse.trades", 0)
 OPENED = datetime(2026, 11, 23, 5, 30, tzinfo=UTC)
 RULES = Path(__file__).parents[2] / "examples" / "rules.yaml"
 
@@ -61,20 +58,6 @@ class TestAlerts(ConsumerContract):
 
     def events(self) -> Sequence[TradeEvent]:
         return priced([100, 101, 104, 106, 106, 104, 103, 103, 108, 108], previous_close=100)
-
-
-class TestArchive(ConsumerContract):
-    """Every event is in a file once, whatever is stopped, killed or moved."""
-
-    def make(self, folder: Path) -> Consumer:
-        return ParquetArchive(folder, max_rows=2, max_bytes=1 << 20, max_age_seconds=300)
-
-    def events(self) -> Sequence[TradeEvent]:
-        first = priced([100, 101, 102, 103])
-        return [*first, *(trade(sequence=number, trading_day=date(2026, 11, 24)) for number in (1, 2, 3))]
-
-    def outcome(self, memory: Memory, folder: Path) -> object:
-        return sorted(read(folder)["event_id"].to_pylist()) if files(folder) else []
 
 
 def test_a_change_is_measured_against_the_price_in_force_a_window_ago() -> None:
@@ -230,92 +213,3 @@ def test_a_message_is_filled_in(tmp_path: Path) -> None:
     engine = Engine(load(path))
     (alert,) = [alert for event in priced([5000, 5200]) for alert in engine.take(event)]
     assert alert.message == "ومعادن 4.0 % from 5,000 to 5,200"
-
-
-def archived(folder: Path, **limits: Any) -> ParquetArchive:
-    return ParquetArchive(folder, **{"max_rows": 50_000, "max_bytes": 1 << 26, "max_age_seconds": 300.0, **limits})
-
-
-def test_a_file_holds_one_range_of_one_day_and_ranges_join(tmp_path: Path) -> None:
-    """The start of each file is exactly the end of the one before it."""
-    memory = Memory()
-    memory.append(*priced([1, 2, 3, 4, 5]), *(trade(sequence=n, trading_day=date(2026, 11, 24)) for n in (1, 2)))
-    run(archived(tmp_path, max_rows=2), memory, batch_size=2)
-    ordered = sorted(files(tmp_path), key=lambda file: file.start)
-    assert [(file.start, file.next()) for file in ordered] == [(0, 2), (2, 4), (4, 5), (5, 7)]
-    assert {file.path.parent.name for file in ordered} == {"trading_day=2026-11-23", "trading_day=2026-11-24"}
-    assert read(tmp_path)["event_id"].to_pylist() == [
-        *(f"IRO1MADN0001-20261123-{n}" for n in (1, 2, 3, 4, 5)),
-        *(f"IRO1MADN0001-20261124-{n}" for n in (1, 2)),
-    ]
-
-
-def batch(memory: Memory, begin: int, end: int) -> Batch:
-    records = [record for record in memory.records[TRADES_0][begin:end] if record is not None]
-    return Batch(records, {TRADES_0: end}, decode=memory.decode)
-
-
-def test_of_two_writers_at_the_same_place_one_wins(tmp_path: Path) -> None:
-    """A zombie with the same rows in its buffer rewinds to what the other one wrote."""
-    memory = Memory()
-    memory.append(*priced([1, 2, 3, 4]))
-    zombie, heir = archived(tmp_path), archived(tmp_path)
-    for writer in (zombie, heir):
-        writer.open(Assignment({TRADES_0: 0}))
-    zombie.process(batch(memory, 0, 2))
-    heir.process(batch(memory, 0, 3))
-    heir.close()
-    with pytest.raises(Rewind) as caught:
-        zombie.close()
-    assert caught.value.offsets == {TRADES_0: 3}
-    zombie.process(batch(memory, 3, 4))
-    zombie.close()
-    assert len(read(tmp_path)) == count_rows(tmp_path) == 4
-
-
-def test_a_disk_that_fails_is_waited_for(tmp_path: Path) -> None:
-    """What could not be written stays, and is written once it can be."""
-    memory = Memory()
-    memory.append(*priced([1, 2]))
-    writer = archived(tmp_path, max_rows=1)
-    writer.open(Assignment({TRADES_0: 0}))
-    writer.process(batch(memory, 0, 1))
-    blocker = tmp_path / "trading_day=2026-11-23"
-    blocker.write_text("in the way of the folder")
-    for _ in range(2):
-        with pytest.raises(Retry):
-            writer.process(batch(memory, 1, 2))
-    assert writer.durable() == {TRADES_0: 0}
-    blocker.unlink()
-    writer.process(batch(memory, 1, 2))
-    writer.close()
-    assert writer.durable() == {TRADES_0: 2}
-    assert count_rows(tmp_path) == 2
-
-
-def test_other_readers_take_the_folder_as_one_table(tmp_path: Path) -> None:
-    """The columns are the contract's, with exact types."""
-    memory = Memory()
-    memory.append(*priced([5488]))
-    run(archived(tmp_path), memory)
-    table = pyarrow.dataset.dataset(tmp_path).to_table()
-    (row,) = table.to_pylist()
-    assert (row["last_price"], row["trading_day"], row["op"]) == (5488, date(2026, 11, 23), "OPENED")
-    assert str(table.schema.field("observed_at").type) == "timestamp[ms, tz=UTC]"
-
-
-def test_a_foreign_file_is_named_at_start(tmp_path: Path) -> None:
-    """It might be anything: better to ask than to count it."""
-    writer = archived(tmp_path)
-    folder = tmp_path / "trading_day=2026-11-23"
-    folder.mkdir()
-    (folder / "mine.parquet").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match=r"mine\.parquet"):
-        writer.open(Assignment({TRADES_0: 0}))
-
-
-def test_a_path_that_cannot_be_written_is_named_at_start(tmp_path: Path) -> None:
-    """A file in the place of the folder, for one."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="--to"):
-        archived(tmp_path / "file")

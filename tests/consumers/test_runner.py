@@ -41,7 +41,7 @@ TRADES_0 = Partition("bourse.trades", 0)
 class Echo(Consumer):
     """Publishes what it reads."""
 
-    emits: ClassVar[Sequence[Topic]] = (TRADES,)
+    emits: Sequence[Topic] = (TRADES,)
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -463,7 +463,7 @@ def test_what_is_not_declared_is_not_published() -> None:
     """A topic that was not looked at before the start would fail in the middle of the day."""
 
     class Undeclared(Echo):
-        emits: ClassVar[Sequence[Topic]] = ()
+        emits: Sequence[Topic] = ()
 
     memory = Memory()
     memory.append(*some(1))

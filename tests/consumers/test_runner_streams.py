@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
@@ -115,7 +115,7 @@ def bus(request: pytest.FixtureRequest, prefix: str) -> Iterator[Bus]:
 class Total(Consumer):
     """Publishes for each event not its own how many it has seen; the count is rebuilt."""
 
-    emits: ClassVar[Sequence[Topic]] = (TRADES,)
+    emits: Sequence[Topic] = (TRADES,)
 
     def __init__(self) -> None:
         self.seen: list[int] = []

@@ -23,6 +23,7 @@ from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import Server
+from bourse_schemas import telemetry
 from bourse_schemas.codec import avro_schema
 from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import FeedState, Outcome, Phase, PollMarker
@@ -311,6 +312,7 @@ def test_a_full_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Little space is said in time, too little is wrong."""
     from click.testing import CliRunner
 
+    monkeypatch.setattr(telemetry, "configure_logging", lambda _: None)  # it would last
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**8))
     _, variables = place.command()
     run = CliRunner().invoke(doctor, ["--json", "--topic-prefix", place.cluster.prefix], env=variables)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from bourse_consumers.alerts.rules import Engine, Rule
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Rebuild
@@ -17,8 +16,8 @@ __all__ = ["Alerts"]
 class Alerts(Consumer):
     """Raises alerts by rules. Its state is the trading day's, rebuilt from the topic: a restart forgets nothing."""
 
-    topics: ClassVar[Sequence[Topic]] = (TRADES,)
-    emits: ClassVar[Sequence[Topic]] = (ALERTS,)
+    topics: Sequence[Topic] = (TRADES,)
+    emits: Sequence[Topic] = (ALERTS,)
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = rules

@@ -1,54 +1,27 @@
-"""An archive of Parquet files that keeps its offsets with its data.
+"""The consumer that writes an archive of Parquet files and keeps its offsets with its data.
 
-A file holds one range [start, next) of one partition and one trading day. Its name is topic, partition and start; its
-metadata says both ends. The start is exactly the `next` of the file before it, and a file is created only if absent, so
-of two writers at the same place one wins and the other rewinds. A file is visible when it is complete, and not before.
+The start of a file's range is exactly the `next` of the file before it, and a file is created only if absent, so of two
+writers at the same place one wins and the other rewinds. A file is visible when it is complete, and not before.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from pathlib import Path
-from typing import ClassVar, NamedTuple
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Retry, Rewind
-from bourse_consumers.rows import dictionary_columns
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Places, Retry, Rewind
+from bourse_consumers.archive.files import TEHRAN, Range, describe, ends, plain_path, rivals, runs, write
+from bourse_consumers.archive.store import Store, StoreError
+from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import TRADES, Topic
 
-__all__ = ["ParquetArchive", "count_rows", "files", "read"]
-
-METADATA = b"bourse.range"
-NAME = re.compile(r"(?P<topic>.+)-(?P<partition>\d+)-(?P<start>\d{20})\.parquet")
-
-
-class File(NamedTuple):
-    """A file of the archive, by its name."""
-
-    path: Path
-    partition: Partition
-    start: int
-
-    def next(self) -> int:
-        """Return the end of its range, from its metadata."""
-        try:
-            metadata = pq.read_metadata(self.path).metadata or {}
-            return int(json.loads(metadata[METADATA])["next"])
-        except (pa.ArrowInvalid, KeyError, ValueError) as error:
-            raise ConfigurationError(
-                f"{self.path} is not a file of this archive ({error!r}): move it elsewhere"
-            ) from error
+__all__ = ["ParquetArchive"]
 
 
 @dataclass
@@ -61,13 +34,15 @@ class _Buffer:
     next: int
     since: float = field(default_factory=time.monotonic)
     tables: list[pa.Table] = field(default_factory=list)
+    schema_ids: set[int] = field(default_factory=set)
     rows: int = 0
     size: int = 0
 
-    def add(self, table: pa.Table, end: int) -> None:
+    def add(self, table: pa.Table, end: int, schema_ids: set[int]) -> None:
         self.tables.append(table)
         self.rows += table.num_rows
         self.size += table.nbytes
+        self.schema_ids |= schema_ids
         self.next = end
 
 
@@ -76,52 +51,79 @@ class _Covered(Exception):
 
 
 class ParquetArchive(Consumer):
-    """Writes every event of `bourse.trades` to Parquet under a folder, exactly once.
+    """Writes every event of a topic to Parquet files, exactly once.
 
     Taking rows over never fails; writing does, and happens before a batch is looked at. So a batch that comes again
     after Retry was not taken over before.
     """
 
-    topics: ClassVar[tuple[Topic, ...]] = (TRADES,)
-
-    def __init__(self, root: Path, max_rows: int, max_bytes: int, max_age_seconds: float) -> None:
-        self._root = root
+    def __init__(  # the command's options
+        self,
+        store: Store,
+        topic: Topic = TRADES,
+        *,
+        max_rows: int = 50_000,
+        max_bytes: int = 64 << 20,
+        max_age_seconds: float = 300.0,
+        accept_loss: bool = False,
+    ) -> None:
+        self.topics = (topic,)
+        self._store = store
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._max_age_seconds = max_age_seconds
+        self._accept_loss = accept_loss
         self._open: dict[Partition, _Buffer] = {}
         self._full: list[_Buffer] = []
         self._next: dict[Partition, int] = {}
-        self._staging = root / ".incomplete"
-        try:
-            self._staging.mkdir(parents=True, exist_ok=True)
-            probe = self._staging / uuid4().hex
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigurationError(f"--to {root}: cannot write there: {error.strerror}") from error
+        store.require()
 
     def open(self, assigned: Assignment) -> Own:
         """Begin where the files end; what was buffered is read again."""
         self._open, self._full = {}, []
-        ends = _ends(self._root)
-        self._next = {partition: ends.get(partition, 0) for partition in assigned}
+        self._next = {}
+        if not assigned:
+            return Own({})
+        try:
+            found = ends(self._store, next(iter(assigned)).topic)
+            self._note_loss({p: (found[p], at) for p, at in assigned.first.items() if p in found and found[p] < at})
+        except StoreError as error:
+            raise Retry(str(error)) from error
+        # A partition that is new here begins where it begins, whatever the group has committed.
+        self._next = {p: max(found.get(p, 0), assigned.first.get(p, 0)) for p in assigned}
         return Own(dict(self._next))
+
+    def _note_loss(self, lost: dict[Partition, tuple[int, int]]) -> None:
+        """Stop where the topic no longer has what comes next; or leave an empty file that says so."""
+        for partition, (start, first) in lost.items():
+            where = f"{partition.topic}-{partition.number}: offsets {start} to {first - 1}"
+            if not self._accept_loss:
+                raise ConfigurationError(
+                    f"the topic has deleted what this archive lacks, {where}: it was away for longer than the topic "
+                    "keeps its records; --accept-loss goes on, and leaves a record of the hole"
+                )
+            get_logger().error("lost for ever, and noted in the archive", where=where)
+            empty = _Buffer(partition, datetime.now(TEHRAN).date(), start, first)
+            nothing = pa.table({"_partition": pa.array([], pa.int32()), "_offset": pa.array([], pa.int64())})
+            self._create(empty, nothing, lost=True)
 
     def process(self, batch: Batch) -> None:
         """Write what is full, then take the batch over."""
         self._write()
         table = batch.table()
-        for number in pc.unique(table["_partition"]).to_pylist():
-            part = table.filter(pc.equal(table["_partition"], number))
-            partition = Partition(batch.records[0].partition.topic, number)
-            for day, rows in _days(part):
-                self._take(partition, day, rows)
+        places = Places.of(batch.records)
+        ids = {FRAME.unpack_from(value)[1] for value in {(value or b"")[: FRAME.size] for value in places.values}}
+        numbers = {partition.number for partition in places.partitions}
+        for number in sorted(numbers):
+            part = table if len(numbers) == 1 else table.filter(pc.equal(table["_partition"], number))
+            partition = Partition(places.partitions[0].topic, number)
+            for day, rows in runs(part):
+                self._take(partition, day, rows, ids)
             # The range reaches to the consumer's position: transaction markers take offsets too.
             buffer = self._open[partition]
             buffer.next = self._next[partition] = max(buffer.next, batch.next.get(partition, 0))
 
-    def _take(self, partition: Partition, day: date, rows: pa.Table) -> None:
+    def _take(self, partition: Partition, day: date, rows: pa.Table, schema_ids: set[int]) -> None:
         first, last = rows["_offset"][0].as_py(), rows["_offset"][-1].as_py()
         buffer = self._open.get(partition)
         if buffer is not None and buffer.day != day:
@@ -131,7 +133,7 @@ class ParquetArchive(Consumer):
         if buffer is None:
             start = self._next[partition]
             buffer = self._open[partition] = _Buffer(partition, day, start, start)
-        buffer.add(rows, last + 1)
+        buffer.add(rows, last + 1, schema_ids)
         self._next[partition] = last + 1
 
     def idle(self, now: datetime) -> None:  # noqa: ARG002  # ages are durations: the wall clock may jump
@@ -162,89 +164,32 @@ class ParquetArchive(Consumer):
             if buffer.rows >= self._max_rows or buffer.size >= self._max_bytes:
                 self._close(buffer)
         while self._full:
+            buffer = self._full[0]
             try:
-                self._create(self._full[0])
-            except _Covered as error:
-                self._open, self._full = {}, []
-                ends = _ends(self._root)
-                self._next = {partition: ends.get(partition, 0) for partition in self._next}
-                raise Rewind(dict(self._next), f"{error} was written by another one") from error
-            except OSError as error:
-                raise Retry(f"cannot write to {self._root}: {error.strerror or error}") from error
+                try:
+                    self._create(buffer, pa.concat_tables(buffer.tables), schema_ids=sorted(buffer.schema_ids))
+                except _Covered as error:
+                    held = self.durable()
+                    self._open, self._full = {}, []
+                    found = ends(self._store, buffer.partition.topic)
+                    self._next = {partition: found.get(partition, at) for partition, at in held.items()}
+                    raise Rewind(dict(self._next), f"{error} was written by another one") from error
+            except StoreError as error:
+                raise Retry(f"cannot write: {error}") from error
             self._full.pop(0)
 
-    def _create(self, buffer: _Buffer) -> None:
-        """Make a buffer a file, whole or not at all, only where nothing covers its range yet."""
-        folder = self._root / f"trading_day={buffer.day}"
-        topic, number = buffer.partition
-        final = folder / f"{topic}-{number}-{buffer.start:020d}.parquet"
-        before = [file for file in files(self._root) if file.partition == buffer.partition]
-        if any(file.start >= buffer.start for file in before) or (
-            before and max(before, key=lambda file: file.start).next() > buffer.start
-        ):
+    def _create(self, buffer: _Buffer, table: pa.Table, **more: object) -> None:
+        """Make a buffer a file, whole or not at all, only where nothing covers its range yet.
+
+        Whatever holds the record the range begins with is a file of the same day.
+        """
+        span = Range(buffer.partition, buffer.start, buffer.next)
+        final = plain_path(buffer.day, buffer.partition, buffer.start)
+        for path in rivals(self._store, buffer.day, span):
+            if any(
+                other.partition == span.partition and other.next > span.start
+                for other in describe(self._store, path).ranges
+            ):
+                raise _Covered(path)
+        if not write(self._store, final, table, [span], **more):
             raise _Covered(final)
-        table = pa.concat_tables(buffer.tables)
-        about = {"topic": topic, "partition": number, "start": buffer.start, "next": buffer.next}
-        table = table.replace_schema_metadata({METADATA: json.dumps(about).encode()})
-        staged = self._staging / f"{uuid4().hex}.part"
-        try:
-            with staged.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", use_dictionary=dictionary_columns(table.schema))
-                file.flush()
-                os.fsync(file.fileno())
-            folder.mkdir(exist_ok=True)
-            try:
-                os.link(staged, final)
-            except FileExistsError as error:
-                raise _Covered(final) from error
-            _sync(folder)
-        finally:
-            staged.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _days(table: pa.Table) -> Iterator[tuple[date, pa.Table]]:
-    """Yield runs of rows of the same trading day, in order."""
-    days = table["trading_day"].to_pylist()
-    start = 0
-    for index in range(1, len(days) + 1):
-        if index == len(days) or days[index] != days[start]:
-            yield days[start], table.slice(start, index - start)
-            start = index
-
-
-def files(root: Path) -> list[File]:
-    """Return the archive's files; one that is not ours is a ConfigurationError."""
-    found = []
-    for path in root.glob("trading_day=*/*.parquet"):
-        name = NAME.fullmatch(path.name)
-        if name is None:
-            raise ConfigurationError(f"{path} is not a file of this archive: move it elsewhere")
-        found.append(File(path, Partition(name["topic"], int(name["partition"])), int(name["start"])))
-    return found
-
-
-def _ends(root: Path) -> dict[Partition, int]:
-    last: dict[Partition, File] = {}
-    for file in files(root):
-        if file.partition not in last or file.start > last[file.partition].start:
-            last[file.partition] = file
-    return {partition: file.next() for partition, file in last.items()}
-
-
-def count_rows(root: Path) -> int:
-    """Return how many rows the archive holds, by reading the files' columns back."""
-    return sum(pq.read_table(file.path, columns=["_offset"]).num_rows for file in files(root))
-
-
-def read(root: Path) -> pa.Table:
-    """Return the whole archive as one table, in the order of partitions and offsets."""
-    ordered = sorted(files(root), key=lambda file: (file.partition, file.start))
-    return pa.concat_tables([pq.read_table(file.path, partitioning=None) for file in ordered])

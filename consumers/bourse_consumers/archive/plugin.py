@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
@@ -14,7 +15,14 @@ __all__ = ["archive"]
 
 
 @click.command
-@click.option("--to", "root", required=True, type=click.Path(path_type=Path), help="Folder of the archive.")
+@click.option("--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="Where the files lie.")
+@click.option(
+    "--topic",
+    type=click.Choice([topic.name for topic in TOPICS]),
+    default="trades",
+    show_default=True,
+    help="Which topic to keep; each has a place of its own.",
+)
 @click.option(
     "--max-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Close a file at so many rows."
 )
@@ -28,8 +36,21 @@ __all__ = ["archive"]
     show_default=True,
     help="… or when its first row is so old.",
 )
-def archive(root: Path, max_rows: int, max_bytes: int, max_age_seconds: float) -> Consumer:
-    """Write every trade event to Parquet files, exactly once."""
+@click.option(
+    "--accept-loss", is_flag=True, help="Go on where the topic has deleted what the archive lacks; the hole is noted."
+)
+def archive(  # an option each
+    to: str, topic: str, *, max_rows: int, max_bytes: int, max_age_seconds: float, accept_loss: bool
+) -> Consumer:
+    """Write every event of a topic to Parquet files, exactly once."""
     from bourse_consumers.archive.parquet import ParquetArchive
+    from bourse_consumers.archive.store import open_store
 
-    return ParquetArchive(root, max_rows, max_bytes, max_age_seconds)
+    return ParquetArchive(
+        open_store(to),
+        next(each for each in TOPICS if each.name == topic),
+        max_rows=max_rows,
+        max_bytes=max_bytes,
+        max_age_seconds=max_age_seconds,
+        accept_loss=accept_loss,
+    )

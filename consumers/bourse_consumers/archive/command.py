@@ -1,0 +1,283 @@
+"""`bourse archive`: proves, compacts and reads an archive."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+import click
+
+from bourse_schemas.errors import ConfigurationError, PublishError, Undecodable
+from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.topics import TOPICS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from bourse_consumers.archive.care import Topics
+    from bourse_consumers.archive.store import Store
+
+__all__ = ["archive"]
+
+SECONDS = 30.0
+CHUNK = 5_000
+
+
+class _Day(click.ParamType[date]):
+    name = "DATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
+        """Return a Gregorian day."""
+        try:
+            return value if isinstance(value, date) else date.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no day such as 2026-12-05", param, ctx)
+
+
+DAY = _Day()
+
+
+@click.group
+def archive() -> None:
+    """Prove, compact and read an archive of Parquet files."""
+
+
+def _existing(to: str) -> Store:
+    from bourse_consumers.archive.store import Folder, StoreError, open_store
+
+    store = open_store(to)
+    if isinstance(store, Folder) and not Path(to).is_dir():
+        raise ConfigurationError(f"--to {to}: there is no such folder")
+    try:
+        store.paths()
+    except StoreError as error:
+        raise ConfigurationError(f"--to {to}: cannot be read: {error}") from error
+    return store
+
+
+TO = click.option("--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="Where the archive lies.")
+
+
+@archive.command
+@TO
+@click.option("--day", type=DAY, help="Look at one day only.")
+@click.option(
+    "--polls", metavar="FOLDER|s3://…", help="An archive of the polls topic: every change must have its poll."
+)
+@click.option("--topic/--no-topic", "beside", default=True, help="Compare with what the topic still has, or do not.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@cluster_options
+@click.pass_context
+def verify(
+    ctx: click.Context, cluster: Cluster, *, to: str, day: date | None, polls: str | None, beside: bool, as_json: bool
+) -> None:
+    """Prove that an archive holds every event once: offsets, sequences, totals, and the topic itself.
+
+    Exit 0 if it does, 1 where something is wrong.
+    """
+    from dataclasses import asdict
+
+    from bourse_consumers.archive.care import verify as examine
+
+    store = _existing(to)
+    topics = _topics(cluster, store) if beside else None
+    report = examine(store, day, topics=topics, polls=_existing(polls) if polls else None)
+    if as_json:
+        click.echo(json.dumps({"ok": not report.faults, **asdict(report)}, default=str))
+    else:
+        for name, about in report.partitions.items():
+            click.echo(f"{name:<24} [{about['start']}, {about['next']})  {about.get('digest', '')[:16]}")
+        for fault in report.faults:
+            click.echo(f"FAULT {fault['file']} {fault['range']}: {fault['what']}")
+        if report.holes:
+            click.echo(f"{report.holes} offsets were deleted by the topic before they were read; that was accepted")
+        beside_topic = f", {report.compared:,} compared with the topic" if beside else ""
+        click.echo(f"{report.rows:,} rows in {report.files} files of {report.days} days{beside_topic}")
+        click.echo(f"{len(report.faults)} faults" if report.faults else "well: nothing is missing, nothing is twice")
+    ctx.exit(1 if report.faults else 0)
+
+
+def _topics(cluster: Cluster, store: Store) -> Topics | None:
+    """Return what the topic of this archive still has, None where the archive is empty."""
+    from confluent_kafka import KafkaException, TopicPartition
+
+    from bourse_consumers.api import Partition, Places
+    from bourse_consumers.archive.care import Topics
+    from bourse_consumers.archive.files import Range
+    from bourse_consumers.columns import Columns
+    from bourse_consumers.rows import to_table
+
+    paths = store.paths()
+    if not paths:
+        return None
+    name = paths[0].rpartition("/")[2].rsplit("-", 2)[0]
+    declared = next((topic for topic in TOPICS if topic.full_name(name.rpartition(".")[0]) == name), None)
+    if declared is None:
+        raise ConfigurationError(f"{store}: {name} is none of our topics")
+    partitions = cluster.require_topics([name])[name]
+    client = cluster.consumer(enable_partition_eof=True, auto_offset_reset="error")
+    decode = cluster.registry().deserializer(declared.event)
+    columns = Columns(decode)
+    first = {}
+    for number in range(partitions):
+        low, _ = client.get_watermark_offsets(TopicPartition(name, number), SECONDS)
+        first[Partition(name, number)] = low
+
+    def table(found: list[tuple[int, int, bytes | None]], partition: Partition) -> pa.Table | None:
+        offsets, timestamps, values = zip(*found, strict=True)
+        places = Places([partition] * len(found), offsets, timestamps, values)
+        whole = columns.table(places)
+        if whole is not None:
+            return whole
+        events, good = [], []
+        for entry in found:
+            # What cannot be decoded is a dead letter, and not in the archive.
+            try:
+                events.append(decode(entry[2]))
+                good.append(entry)
+            except Undecodable:
+                continue
+        if not good:
+            return None
+        offsets, timestamps, values = zip(*good, strict=True)
+        return to_table(events, Places([partition] * len(good), offsets, timestamps, values))
+
+    def rows(span: Range) -> pa.Table | None:
+        import pyarrow as pa
+
+        tables, found = [], list[tuple[int, int, bytes | None]]()
+        client.assign([TopicPartition(*span.partition, span.start)])
+        at_end = False
+        while not at_end:
+            messages = client.consume(CHUNK, 1.0)
+            for message in messages:
+                error = message.error()
+                offset = int(message.offset() or 0)
+                if error is not None and not error.code() == error._PARTITION_EOF:  # noqa: SLF001
+                    raise KafkaException(error)
+                if error is not None or offset >= span.next:
+                    at_end = True
+                    break
+                value: Any = message.value()
+                found.append((offset, message.timestamp()[1], value))
+            if found:
+                tables.append(table(found, span.partition))
+                found = []
+        kept = [each for each in tables if each is not None]
+        return pa.concat_tables(kept) if kept else None
+
+    return Topics(first, rows)
+
+
+@archive.command
+@TO
+@click.option("--before", type=DAY, help="Days before this one. [default: today in Tehran]")
+@click.option("--day", type=DAY, help="This day only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a day.")
+def compact(*, to: str, before: date | None, day: date | None, as_json: bool) -> None:
+    """Put the many small files of closed days together: about 128 MiB each, sorted by instrument.
+
+    May be interrupted at any point, and run beside writers and readers.
+    """
+    from bourse_consumers.archive.care import compact as put_together
+    from bourse_consumers.archive.store import StoreError
+
+    store = _existing(to)
+    today = datetime.now(ZoneInfo("Asia/Tehran")).date()
+    try:
+        for each, had, has in put_together(store, min(before or today, today), day):
+            if as_json:
+                click.echo(json.dumps({"day": f"{each}", "files_before": had, "files": has}))
+            else:
+                click.echo(f"{each}: {had} → {has} files")
+    except StoreError as error:
+        raise PublishError(f"stopped, nothing is lost: {error}; run it again") from error
+
+
+def _rows(to: str, day: date | None, instruments: tuple[str, ...], columns: list[str] | None = None) -> Any:
+    """Return the events of a day, of some instruments or all, in the order of their offsets."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from bourse_consumers.archive.files import catalog, read
+
+    store = _existing(to)
+    files = [file for file in catalog(store, day) if file.rows]
+    if not files:
+        raise ConfigurationError(f"{to} has nothing{f' of {day}' if day else ''}")
+    table = read(store, files, columns)
+    if instruments:
+        if "instrument" not in table.column_names:
+            raise ConfigurationError("--instrument: the rows of this topic have none")
+        wanted = pa.array(instruments)
+        table = table.filter(pc.or_(pc.is_in(table["instrument"], wanted), pc.is_in(table["symbol"], wanted)))
+        if not table.num_rows:
+            raise ConfigurationError(f"no rows of {', '.join(instruments)}: give codes or symbols")
+    return table
+
+
+def _out(frame: Any, form: str, output: Path | None) -> None:
+    """Write a table as CSV, lines of JSON, or Parquet."""
+    from bourse_schemas.codec import to_json
+
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        raise ConfigurationError("Parquet is nothing for a terminal: give --output FILE")
+    try:
+        with output.open("wb") if output else click.open_file("-", "wb") as out:
+            if form == "ndjson":
+                for row in frame.iter_rows(named=True):
+                    out.write(to_json(row).encode() + b"\n")
+            elif form == "csv":
+                nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
+                frame.drop(nested).write_csv(out)
+            else:
+                frame.write_parquet(out)
+    except OSError as error:
+        raise ConfigurationError(f"--output {output}: {error.strerror}") from error
+
+
+FORMAT = click.option(
+    "--format", "form", type=click.Choice(["csv", "ndjson", "parquet"]), default="csv", show_default=True
+)
+INSTRUMENT = click.option(
+    "--instrument", "instruments", multiple=True, help="Only these, by code or by symbol. Repeatable."
+)
+OUTPUT = click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Into this file. [default: standard output]"
+)
+
+
+@archive.command
+@TO
+@click.option("--day", type=DAY, required=True, help="Which trading day.")
+@FORMAT
+@INSTRUMENT
+@OUTPUT
+def export(*, to: str, day: date, form: str, instruments: tuple[str, ...], output: Path | None) -> None:
+    """Write a day's rows as CSV, lines of JSON, or Parquet, in the order of their offsets."""
+    import polars as pl
+
+    _out(pl.DataFrame(_rows(to, day, instruments)), form, output)
+
+
+@archive.command
+@TO
+@click.option("--day", type=DAY, help="Only this trading day.")
+@click.option("--every", type=click.Choice(["minute", "day"]), default="minute", show_default=True)
+@FORMAT
+@INSTRUMENT
+@OUTPUT
+def bars(
+    *, to: str, day: date | None, every: str, form: str, instruments: tuple[str, ...], output: Path | None
+) -> None:
+    """Write bars of trades: open, high, low, last, volume. Prices in rial, minutes in UTC."""
+    from bourse_consumers.archive.bars import day_bars, minute_bars
+
+    table = _rows(to, day, instruments)
+    if "volume_delta" not in table.column_names:
+        raise ConfigurationError(f"--to {to}: bars are made of an archive of trades")
+    _out(day_bars(table) if every == "day" else minute_bars(table), form, output)

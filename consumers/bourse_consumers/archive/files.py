@@ -1,0 +1,244 @@
+"""An archive's files: their names, what their metadata says they hold, and how they are written and read.
+
+A file holds rows of one topic and one day, sorted by instrument. A plain one holds one range [start, next) of one
+partition, and its name says where that starts: `bourse.trades-0-00000000000000000017.parquet`. A compacted one holds
+all the ranges of a day that its metadata lists, and replaces the plain ones that held them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from hashlib import sha256
+from typing import IO, Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bourse_consumers.api import Partition
+from bourse_consumers.archive.store import Store
+from bourse_consumers.rows import dictionary_columns
+from bourse_schemas.errors import ConfigurationError
+
+__all__ = [
+    "File",
+    "Range",
+    "catalog",
+    "count_rows",
+    "current",
+    "describe",
+    "ends",
+    "joined",
+    "plain_path",
+    "read",
+    "rivals",
+    "runs",
+    "write",
+]
+
+VERSION = 1
+ABOUT = b"bourse.archive"
+NAME = re.compile(
+    r"trading_day=(?P<day>\d{4}-\d\d-\d\d)/(?P<topic>.+)-(?P<partition>\d+|compacted)-(?P<rest>\w+)\.parquet"
+)
+ROW_GROUP = 250_000
+TEHRAN = ZoneInfo("Asia/Tehran")
+
+
+class Range(NamedTuple):
+    """The offsets [start, next) of one partition; `next` is where its reader was, beyond transaction markers."""
+
+    partition: Partition
+    start: int
+    next: int
+
+    def holds(self, other: Range) -> bool:
+        """Say whether it holds all of another."""
+        return self.partition == other.partition and self.start <= other.start and other.next <= self.next
+
+    def __str__(self) -> str:
+        return f"{self.partition.topic}-{self.partition.number} [{self.start}, {self.next})"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file, by its name and its metadata. `lost` says that the topic had deleted the range before it was read."""
+
+    path: str
+    day: date
+    ranges: tuple[Range, ...]
+    rows: int
+    schema_ids: tuple[int, ...] = ()
+    lost: bool = False
+
+    @property
+    def compacted(self) -> bool:
+        """Say whether it replaces others."""
+        return "-compacted-" in self.path
+
+
+def _named(path: str) -> re.Match[str]:
+    found = NAME.fullmatch(path)
+    if found is None:
+        raise ConfigurationError(f"{path} is not a file of this archive: move it elsewhere")
+    return found
+
+
+def plain_path(day: date, partition: Partition, start: int) -> str:
+    """Return the path of the file whose range starts there."""
+    return f"trading_day={day}/{partition.topic}-{partition.number}-{start:020d}.parquet"
+
+
+def compacted_path(day: date, ranges: Sequence[Range]) -> str:
+    """Return the path of the file that replaces those of these ranges: the same for the same ones."""
+    digest = sha256(json.dumps(ranges).encode()).hexdigest()[:20]
+    return f"trading_day={day}/{ranges[0].partition.topic}-compacted-{digest}.parquet"
+
+
+def describe(store: Store, path: str) -> File:
+    """Return what a file says of itself; raise ConfigurationError where it is none of an archive, or a newer one's."""
+    named = _named(path)
+    try:
+        with store.open(path) as content:
+            metadata = pq.read_metadata(content)
+        about = json.loads((metadata.metadata or {})[ABOUT])
+        if about["version"] > VERSION:
+            raise ConfigurationError(f"{store}/{path} was written by a newer version: upgrade bourse-stream")
+        ranges = tuple(Range(Partition(about["topic"], number), *span) for number, *span in about["ranges"])
+        day, ids = date.fromisoformat(named["day"]), tuple(about.get("schema_ids", ()))
+        return File(path, day, ranges, metadata.num_rows, ids, about.get("lost", False))
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError, TypeError) as error:
+        reason = f"{error}".partition("\n")[0]
+        raise ConfigurationError(f"{store}/{path} is not a file of this archive, or damaged ({reason})") from error
+
+
+def catalog(store: Store, day: date | None = None) -> list[File]:
+    """Return the files that count, of one day or all, in the order of their paths.
+
+    One whose ranges a compacted one holds does not count: it is about to be deleted.
+    """
+    return current([describe(store, path) for path in store.paths(f"trading_day={day}" if day else "")])
+
+
+def current(found: Sequence[File]) -> list[File]:
+    """Return the files that no compacted one replaces."""
+    compacted = [file for file in found if file.compacted]
+    return [file for file in found if not any(_replaces(other, file) for other in compacted)]
+
+
+def _replaces(one: File, other: File) -> bool:
+    held = all(any(mine.holds(span) for mine in one.ranges) for span in other.ranges)
+    return held and one.path != other.path and not other.lost
+
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """Return ranges in order, those that join as one."""
+    found: list[Range] = []
+    for span in sorted(ranges):
+        if found and found[-1].partition == span.partition and found[-1].next == span.start:
+            found[-1] = found[-1]._replace(next=span.next)
+        else:
+            found.append(span)
+    return found
+
+
+def ends(store: Store, topic: str) -> dict[Partition, int]:
+    """Return, per partition, the end of what the archive holds; only the metadata that decide it are read."""
+    last: dict[Partition, tuple[int, str]] = {}
+    deciding = []
+    for path in store.paths():
+        named = _named(path)
+        if named["topic"] != topic:
+            raise ConfigurationError(f"{store} holds {named['topic']}: give {topic} a place of its own")
+        if named["partition"] == "compacted":
+            deciding.append(path)
+        else:
+            partition = Partition(topic, int(named["partition"]))
+            last[partition] = max(last.get(partition, (-1, "")), (int(named["rest"]), path))
+    deciding += [path for _, path in last.values()]
+    found: dict[Partition, int] = {}
+    for path in deciding:
+        for span in describe(store, path).ranges:
+            found[span.partition] = max(found.get(span.partition, 0), span.next)
+    return found
+
+
+def rivals(store: Store, day: date, span: Range) -> list[str]:
+    """Return the files of a day that may hold what a range begins with: at most one plain one behind it."""
+    behind: list[tuple[int, str]] = []
+    others = []
+    for path in store.paths(f"trading_day={day}"):
+        named = _named(path)
+        if named["partition"] == "compacted":
+            others.append(path)
+        elif Partition(named["topic"], int(named["partition"])) == span.partition:
+            if int(named["rest"]) >= span.start:
+                others.append(path)
+            else:
+                behind.append((int(named["rest"]), path))
+    return [*others, max(behind)[1]] if behind else others
+
+
+def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], **more: Any) -> bool:
+    """Create a file of these rows, sorted; return False where there is one of this name already."""
+    about = {
+        "version": VERSION,
+        "topic": ranges[0].partition.topic,
+        "ranges": [[span.partition.number, span.start, span.next] for span in ranges],
+        **more,
+    }
+    keys = [name for name in ("instrument", "_partition", "_offset") if name in table.column_names]
+    table = table.sort_by([(key, "ascending") for key in keys])
+    table = table.replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+    recurring = dictionary_columns(table.schema)
+    encodings = {
+        field.name: "DELTA_BINARY_PACKED"
+        for field in table.schema
+        if pa.types.is_integer(field.type) or pa.types.is_timestamp(field.type)
+    }
+
+    def to(file: IO[bytes]) -> None:
+        pq.write_table(
+            table,
+            file,
+            compression="zstd",
+            compression_level=6,
+            use_dictionary=recurring,
+            column_encoding=encodings,
+            row_group_size=ROW_GROUP,
+        )
+
+    return store.create(path, to)
+
+
+def read(store: Store, files: Iterable[File] | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Return files, all that count unless named, as one table in the order of partitions and offsets."""
+    tables = []
+    for file in catalog(store) if files is None else files:
+        with store.open(file.path) as content:
+            tables.append(pq.read_table(content, columns=columns).replace_schema_metadata(None))
+    table = pa.concat_tables(tables, promote_options="default")
+    order = [name for name in ("_partition", "_offset") if name in table.column_names]
+    return table.sort_by([(name, "ascending") for name in order]) if order else table
+
+
+def count_rows(store: Store) -> int:
+    """Return how many rows the archive holds, by reading the files' columns back."""
+    return sum(read(store, [file], ["_offset"]).num_rows for file in catalog(store))
+
+
+def runs(table: pa.Table) -> Iterator[tuple[date, pa.Table]]:
+    """Yield runs of rows of the same day, in order: their trading day, or else Tehran's day of the record's time."""
+    if "trading_day" in table.column_names:
+        days = table["trading_day"].to_pylist()
+    else:
+        days = [instant.astimezone(TEHRAN).date() for instant in table["_timestamp"].to_pylist()]
+    start = 0
+    for index in range(1, len(days) + 1):
+        if index == len(days) or days[index] != days[start]:
+            yield days[start], table.slice(start, index - start)
+            start = index
