@@ -4,11 +4,11 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench chaos fuzz soak mutants format lock clean
+.PHONY: help demo test lint check bench chaos chaos-archive fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.installed ## the Tehran market through the whole chain, on your screen
 	@# A job of its own on the terminal: Ctrl-C reaches the demo, which ends with 0, and not make.
@@ -36,6 +36,11 @@ SEED ?= 1
 
 chaos: .venv/.installed ## a real day while services die: KILLS=200 SEED=1 BROKERS=1
 	@$(BIN)/python -m reliability.chaos --kills $(KILLS) --seed $(SEED) --brokers $(BROKERS) $(ARGS)
+
+SINK ?= parquet
+
+chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet or s3
+	@$(BIN)/python -m reliability.chaos_archive --kills $(KILLS) --seed $(SEED) --sink $(SINK) $(ARGS)
 
 fuzz: .venv/.installed ## mutated responses against the oracle: N=10000 SEED=1
 	@$(BIN)/python -m reliability.fuzz --n $(N) --seed $(SEED) $(ARGS)

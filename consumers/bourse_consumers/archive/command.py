@@ -11,20 +11,13 @@ from zoneinfo import ZoneInfo
 
 import click
 
-from bourse_schemas.errors import ConfigurationError, PublishError, Undecodable
+from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.kafka import Cluster, cluster_options
-from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from bourse_consumers.archive.care import Topics
     from bourse_consumers.archive.store import Store
 
 __all__ = ["archive"]
-
-SECONDS = 30.0
-CHUNK = 5_000
 
 
 class _Day(click.ParamType[date]):
@@ -82,9 +75,10 @@ def verify(
     from dataclasses import asdict
 
     from bourse_consumers.archive.care import verify as examine
+    from bourse_consumers.archive.topic import topics_of
 
     store = _existing(to)
-    topics = _topics(cluster, store) if beside else None
+    topics = topics_of(cluster, store) if beside else None
     report = examine(store, day, topics=topics, polls=_existing(polls) if polls else None)
     if as_json:
         click.echo(json.dumps({"ok": not report.faults, **asdict(report)}, default=str))
@@ -99,78 +93,6 @@ def verify(
         click.echo(f"{report.rows:,} rows in {report.files} files of {report.days} days{beside_topic}")
         click.echo(f"{len(report.faults)} faults" if report.faults else "well: nothing is missing, nothing is twice")
     ctx.exit(1 if report.faults else 0)
-
-
-def _topics(cluster: Cluster, store: Store) -> Topics | None:
-    """Return what the topic of this archive still has, None where the archive is empty."""
-    from confluent_kafka import KafkaException, TopicPartition
-
-    from bourse_consumers.api import Partition, Places
-    from bourse_consumers.archive.care import Topics
-    from bourse_consumers.archive.files import Range
-    from bourse_consumers.columns import Columns
-    from bourse_consumers.rows import to_table
-
-    paths = store.paths()
-    if not paths:
-        return None
-    name = paths[0].rpartition("/")[2].rsplit("-", 2)[0]
-    declared = next((topic for topic in TOPICS if topic.full_name(name.rpartition(".")[0]) == name), None)
-    if declared is None:
-        raise ConfigurationError(f"{store}: {name} is none of our topics")
-    partitions = cluster.require_topics([name])[name]
-    client = cluster.consumer(enable_partition_eof=True, auto_offset_reset="error")
-    decode = cluster.registry().deserializer(declared.event)
-    columns = Columns(decode)
-    first = {}
-    for number in range(partitions):
-        low, _ = client.get_watermark_offsets(TopicPartition(name, number), SECONDS)
-        first[Partition(name, number)] = low
-
-    def table(found: list[tuple[int, int, bytes | None]], partition: Partition) -> pa.Table | None:
-        offsets, timestamps, values = zip(*found, strict=True)
-        places = Places([partition] * len(found), offsets, timestamps, values)
-        whole = columns.table(places)
-        if whole is not None:
-            return whole
-        events, good = [], []
-        for entry in found:
-            # What cannot be decoded is a dead letter, and not in the archive.
-            try:
-                events.append(decode(entry[2]))
-                good.append(entry)
-            except Undecodable:
-                continue
-        if not good:
-            return None
-        offsets, timestamps, values = zip(*good, strict=True)
-        return to_table(events, Places([partition] * len(good), offsets, timestamps, values))
-
-    def rows(span: Range) -> pa.Table | None:
-        import pyarrow as pa
-
-        tables, found = [], list[tuple[int, int, bytes | None]]()
-        client.assign([TopicPartition(*span.partition, span.start)])
-        at_end = False
-        while not at_end:
-            messages = client.consume(CHUNK, 1.0)
-            for message in messages:
-                error = message.error()
-                offset = int(message.offset() or 0)
-                if error is not None and not error.code() == error._PARTITION_EOF:  # noqa: SLF001
-                    raise KafkaException(error)
-                if error is not None or offset >= span.next:
-                    at_end = True
-                    break
-                value: Any = message.value()
-                found.append((offset, message.timestamp()[1], value))
-            if found:
-                tables.append(table(found, span.partition))
-                found = []
-        kept = [each for each in tables if each is not None]
-        return pa.concat_tables(kept) if kept else None
-
-    return Topics(first, rows)
 
 
 @archive.command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -58,6 +59,8 @@ class Folder:
             probe = staging / uuid4().hex
             probe.touch()
             probe.unlink()
+            for left in staging.glob("*.part"):
+                _sweep(left)
         except OSError as error:
             raise ConfigurationError(f"--to {self._root}: cannot write there: {error.strerror}") from error
 
@@ -75,6 +78,7 @@ class Folder:
         with self._failing():
             try:
                 with staged.open("wb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # we live
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
@@ -107,6 +111,13 @@ class Folder:
             yield
         except OSError as error:
             raise StoreError(f"{self._root}: {error.strerror or error}") from error
+
+
+def _sweep(staged: Path) -> None:
+    """Delete what a writer that was killed left behind; one that lives holds a lock."""
+    with suppress(OSError), staged.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        staged.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,242 @@
+"""Archives that are killed and frozen while a day is produced: `make chaos-archive KILLS=200 SEED=1 SINK=parquet`.
+
+Members that are restarted join a group of their own, or the common one, by chance: so they need not wait for the
+sessions of the dead, and several write the same partitions at once, which is the worst there is for such a sink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bourse_consumers.archive.care import verify
+from bourse_consumers.archive.files import catalog, read
+from bourse_consumers.archive.store import STAGING, open_store
+from bourse_consumers.archive.topic import topics_of
+from bourse_producer.replay import Replay
+from bourse_sandbox.kafka import Kafka, free_port
+from bourse_sandbox.market import REAL_DAY
+from bourse_sandbox.processes import Child, spawn
+from bourse_sandbox.registry import serve_registry
+from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.events import TradeEvent
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TRADES
+
+__all__ = ["Options", "main", "run"]
+
+FREEZE_SHARE = 0.2
+LONGEST_FREEZE_SECONDS = 14.0
+SECONDS_A_KILL = 1.0
+SETTLE_SECONDS = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much is done to which sink."""
+
+    kills: int
+    seed: int
+    sink: str = "parquet"
+    members: int = 3
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """Run an S3 server with a bucket called lake; give the environment that reaches it."""
+    port = free_port()
+    url, log = f"http://127.0.0.1:{port}", folder / "s3.log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with spawn(command, stdout=log, stderr=log):
+        for _ in range(600):
+            try:
+                httpx.put(f"{url}/lake").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        access = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "REGION": "us-east-1"}
+        yield {f"AWS_{key}": value for key, value in access.items()}
+
+
+class _Members:
+    """The consumers: always as many as there should be, whatever is done to them."""
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], folder: Path, chance: random.Random
+    ) -> None:
+        self._command, self._environment, self._folder, self._chance = command, environment, folder, chance
+        self._children: list[tuple[Child, ExitStack]] = []
+        self._number = 0
+        self.thaws: list[tuple[float, Child]] = []
+
+    def start(self, group: str | None = None) -> None:
+        """Start one; in a group of its own, or with the others."""
+        self._number += 1
+        log = self._folder / f"member-{self._number}.log"
+        limits = [
+            f"--max-rows={self._chance.choice([20, 200, 2000])}",
+            f"--max-age-seconds={self._chance.uniform(0.2, 2)}",
+        ]
+        group = group or self._chance.choice(["common", f"own-{self._number}"])
+        stack = ExitStack()
+        child = stack.enter_context(
+            spawn([*self._command, *limits, "--group", group], env=self._environment, stdout=log, stderr=log)
+        )
+        self._children.append((child, stack))
+
+    def strike(self) -> str:
+        """Kill one, or freeze it for a while."""
+        at = self._chance.randrange(len(self._children))
+        child, stack = self._children[at]
+        if self._chance.random() < FREEZE_SHARE and all(child is not frozen for _, frozen in self.thaws):
+            child.send(signal.SIGSTOP)
+            self.thaws.append((time.monotonic() + self._chance.uniform(0.5, LONGEST_FREEZE_SECONDS), child))
+            return "freezes"
+        child.send(signal.SIGKILL)
+        child.wait(10)
+        stack.close()
+        del self._children[at]
+        self.thaws = [(when, frozen) for when, frozen in self.thaws if frozen is not child]
+        self.start()
+        return "kills"
+
+    def thaw(self, *, all_: bool = False) -> None:
+        """Wake those whose time has come."""
+        now = time.monotonic()
+        for when, child in [*self.thaws]:
+            if all_ or when <= now:
+                child.send(signal.SIGCONT)
+                self.thaws.remove((when, child))
+
+    def died(self) -> list[str]:
+        """Return the logs of those that ended by themselves."""
+        return [child.log_tail() for child, _ in self._children if child.poll() is not None]
+
+    def stop(self) -> None:
+        """End all."""
+        self.thaw(all_=True)
+        for child, stack in self._children:
+            child.send(signal.SIGTERM)
+            child.wait(30)
+            stack.close()
+        self._children = []
+
+
+def run(options: Options, folder: Path) -> dict[str, Any]:
+    """Do it; return what was found."""
+    replay = Replay()
+    replay.day(REAL_DAY)
+    chance = random.Random(options.seed)  # repeatable on purpose
+    done: Counter[str] = Counter(kills=0, freezes=0)
+    with ExitStack() as stack:
+        cluster = Cluster(
+            stack.enter_context(Kafka()).bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos"
+        )
+        apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+        cluster.registry().register_all(cluster.prefix)
+        environment = {
+            **os.environ,
+            "BOURSE_BOOTSTRAP_SERVERS": cluster.bootstrap_servers,
+            "BOURSE_REGISTRY_URL": cluster.registry_url,
+            "BOURSE_TOPIC_PREFIX": cluster.prefix,
+        }
+        to = str(folder / "archive")
+        if options.sink == "s3":
+            reach = stack.enter_context(s3_server(folder))
+            environment |= reach
+            os.environ.update(reach)
+            to = "s3://lake/archive"
+        command = [sys.executable, "-m", "bourse_schemas", "consume", "archive", "--to", to]
+        members = _Members(command, environment, folder, chance)
+        stack.callback(members.stop)
+        fed = threading.Event()
+        seconds = options.kills * SECONDS_A_KILL
+        feeder = threading.Thread(target=_feed, args=(cluster, replay.events, seconds, fed), daemon=True)
+        feeder.start()
+        for _ in range(options.members):
+            members.start()
+        while done.total() < options.kills:
+            time.sleep(chance.uniform(0.2, 2 * SECONDS_A_KILL))
+            members.thaw()
+            done[members.strike()] += 1
+            if died := members.died():
+                raise SystemExit(f"a member ended by itself:\n{died[0]}")
+        feeder.join()
+        if not fed.is_set():
+            raise SystemExit("the day could not be produced")
+        members.stop()
+        members.start("last")
+        store, expected = open_store(to), {event.event_id for event in replay.events}
+        until = time.monotonic() + SETTLE_SECONDS
+        while sum(file.rows for file in catalog(store)) < len(expected) and time.monotonic() < until:
+            time.sleep(0.5)
+        members.stop()
+        report = verify(store, topics=topics_of(cluster, store))
+        found = Counter(read(store)["event_id"].to_pylist())
+    staging = folder / "archive" / STAGING
+    return {
+        "sink": options.sink,
+        "kills": done["kills"],
+        "freezes": done["freezes"],
+        "rows": found.total(),
+        "expected": len(expected),
+        "lost": len(expected - found.keys()),
+        "twice": found.total() - len(found),
+        "orphan_files": len(list(staging.iterdir())) if staging.is_dir() else 0,
+        "verify": report.faults or "well",
+    }
+
+
+def _feed(cluster: Cluster, events: Sequence[TradeEvent], seconds: float, fed: threading.Event) -> None:
+    """Publish the day, a transaction a poll, in about so many seconds."""
+    serializer = cluster.registry().serializer(TRADES, cluster.prefix)
+    producer = cluster.transactional_producer(f"{cluster.prefix}-feeder")
+    producer.init_transactions(30)
+    polls = [list(group) for _, group in groupby(events, key=lambda event: event.poll_sequence)]
+    for poll in polls:
+        producer.begin_transaction()
+        for event in poll:
+            record = serializer(event)
+            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
+        producer.commit_transaction()
+        time.sleep(seconds / len(polls))
+    producer.close()
+    fed.set()
+
+
+def main() -> int:
+    """Read the command line, do it, print one line of JSON; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sink", choices=["parquet", "s3"], default="parquet")
+    parser.add_argument("--members", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bourse-chaos-archive-") as folder:
+        try:
+            result = run(Options(given.kills, given.seed, given.sink, given.members), Path(folder))
+        except subprocess.SubprocessError as error:
+            raise SystemExit(str(error)) from error
+    print(json.dumps(result))
+    return int(bool(result["lost"] or result["twice"] or result["orphan_files"] or result["verify"] != "well"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The archive on real Kafka: members killed and frozen while a day is produced, and the proof against the topic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bourse_consumers.archive.command import archive
+from bourse_consumers.archive.files import catalog
+from bourse_consumers.archive.parquet import ParquetArchive
+from bourse_consumers.archive.store import Folder
+from bourse_consumers.kafka_stream import KafkaStream
+from bourse_consumers.runner import Runner
+from bourse_producer.replay import Replay
+from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.market import REAL_DAY
+from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.events import TradeEvent
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TRADES
+from reliability.chaos_archive import Options, run
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.mark.parametrize("sink", ["parquet", "s3"])
+@pytest.mark.usefixtures("kafka")
+def test_ten_strikes(sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost, nothing is there twice, nothing is left lying about."""
+    for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "")
+    found = run(Options(kills=10, seed=1, sink=sink, members=2), tmp_path)
+    assert found["kills"] + found["freezes"] == 10
+    assert (found["lost"], found["twice"], found["orphan_files"], found["verify"]) == (0, 0, 0, "well")
+    assert found["rows"] == found["expected"] > 19_000
+
+
+@pytest.fixture
+def cluster(kafka: Kafka, small_registry: str, prefix: str) -> Cluster:
+    """Return topics without records."""
+    cluster = Cluster(kafka.bootstrap_servers, small_registry, prefix)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    cluster.registry().register_all(prefix)
+    return cluster
+
+
+def publish(cluster: Cluster, events: list[TradeEvent], *junk: bytes) -> None:
+    """Publish events in transactions of a few hundred, and bytes that are no event."""
+    serializer = cluster.registry().serializer(TRADES, cluster.prefix)
+    producer = cluster.transactional_producer(f"{cluster.prefix}-test")
+    producer.init_transactions(10)
+    for start in range(0, len(events), 300):
+        producer.begin_transaction()
+        for event in events[start : start + 300]:
+            record = serializer(event)
+            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
+        for value in junk:
+            producer.produce(TRADES.full_name(cluster.prefix), value, b"junk")
+        producer.commit_transaction()
+    producer.close()
+
+
+def keep(cluster: Cluster, store: Folder, rows: int, **limits: Any) -> None:
+    """Run the archive until it holds so many rows."""
+    consumer = ParquetArchive(store, **limits)
+    stream = KafkaStream(cluster, f"{cluster.prefix}-archive", consumer.topics, consumer.emits)
+    runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name="archive", batch_size=2_000)
+    while runner._rows < rows:
+        runner.step()
+    runner.stop()
+    runner.run()
+
+
+def verify(cluster: Cluster, store: Folder, *more: str) -> Result:
+    """Run `bourse archive verify`."""
+    where = ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
+    return CliRunner().invoke(archive, ["verify", "--to", str(store), *where, "--json", *more])
+
+
+def test_a_real_day_is_proved_against_its_topic(cluster: Cluster, tmp_path: Path) -> None:
+    """Equal row by row, before and after compaction; records that are no event are dead letters, and not missed."""
+    replay = Replay()
+    replay.day(REAL_DAY)
+    store = Folder(tmp_path)
+    publish(cluster, replay.events, b"junk")
+    keep(cluster, store, len(replay.events), max_rows=2_000)
+    result = verify(cluster, store)
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["faults"]) == (0, [])
+    assert report["rows"] == report["compared"] == len(replay.events) == 19_346
+    assert CliRunner().invoke(archive, ["compact", "--to", str(store)]).exit_code == 0
+    again = json.loads(verify(cluster, store).stdout)
+    assert (again["files"], again["faults"], again["compared"]) == (1, [], 19_346)
+    digests = [{name: about["digest"] for name, about in each["partitions"].items()} for each in (report, again)]
+    assert digests[0] == digests[1]
+    # A row that the topic has and the archive lacks: the last file of a partition is gone.
+    publish(cluster, [event for event in replay.events if event.sequence == 1][:50])
+    keep(cluster, store, 50, max_rows=10)
+    for file in [file for file in catalog(store) if not file.compacted][::2]:
+        store.delete(file.path)
+    assert verify(cluster, store).exit_code == 1
