@@ -16,8 +16,14 @@ import pytest
 import yaml
 
 from bourse_consumers.alerts.ruleset import load
+from bourse_consumers.archive.parquet import ParquetArchive
+from bourse_consumers.archive.store import Folder
+from bourse_consumers.testing import Memory
+from bourse_consumers.testing import run as archive_all
+from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
 from bourse_schemas.cli import bourse
 from bourse_schemas.topics import TOPICS
@@ -121,7 +127,7 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 @by_name
 def test_targets_in_the_pages_exist(page: Path) -> None:
     """Every `make …` is a target of the Makefile."""
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for line in code_of(page):
         for words in runs(line, "make"):
             assert {word for word in words if "=" not in word} <= targets, line
@@ -257,3 +263,32 @@ def test_the_subscriber_of_the_readme_runs(
     with spawn([sys.executable, "-u", "-c", program], stdout=shown, stderr=shown) as child:
         wait_for(lambda: "\n" in shown.read_text("utf-8") or child.poll() is not None, 30)
     assert "'op': 'OPENED'" in shown.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which data/trades is an archive of the day that ships with the sandbox."""
+    replay = Replay()
+    replay.day(REAL_DAY)
+    memory = Memory()
+    memory.append(*replay.events)
+    folder = tmp_path_factory.mktemp("lake")
+    archive_all(ParquetArchive(Folder(folder / "data" / "trades"), max_rows=5_000), memory)
+    return folder
+
+
+ARCHIVE_EXAMPLES = [block for language, block in FENCE.findall((ROOT / "docs" / "archive.md").read_text("utf-8"))
+                    if language == "python"]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", ARCHIVE_EXAMPLES, ids=lambda code: code.split()[1])
+def test_examples_of_reading_the_archive_run(code: str, lake: Path) -> None:
+    """As they stand, and print something."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=lake, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) > 5
+
+
+def test_there_are_examples_of_reading_the_archive() -> None:
+    """One for each of the tools it names."""
+    assert [code.split()[1] for code in ARCHIVE_EXAMPLES] == ["duckdb", "polars", "pandas"]
