@@ -39,7 +39,7 @@ chaos: .venv/.installed ## a real day while services die: KILLS=200 SEED=1 BROKE
 
 SINK ?= parquet
 
-chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet or s3
+chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet, s3 or postgres
 	@$(BIN)/python -m reliability.chaos_archive --kills $(KILLS) --seed $(SEED) --sink $(SINK) $(ARGS)
 
 fuzz: .venv/.installed ## mutated responses against the oracle: N=10000 SEED=1

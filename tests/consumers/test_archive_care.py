@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from bourse_consumers.api import Partition, Places
 from bourse_consumers.archive.bars import day_bars, minute_bars
 from bourse_consumers.archive.care import Report, Topics, compact, verify
-from bourse_consumers.archive.command import archive
 from bourse_consumers.archive.files import Range, describe, read, write
 from bourse_consumers.archive.parquet import ParquetArchive
 from bourse_consumers.archive.store import Folder, Store, StoreError, open_store
+from bourse_consumers.archive_cli import archive
 from bourse_consumers.rows import to_table
 from bourse_consumers.testing import DECODERS, Memory, run, trade
 from bourse_producer.replay import Replay

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bourse_consumers.archive.command import archive
 from bourse_consumers.archive.files import catalog
 from bourse_consumers.archive.parquet import ParquetArchive
 from bourse_consumers.archive.store import Folder
+from bourse_consumers.archive_cli import archive
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_producer.replay import Replay
@@ -27,7 +27,7 @@ from reliability.chaos_archive import Options, run
 pytestmark = pytest.mark.kafka
 
 
-@pytest.mark.parametrize("sink", ["parquet", "s3"])
+@pytest.mark.parametrize("sink", ["parquet", "s3", "postgres"])
 @pytest.mark.usefixtures("kafka")
 def test_ten_strikes(sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is lost, nothing is there twice, nothing is left lying about."""

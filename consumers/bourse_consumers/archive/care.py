@@ -19,7 +19,7 @@ from bourse_consumers.archive.files import File, Range, compacted_path, current,
 from bourse_consumers.archive.store import Store, StoreError
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Report", "Topics", "compact", "verify"]
+__all__ = ["Report", "Topics", "compact", "compare", "prove_sequences", "row_hashes", "verify"]
 
 FILE_BYTES = 128 << 20
 TOTALS = ("volume", "value", "trade_count")
@@ -85,7 +85,7 @@ def verify(
             tables.append(table.append_column("_file", pa.array([file.path] * table.num_rows, pa.string())))
         rows = pl.DataFrame(pa.concat_tables(tables, promote_options="default")) if tables else pl.DataFrame()
         if "volume_delta" in rows.columns:
-            _sequences(rows, report, late=begins > 0 and each == min(by_day))
+            prove_sequences(rows, report, late=begins > 0 and each == min(by_day))
             if polls is not None:
                 _polls(rows, each, polls, report)
         elif "day_final" in rows.columns:
@@ -151,20 +151,26 @@ def _beside(file: File, table: pa.Table, topics: Topics | None, digests: dict[Pa
     """Take a file's rows into the digests; compare them with what the topic still has of its ranges."""
     for span in file.ranges:
         ours = _of(table, span)
-        digests[span.partition].update(_hashes(ours))
-        first = topics.first.get(span.partition) if topics else None
-        if topics is None or first is None or span.next <= first or file.lost:
-            continue
-        there = span._replace(start=max(span.start, first))
-        ours, theirs = _of(table, there), topics.rows(there)
-        # Fields that came later are null in what an older release wrote.
-        theirs = ours.slice(0, 0) if theirs is None else theirs.select(ours.column_names)
-        report.compared += theirs.num_rows
-        if _hashes(ours) != _hashes(theirs):
-            report.fault(_difference(ours, theirs), file.path, there)
+        digests[span.partition].update(row_hashes(ours))
+        if not file.lost:
+            compare(file.path, ours, span, topics, report)
 
 
-def _hashes(table: pa.Table) -> bytes:
+def compare(path: str, ours: pa.Table, span: Range, topics: Topics | None, report: Report) -> None:
+    """Compare the rows of a range, in the order of offsets, with what the topic still has of it."""
+    first = topics.first.get(span.partition) if topics else None
+    if topics is None or first is None or span.next <= first:
+        return
+    there = span._replace(start=max(span.start, first))
+    ours, theirs = _of(ours, there), topics.rows(there)
+    # Fields that came later are null in what an older release wrote.
+    theirs = ours.slice(0, 0) if theirs is None else theirs.select(ours.column_names)
+    report.compared += theirs.num_rows
+    if row_hashes(ours) != row_hashes(theirs):
+        report.fault(_difference(ours, theirs), path, there)
+
+
+def row_hashes(table: pa.Table) -> bytes:
     """Return eight bytes for each row, equal for equal rows."""
     if any(pa.types.is_nested(kind) for kind in table.schema.types):
         return b"".join(sha256(repr(row).encode()).digest()[:8] for row in table.to_pylist())
@@ -185,7 +191,7 @@ def _difference(ours: pa.Table, theirs: pa.Table) -> str:
     return "the same values, of other types"
 
 
-def _sequences(rows: pl.DataFrame, report: Report, *, late: bool) -> None:
+def prove_sequences(rows: pl.DataFrame, report: Report, *, late: bool) -> None:
     """See that each instrument's sequence is 1…n and its changes add up to its totals; `late`: its begin may lack."""
     keys = ["instrument", "trading_day"]
     rows = rows.sort([*keys, "sequence"])

@@ -17,9 +17,9 @@ from bourse_consumers.columns import Columns
 from bourse_consumers.rows import to_table
 from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TOPICS
+from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["topics_of"]
+__all__ = ["read_topic", "topics_of"]
 
 SECONDS = 30.0
 CHUNK = 5_000
@@ -35,6 +35,11 @@ def topics_of(cluster: Cluster, store: Store) -> Topics | None:
     declared = next((topic for topic in TOPICS if topic.full_name(name.rpartition(".")[0]) == name), None)
     if declared is None:
         raise ConfigurationError(f"{store}: {name} is none of our topics")
+    return read_topic(cluster, declared, name)
+
+
+def read_topic(cluster: Cluster, declared: Topic, name: str) -> Topics:
+    """Return what a topic of this name still has."""
     partitions = cluster.require_topics([name])[name]
     client = cluster.consumer(enable_partition_eof=True, auto_offset_reset="error")
     decode = cluster.registry().deserializer(declared.event)

@@ -13,8 +13,10 @@ import click
 
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
+    from bourse_consumers.archive.care import Report
     from bourse_consumers.archive.store import Store
 
 __all__ = ["archive"]
@@ -56,17 +58,30 @@ TO = click.option("--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", he
 
 
 @archive.command
-@TO
+@click.option("--to", required=True, metavar="FOLDER|s3://…|postgresql://…", help="Where the archive lies.")
 @click.option("--day", type=DAY, help="Look at one day only.")
 @click.option(
     "--polls", metavar="FOLDER|s3://…", help="An archive of the polls topic: every change must have its poll."
 )
+@click.option(
+    "--table", type=click.Choice([topic.name for topic in TOPICS]), default="trades", help="Which topic, in a database."
+)
+@click.option("--schema", default="bourse", help="The schema that holds the tables, in a database.")
 @click.option("--topic/--no-topic", "beside", default=True, help="Compare with what the topic still has, or do not.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @cluster_options
 @click.pass_context
 def verify(
-    ctx: click.Context, cluster: Cluster, *, to: str, day: date | None, polls: str | None, beside: bool, as_json: bool
+    ctx: click.Context,
+    cluster: Cluster,
+    *,
+    to: str,
+    day: date | None,
+    polls: str | None,
+    table: str,
+    schema: str,
+    beside: bool,
+    as_json: bool,
 ) -> None:
     """Prove that an archive holds every event once: offsets, sequences, totals, and the topic itself.
 
@@ -77,9 +92,14 @@ def verify(
     from bourse_consumers.archive.care import verify as examine
     from bourse_consumers.archive.topic import topics_of
 
-    store = _existing(to)
-    topics = topics_of(cluster, store) if beside else None
-    report = examine(store, day, topics=topics, polls=_existing(polls) if polls else None)
+    if to.startswith(("postgresql://", "postgres://")):
+        if day or polls:
+            raise ConfigurationError("--day and --polls are for archives of files: leave them out")
+        report = _verify_postgres(to, cluster, table, schema, beside=beside)
+    else:
+        store = _existing(to)
+        topics = topics_of(cluster, store) if beside else None
+        report = examine(store, day, topics=topics, polls=_existing(polls) if polls else None)
     if as_json:
         click.echo(json.dumps({"ok": not report.faults, **asdict(report)}, default=str))
     else:
@@ -90,9 +110,20 @@ def verify(
         if report.holes:
             click.echo(f"{report.holes} offsets were deleted by the topic before they were read; that was accepted")
         beside_topic = f", {report.compared:,} compared with the topic" if beside else ""
-        click.echo(f"{report.rows:,} rows in {report.files} files of {report.days} days{beside_topic}")
+        click.echo(f"{report.rows:,} rows of {report.days} days in {report.files} files{beside_topic}")
         click.echo(f"{len(report.faults)} faults" if report.faults else "well: nothing is missing, nothing is twice")
     ctx.exit(1 if report.faults else 0)
+
+
+def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, *, beside: bool) -> Report:
+    from bourse_consumers.archive.topic import read_topic
+    from bourse_consumers.postgres.plugin import require_no_password
+    from bourse_consumers.postgres.proof import verify as examine
+
+    require_no_password(dsn, "--to")
+    topic = next(each for each in TOPICS if each.name == table)
+    topics = read_topic(cluster, topic, topic.full_name(cluster.prefix)) if beside else None
+    return examine(dsn, topic, schema=schema, prefix=cluster.prefix, topics=topics)
 
 
 @archive.command

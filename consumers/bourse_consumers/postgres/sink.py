@@ -1,0 +1,181 @@
+"""An archive in PostgreSQL: rows and offsets in one transaction, fenced by the offsets.
+
+A batch moves the offsets of its partitions from where this writer believes them to be; if another one has moved them,
+nothing of the batch is written, and the writer goes on behind the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Retry, Rewind
+from bourse_consumers.postgres.tables import Tables
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.topics import Topic
+
+__all__ = ["PostgresArchive", "connect", "words"]
+
+# A server that is gone, or a writer that sleeps in the middle of a transaction, is noticed in so long.
+CONNECT_SECONDS = 5
+PATIENCE: dict[str, Any] = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "options": "-c statement_timeout=60s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s",
+}
+
+
+def connect(dsn: str) -> psycopg.Connection[Any]:
+    """Return a connection that commits only what `transaction()` holds. Raises psycopg.Error."""
+    return psycopg.connect(
+        dsn, autocommit=True, connect_timeout=CONNECT_SECONDS, application_name="bourse-stream", **PATIENCE
+    )
+
+
+class PostgresArchive(Consumer):
+    """Writes every event of a topic to a table, exactly once."""
+
+    def __init__(self, dsn: str, topic: Topic, *, schema: str = "bourse", apply_schema: bool = False) -> None:
+        self.topics = (topic,)
+        self._dsn = dsn
+        self._tables = Tables(topic, schema)
+        self._next: dict[Partition, int] = {}
+        # Where a commit may or may not have brought the offsets.
+        self._unsure = False
+        try:
+            self._connection = self._connect()
+            if apply_schema:
+                self._tables.apply(self._connection)
+            self._tables.require(self._connection)
+            if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
+                raise ConfigurationError("--dsn: this server or user may only read")
+        except psycopg.Error as error:
+            raise ConfigurationError(f"--dsn: {words(error)}") from error
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        connection = connect(self._dsn)
+        weakref.finalize(self, connection.close)  # also where nobody says good-bye
+        return connection
+
+    def open(self, assigned: Assignment) -> Own:
+        """Begin where the offsets table is; a partition that is new there begins at its oldest record."""
+        self._next = {partition: assigned.first.get(partition, 0) for partition in assigned}
+        self._unsure = False
+        try:
+            self._next.update(self._ends())
+        except psycopg.Error as error:
+            self._reconnect(error)
+        return Own(dict(self._next))
+
+    def _ends(self) -> dict[Partition, int]:
+        found = {topic: self._tables.ends(self._connection, topic) for topic in {each.topic for each in self._next}}
+        return {each: found[each.topic][each.number][1] for each in self._next if each.number in found[each.topic]}
+
+    def process(self, batch: Batch) -> None:
+        """Write a batch and move the offsets behind it, or nothing of both."""
+        ends = {partition: batch.next[partition] for partition in {record.partition for record in batch.records}}
+        try:
+            if self._unsure:
+                found = self._ends()
+                self._unsure = False
+                if all(found.get(partition) == at for partition, at in ends.items()):
+                    self._next.update(ends)
+                    return
+            rows = list(self._rows(batch))
+            with self._connection.transaction():
+                self._move(ends)
+                self._write(rows)
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            self._blame(batch, error)
+        except psycopg.Error as error:
+            self._unsure = True
+            self._reconnect(error)
+        self._next.update(ends)
+
+    def _move(self, ends: Offsets) -> None:
+        known = sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING").format(self._tables.offsets)
+        move = sql.SQL("UPDATE {} SET next = %s WHERE topic = %s AND partition = %s AND next = %s")
+        # In one order for all, so that nobody waits for each other.
+        for partition, at in sorted(ends.items()):
+            start = self._next[partition]
+            self._connection.execute(known, [*partition, start, start])
+            moved = self._connection.execute(move.format(self._tables.offsets), [at, *partition, start])
+            if moved.rowcount != 1:
+                found = self._ends()
+                raise Rewind({each: found.get(each, self._next[each]) for each in self._next})
+
+    def _rows(self, batch: Batch) -> Iterator[tuple[Any, ...]]:
+        table = batch.table()
+        columns = [table[name].to_pylist() for name in self._tables.columns]
+        for at, kind in enumerate(self._tables.columns.values()):
+            if kind == "jsonb":
+                columns[at] = [Jsonb(_plain(value)) for value in columns[at]]
+        return zip(*columns, strict=True)
+
+    def _write(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        columns = self._tables.columns
+        if "trading_day" in columns:
+            at = list(columns).index("trading_day")
+            self._tables.make_room(self._connection, {row[at] for row in rows})
+        names = sql.SQL(", ").join(map(sql.Identifier, columns))
+        into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(self._tables.rows, names)
+        with self._connection.cursor() as cursor, cursor.copy(into) as copy:
+            copy.set_types(list(columns.values()))
+            for row in rows:
+                copy.write_row(row)
+
+    def _blame(self, batch: Batch, error: psycopg.Error) -> None:
+        """Find the record that the database does not take: it becomes a dead letter."""
+        self._tables.forget_months()
+        culprit: Record | None = None
+        try:
+            with self._connection.transaction(force_rollback=True):
+                for record, row in zip(batch.records, self._rows(batch), strict=True):
+                    culprit = record
+                    self._write([row])
+        except (psycopg.DataError, psycopg.IntegrityError) as found:
+            self._tables.forget_months()
+            if culprit is not None:
+                raise Reject(culprit, f"PostgreSQL does not take it: {words(found)}") from found
+        except psycopg.Error as lost:
+            self._reconnect(lost)
+        raise Retry(f"PostgreSQL: {words(error)}") from error
+
+    def durable(self) -> Offsets:
+        """Return what is committed."""
+        return dict(self._next)
+
+    def close(self) -> None:
+        """Leave the server."""
+        self._connection.close()
+
+    def _reconnect(self, error: psycopg.Error) -> None:
+        """Ask for the batch again, over a new connection: the old one may not know yet that it is broken."""
+        self._tables.forget_months()
+        try:
+            self._connection.close()
+            self._connection = self._connect()
+        except psycopg.Error as again:
+            error = again
+        raise Retry(f"PostgreSQL: {words(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a map or a list as JSON can have it; bytes as base64."""
+    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
+        return {key: _plain(inner) for key, inner in value}
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
+
+
+def words(error: psycopg.Error) -> str:
+    """Return what the server, or the library, has to say, in a line."""
+    text = (error.diag.message_primary if error.diag else None) or str(error) or type(error).__name__
+    return text.strip().partition("\n")[0]
