@@ -129,7 +129,8 @@ def parse_day(text: str) -> date:
 
         gregorian: date = JalaliDate(year, month, day).to_gregorian()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{text!r} is no day such as 2026-12-05 or 1405-09-14") from None
+        why = "there is no such day" if found else "it is no day such as 2026-12-05 or 1405-09-14"
+        raise ValueError(f"{text!r}: {why}") from None
     return gregorian
 
 

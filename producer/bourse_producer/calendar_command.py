@@ -36,11 +36,12 @@ def calendar(days: str | None, calendar_file: CalendarFile, *, as_json: bool) ->
             click.echo(json.dumps(shown, ensure_ascii=False))
         else:
             extra = "open, an extra trading day" if day in known.opened else "open"
+            extra += " (holidays not known yet)" * (day > known.known_until)
             click.echo(f"{day}  {jalali}  {day:%A}".ljust(36) + (f"closed: {why}" if why else extra))
     if not as_json:
         hours = ", ".join(f"{name.replace('_', ' ')} {getattr(known, name):%H:%M}" for name in HOURS)
         phase = known.phase(datetime.now(UTC)).value.replace("_", " ").lower()
-        click.echo(f"\nTehran time: {hours}; now: {phase}.")
+        click.echo(f"\nTehran time: {hours}; now, at {datetime.now(TEHRAN):%H:%M}: {phase}.")
         click.echo(f"Holidays are known until {known.known_until}; lunar ones after that are estimates.")
 
 

@@ -26,7 +26,7 @@ import click
 from click.core import ParameterSource
 
 from bourse_producer.calendar_file import CalendarFile, calendar_option
-from bourse_producer.cli import ExchangeOptions, exchange_options
+from bourse_producer.cli import ExchangeOptions, exchange_options, produce
 from bourse_schemas.commands import Plan, plan_topics
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError
 from bourse_schemas.events import FeedState, PollMarker
@@ -90,14 +90,13 @@ class _Doctor(click.Command):
 @click.command(cls=_Doctor, context_settings={"auto_envvar_prefix": "BOURSE_PRODUCE"})
 @exchange_options
 @calendar_option
-@click.option("--capture", type=click.Path(file_okay=False, path_type=Path), envvar="BOURSE_CAPTURE", hidden=True)
-@click.option("--clock", type=click.Choice(["system", "response"]), default="system", hidden=True)
 @click.option("--call", is_flag=True, help="Make one call for the whole market as well: it is charged.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @cluster_options
 @click.pass_context
 def doctor(
     ctx: click.Context,
+    /,
     cluster: Cluster,
     exchange: ExchangeOptions,
     *,
@@ -106,6 +105,7 @@ def doctor(
     clock: str,
     call: bool,
     as_json: bool,
+    **_: Any,
 ) -> None:
     """Look at everything a producer needs; give it the options of `bourse produce`.
 
@@ -133,6 +133,11 @@ def doctor(
     if as_json:
         click.echo(json.dumps({"ok": code == 0, "checks": [asdict(check) for check in checks]}, ensure_ascii=False))
     ctx.exit(code)
+
+
+# All that `bourse produce` takes, so that its line can be used as it is.
+_ours = {option.name for option in doctor.params}
+doctor.params += [option for option in produce.params if option.name not in _ours]
 
 
 def _line(check: Check) -> str:
@@ -166,6 +171,9 @@ def _settings(ctx: click.Context, cluster: Cluster, exchange: ExchangeOptions) -
                 continue
         elif name == "registry_url":
             value = cluster.registry_url
+        elif name in {"client_secret_file", "nid_file"} and not Path(value).is_file():
+            yield Check(max(option.opts, key=len), Status.FAIL, f"{value} ({source}) is not there", "name another file")
+            continue
         yield _ok(max(option.opts, key=len), f"{value} ({source})")
     for variable, file in (("CLIENT_SECRET", exchange.client_secret_file), ("NID", exchange.nid_file)):
         if file is None and os.environ.get(f"BOURSE_{variable}"):
@@ -333,7 +341,11 @@ def _topics(cluster: Cluster, overrides: Mapping[str, Any], brokers: int) -> Che
     if not usual or not any_time:
         kept = "" if not usual else ", for records of any time"
         return _ok("topics", f"all {len(TOPICS)} as declared{kept}")
-    fewest = min(usual, any_time, key=lambda plans: sum(len(plan.alter) + plan.create for plan in plans))
+    if missing := [plan.name for plan in usual if plan.create]:
+        few = f" --replication-factor {brokers}" * (brokers < 3)
+        advice = f"is --topic-prefix right? if so, run `bourse topics apply{few}`"
+        return Check("topics", Status.FAIL, f"not there: {', '.join(missing)}", advice)
+    fewest = min(usual, any_time, key=lambda plans: sum(len(plan.alter) for plan in plans))
     return Check(
         "topics", Status.FAIL, "; ".join(map(str, fewest)), "run `bourse topics apply`, or say it in bourse.toml"
     )
@@ -414,7 +426,7 @@ def _last_poll(cluster: Cluster, source: str, *, response_clock: bool) -> Check:
         told += f" ({last.error_kind}: {last.error_message})"
     # A day of the past, or a simulated one, is not measured with our clock.
     if not response_clock and late > LATE:
-        advice = "is `bourse produce` running? its log and /readyz say why not"
+        advice = "is `bourse produce` running? its log and /readyz say why not (practice and replays: --clock response)"
         return Check(name, Status.FAIL, f"{told}; the next is {_duration(late)} late", advice)
     if last.feed_state in {FeedState.FRESH, FeedState.IDLE}:
         return _ok(name, told)
@@ -432,8 +444,9 @@ def _registry(cluster: Cluster) -> Iterator[Check]:
         yield Check("subjects", Status.SKIP, "the registry does not answer")
         return
     yield _ok("registry", f"{cluster.registry_url} answers")
-    for problem in problems:
-        yield Check("subjects", Status.FAIL, problem, "see `bourse schemas check`")
+    if problems:
+        more = f", and {len(problems) - 1} more (see `bourse schemas check`)" * (len(problems) > 1)
+        yield Check("subjects", Status.FAIL, problems[0] + more)
     if not problems:
         try:
             for topic in TOPICS:
@@ -463,11 +476,14 @@ def _around(calendar_file: CalendarFile, folders: list[Path]) -> Iterator[Check]
     for folder in folders:
         # A folder that is yet to be made will lie where its first ancestor does.
         there = next(each for each in [folder.absolute(), *folder.absolute().parents] if each.exists())
-        free = shutil.disk_usage(there).free
+        total, _, free = shutil.disk_usage(there)
         told = f"{folder.absolute()} has {free / (1 << 30):.1f} GiB free"
-        if not (there.is_dir() and os.access(there, os.W_OK)):
+        if not (total and there.is_dir() and os.access(there, os.W_OK)):
             yield Check(
-                "disk", Status.FAIL, f"{there} cannot be written", "name another folder, or let this user write"
+                "disk",
+                Status.FAIL,
+                f"{folder.absolute()} cannot be written",
+                "name another folder, or let this user write",
             )
         elif free < FEW_BYTES:
             status = Status.FAIL if free < TOO_FEW_BYTES else Status.WARN

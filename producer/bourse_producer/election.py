@@ -128,7 +128,9 @@ class Election:
             self._set(None)
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._log.warning("fenced: the group gave the lead away while this instance did not answer")
+        self._log.warning(
+            "fenced: the group gave the lead away while this instance did not answer, or could not reach Kafka"
+        )
         self._replaced(consumer, partitions)
 
     def _set(self, term: int | None) -> None:

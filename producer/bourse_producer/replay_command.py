@@ -12,6 +12,7 @@ import click
 
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.topics import POLLS, TRADES
 
 __all__ = ["replay"]
 
@@ -19,7 +20,11 @@ __all__ = ["replay"]
 @click.command
 @click.argument("captures", nargs=-1, required=True, metavar="CAPTURE…", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One event a line, as `bourse tail --json` shows them.")
-@click.option("--against", metavar="HOST:PORT", help="Compare with the topics of this cluster, event by event.")
+@click.option(
+    "--against",
+    metavar="HOST:PORT",
+    help="Compare with the topics of these brokers.",
+)
 @cluster_options
 @click.pass_context
 def replay(
@@ -39,6 +44,7 @@ def replay(
     derived = Replay()
     if against is not None:
         cluster = replace(cluster, bootstrap_servers=against)
+        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (POLLS, TRADES)])
         found = Topics(cluster)
         derived.markers = found.markers
     files = [file for path in captures for file in (sorted(path.glob("capture-*.gz")) if path.is_dir() else [path])]

@@ -47,6 +47,7 @@ STANDBY_SECONDS = 1.0
 ONCE_SECONDS = 7.0
 # A refused account is asked again at longer and longer intervals: it is rarely put right within a minute.
 REFUSED_SECONDS = 60.0
+PRACTICE_HOLD_SECONDS = 2.0
 MOST_SKIPPED = 1000
 # With fewer bad rows than this a response is not taken for a changed API; so many of them are kept as a sample.
 FEW_REJECTED, SAMPLE = 20, 3
@@ -368,7 +369,10 @@ class Producer:
     def _next_beat(self) -> float:
         """Return the next beat, in seconds since the epoch: beats lie on multiples of the interval, so none drifts."""
         interval = self._interval(self._now())
-        return (math.floor(time.time() / interval) + 1) * interval if interval else time.time()
+        if not interval:
+            # Without beats there is nothing to leave a marker for while the exchange is left alone.
+            return time.time() + max(0.0, self._hold_until - time.monotonic())
+        return (math.floor(time.time() / interval) + 1) * interval
 
     def _is_due(self) -> bool:
         """Return whether it is time to poll; outside of sessions wait a while, and start the next one afresh."""
@@ -525,6 +529,9 @@ class Producer:
                 seconds = self._settings.quota_seconds
             elif self._refusals > 1:
                 seconds = min(REFUSED_SECONDS * 2 ** (self._refusals - 1), SLOW_SECONDS) - REFUSED_SECONDS / 2
+        if self._settings.response_clock:
+            # Where the market's time is not ours, its patience is not either.
+            seconds = min(seconds, PRACTICE_HOLD_SECONDS)
         self._hold_for, self._hold_until = None, 0.0
         if error is not None and seconds:
             again = datetime.fromtimestamp(time.time() + seconds, TEHRAN)

@@ -67,6 +67,7 @@ def up(
     import threading
 
     from bourse_sandbox.exchange import practice_exchange
+    from bourse_sandbox.show import program
     from bourse_sandbox.stack import CLIENT_ID, NID, SECRET, Stack, private_file
 
     stop = threading.Event()
@@ -95,15 +96,21 @@ def up(
             click.echo(json.dumps(addresses))
         else:
             at = f"--bootstrap-servers {cluster.bootstrap_servers} --registry-url {cluster.registry_url}"
-            topic = f"{cluster.prefix}.trades"
+            topic, bourse = f"{cluster.prefix}.trades", program("bourse")
+            account = (
+                f"--schedule always --clock response --address {exchange.url} --client-id {CLIENT_ID} "
+                f"--client-secret-file {secret_file} --nid-file {nid_file} {at}"
+            )
             click.echo(
                 f"Kafka      {cluster.bootstrap_servers}\n"
                 f"registry   {cluster.registry_url}\n"
                 f"exchange   {exchange.url}\n\n"
                 "In another terminal:\n"
-                f"  bourse produce --once --schedule always --clock response --address {exchange.url} "
-                f"--client-id {CLIENT_ID} --client-secret-file {secret_file} --nid-file {nid_file} {at}\n"
-                f"  bourse tail trades --from-beginning {at}\n"
+                f"  {bourse} produce --once {account}\n"
+                f"  {bourse} produce --poll-seconds 1 {account}\n"
+                f"  {bourse} doctor {account}\n"
+                f"  {bourse} tail trades --from-beginning {at}\n"
+                f"  {bourse} watch {at}\n"
                 f"  kcat -b {cluster.bootstrap_servers} -t {topic} -C -o beginning -f '%k %o %S bytes\\n' -e\n\n"
                 "Ctrl-C ends it."
             )

@@ -70,4 +70,8 @@ def demo(
 
     for fault in faults:
         Fault.parse(fault)
+    if rules is not None:
+        from bourse_consumers.alerts.ruleset import load
+
+        load(rules)
     ctx.exit(run(Options(replay, speed, broker, seconds, as_json, seed, rules, data, faults, kill_every)))

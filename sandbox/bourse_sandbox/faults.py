@@ -83,7 +83,7 @@ KINDS: Final[dict[str, str]] = {
     "huge": "200 MB of body",
     "wrong-type": "a good body that calls itself HTML",
     "old-response": "the rows of an earlier response again",
-    "frozen": "the data stand still, in fresh envelopes",
+    "frozen": "the data stand still, in fresh envelopes (told once the market's time has gone on for 3 minutes)",
     "skew": "the exchange's clock is ten minutes ahead",
 }
 """What can go wrong, each with a line about it."""
@@ -121,13 +121,13 @@ class Fault:
         found = re.fullmatch(r"([\w-]+)(?::(0?\.\d+|[01](?:\.0*)?)|@(\d+)(?:-(\d+))?)?", text, re.ASCII)
         kind, share, first, last = found.groups() if found else ("",) * 4
         fault = cls(kind, float(share or 1), int(first or 1), int(last or first) if first else float("inf"))
-        if kind not in KINDS or not fault.probability or not 1 <= fault.first <= fault.last:
-            kinds = "\n".join(f"  {kind:<20}{doc}" for kind, doc in KINDS.items())
-            raise ConfigurationError(
-                f"--fault {text}: give KIND, KIND:PROBABILITY (0 to 1), KIND@CALL or KIND@FIRST-LAST, "
-                f"with a KIND of\n{kinds}"
-            )
-        return fault
+        if kind in KINDS and fault.probability and 1 <= fault.first <= fault.last:
+            return fault
+        kinds = "\n".join(f"  {kind:<20}{doc}" for kind, doc in KINDS.items())
+        how = "give KIND, KIND:PROBABILITY (0 to 1), KIND@CALL or KIND@FIRST-LAST"
+        if re.split("[:@]", text)[0] in KINDS:
+            raise ConfigurationError(f"--fault {text}: {how}")
+        raise ConfigurationError(f"--fault {text}: {how}, with a KIND of\n{kinds}")
 
 
 class Faults:
@@ -237,11 +237,19 @@ async def _deliver(kind: str | None, answer: _Answer, receive: Receive, send: Se
         await send({"type": "http.response.body"})
 
 
+def _help(ctx: click.Context, _: click.Parameter, faults: tuple[str, ...]) -> tuple[str, ...]:
+    if "help" in faults:
+        click.echo("\n".join(f"{kind:<20}{doc}" for kind, doc in KINDS.items()))
+        ctx.exit()
+    return faults
+
+
 fault_option = click.option(
     "--fault",
     "faults",
     metavar="KIND[:PROBABILITY|@CALL]",
     multiple=True,
+    callback=_help,
     help="Misbehave: always, with a probability, at one call for all shares or from one to another (@7-20). "
     "Repeatable; `--fault help` lists what there is.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import sys
@@ -360,8 +361,16 @@ def _wait(condition: Callable[[], Any], seconds: float, stop: threading.Event) -
     return value
 
 
+def program(name: str) -> str:
+    """Return how a program of our environment is called from here."""
+    if shutil.which(name) == str(Path(sys.executable).with_name(name)):
+        return name
+    found = Path(sys.executable).with_name(name)
+    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+
+
 def _print(summary: dict[str, Any], archive: Path, rules: Path) -> None:
-    events = summary["events"]
+    events, bourse = summary["events"], program("bourse")
     kinds = ", ".join(f"{events[op]:,} {op}" for op in ("OPENED", "TRADED", "REVISED", "CANCELLED"))
     visible = summary["visible_ms"]
     click.echo(
@@ -375,16 +384,17 @@ def _print(summary: dict[str, Any], archive: Path, rules: Path) -> None:
         )
         click.echo(
             f"{summary['kills']} services were killed: {summary['lost'] or 'no'} events lost, "
-            f"{summary['twice'] or 'none'} twice, {archived}."
+            f"{summary['twice'] or 'none'} twice, {archived}.\n"
+            "There may be fewer than without: what a killed producer had fetched is in its successor's poll."
         )
     if visible["p50"] is not None:
         click.echo(f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.")
     click.echo(
         f"\nParquet files: {archive}\n"
-        f"  python -c \"import pyarrow.dataset as d; print(d.dataset('{archive}').head(5))\"\n"
+        f"  {program('python')} -c \"import pyarrow.dataset as d; print(d.dataset('{archive}').head(5))\"\n"
         "\nNext:\n"
-        f"  1. edit the alert rules, {rules}, and try them: bourse demo --rules FILE\n"
-        "  2. subscribe: bourse sandbox up, then bourse tail trades, or your own code (docs/subscribe.md)\n"
-        "  3. use your own account: bourse produce --client-id … --client-secret-file … --nid-file …;\n"
+        f"  1. edit the alert rules, {rules}, and try them: {bourse} demo --rules FILE\n"
+        f"  2. subscribe: {bourse} sandbox up, then {bourse} tail trades, or your own code (docs/subscribe.md)\n"
+        f"  3. use your own account: {bourse} produce --client-id … --client-secret-file … --nid-file …;\n"
         "     it needs the scope bourse:trades-realtime:get and a whitelisted address (docs/operate.md)"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ import click
 from bourse_schemas.errors import BourseError, ConfigurationError
 
 __all__ = ["LazyGroup", "bourse", "main"]
+
+# What may stand at the top of bourse.toml, besides a table per command.
+SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings", "log_level", "topic")
 
 
 class LazyGroup(click.Group):
@@ -46,7 +51,14 @@ class LazyGroup(click.Group):
         """Return the command called; its part of the configuration file must be a table."""
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            _require_tables(name, command, (ctx.default_map or {}).get(name, {}))
+            table = (ctx.default_map or {}).get(name, {})
+            _require_tables(name, command, table)
+            if ctx.parent is None:
+                shared = {*SHARED, *self.list_commands(ctx)}
+                _require_known(ctx.default_map or {}, shared, "")
+            if not isinstance(command, LazyGroup):
+                known = {option.name for option in command.params} | set(getattr(command, "commands", ()))
+                _require_known(table, known, f" of [{name}]")
         return name, command, rest
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -62,6 +74,16 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             return _broken(cmd_name, point, TypeError(f"{point.value} is no click command"))
         return command
+
+
+def _require_known(table: Mapping[str, Any], known: Iterable[str | None], where: str) -> None:
+    """Raise ConfigurationError for a key that means nothing; a table may be that of a plug-in not installed here."""
+    names = [name.replace("-", "_") for name in known if name]
+    for key, value in table.items():
+        near = get_close_matches(key, names, 1)
+        if key.replace("-", "_") in names or (isinstance(value, dict) and not near):
+            continue
+        raise ConfigurationError(f"bourse.toml: unknown key {key}{where}" + (f": is {near[0]} meant?" if near else ""))
 
 
 def _require_tables(name: str, command: click.Command, value: Any) -> None:

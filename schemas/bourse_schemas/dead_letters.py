@@ -83,7 +83,10 @@ def list_letters(cluster: Cluster, *, limit: int | None, as_json: bool, **chosen
     from bourse_schemas.codec import to_json
 
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
-    for offset, letter in list(_letters(cluster, chosen))[-(limit or 0) :]:
+    found = list(_letters(cluster, chosen))
+    if not found:
+        click.echo("none", err=True)
+    for offset, letter in found[-(limit or 0) :]:
         if as_json:
             click.echo(to_json({"offset": offset, **_fields(letter)}))
             continue

@@ -141,7 +141,9 @@ class Monitor:
         host, _, port = address.rpartition(":")
         if not port.isdecimal() or int(port) > 65535:
             raise ConfigurationError(f"--http {address}: give HOST:PORT, or the port alone for this machine only")
-        from prometheus_client import CollectorRegistry
+        from prometheus_client import CollectorRegistry, disable_created_metrics
+
+        disable_created_metrics()  # type: ignore[no-untyped-call]
 
         self._registry = CollectorRegistry()
         # A rate needs the 0 before the first; a gauge that nobody has set would say something that is not so.

@@ -107,6 +107,9 @@ class Registry:
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
+            if not 40400 <= (error.error_code or 0) < 40500:
+                said = f"{self.url} does not answer like a schema registry: is --registry-url right?"
+                raise ConfigurationError(said) from error
             return f"{subject} is not registered: run `bourse schemas register`"
         for version in versions:
             if not self._compatible(topic, subject, version):

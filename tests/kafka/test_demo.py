@@ -170,7 +170,7 @@ def test_mistakes_are_named_in_a_line_or_two(tmp_path: Path, arguments: list[str
 @pytest.mark.parametrize("command", [["demo"], ["sandbox", "up"], ["sandbox", "exchange"]])
 def test_an_unknown_fault_is_told_with_all_there_are(tmp_path: Path, command: list[str]) -> None:
     """Exit code 2, a line each, before anything starts."""
-    ran = bourse(*command, "--fault", "help", cwd=tmp_path, timeout=30)
+    ran = bourse(*command, "--fault", "nosuch", cwd=tmp_path, timeout=30)
     assert ran.returncode == 2, ran.stderr
     assert all(kind in ran.stderr for kind in KINDS)
     assert "Traceback" not in ran.stderr

@@ -165,6 +165,19 @@ def test_all_is_well(place: Place, wait_for: Callable[..., Any]) -> None:
         assert "is held by bourse-stream at" in place.look("--token-file", str(token_file)).words("lead")
 
 
+def test_the_producers_own_line_is_taken(place: Place) -> None:
+    """Whatever `bourse produce` takes, the doctor takes, and looks at it."""
+    found = place.look("--schedule", "always", "--poll-seconds", "5", "--rights", "--clock", "response")
+    assert found.code == 0
+    assert "5.0 (command line)" in found.words("--poll-seconds")
+
+
+def test_a_registry_that_is_none(place: Place) -> None:
+    """It is not taken for one without subjects."""
+    found = place.look(BOURSE_REGISTRY_URL=place.exchange)
+    assert "does not answer like a schema registry" in found.words("registry")
+
+
 def test_lines_for_people(place: Place) -> None:
     """A line a check; what bourse.toml says of the producer and of all commands is read, and named."""
     (place.folder / "bourse.toml").write_text(
@@ -185,7 +198,7 @@ def test_lines_for_people(place: Place) -> None:
 ACCOUNT: list[tuple[dict[str, str | None], int, str, str, str]] = [
     ({"BOURSE_CLIENT_SECRET": "wrong"}, 1, "token", "FAIL", "check --client-id, the client secret"),
     ({"BOURSE_CLIENT_ID": None}, 2, "token", "skip", "no client id: give --client-id"),
-    ({"BOURSE_NID_FILE": "nowhere"}, 2, "token", "skip", "cannot read nowhere"),
+    ({"BOURSE_NID_FILE": "nowhere"}, 1, "--nid-file", "FAIL", "nowhere (environment) is not there"),
     ({"BOURSE_ADDRESS": f"http://{NOBODY}"}, 1, "exchange", "FAIL", "check --address"),
     ({"BOURSE_ADDRESS": f"http://me:{SECRET}@h"}, 1, "--address", "FAIL", "no address such as"),
     ({"BOURSE_PROXY": f"http://me:{SECRET}@{NOBODY}"}, 1, "exchange", "FAIL", "--proxy"),
@@ -242,7 +255,7 @@ def test_topics_that_are_not_as_declared(place: Place) -> None:
     assert "run `bourse topics apply`" in found.words("topics")
     for done in admin.delete_topics([trades], operation_timeout=10).values():
         done.result()
-    assert f"{trades}: create" in place.look().words("topics")
+    assert f"not there: {trades}: is --topic-prefix right?" in place.look().words("topics")
     elsewhere = place.look(BOURSE_TOPIC_PREFIX=f"{place.cluster.prefix}x")
     assert (elsewhere.code, elsewhere.status("topics"), elsewhere.status("last poll")) == (1, "FAIL", "skip")
 

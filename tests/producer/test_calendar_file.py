@@ -48,8 +48,8 @@ def test_closures_and_openings() -> None:
     [
         ("closed = [", "it is no TOML"),
         ("closed = 2026-12-05", "closed must be a list"),
-        ("closed = ['soon']", "closed: 'soon' is no day such as 2026-12-05 or 1405-09-14"),
-        ("closed = ['1405-13-01']", "is no day"),
+        ("closed = ['soon']", "closed: 'soon': it is no day such as 2026-12-05 or 1405-09-14"),
+        ("closed = ['1405-13-01']", "there is no such day"),
         ("closed = [2026-12-05]\nopen = [2026-12-05]", "2026-12-05 is both closed and open"),
         ("close = []", "unknown key close: is closed meant?"),
         ("hours = 5", "hours must be a table"),

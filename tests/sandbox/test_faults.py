@@ -198,20 +198,24 @@ def test_minute_rows_of_both_kinds_fill_a_gap(minutes: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "help",
-        "nosuch",
         "html:",
         "html:2",
         "html:0",
         "html:1.2.3",
         "html@",
         "html@x",
-        "",
         "html@1-2-3",
         "html@0",
         "html@3-2",
     ],
 )
+def test_when_it_should_happen_is_told_in_one_line(text: str) -> None:
+    """The kind is right: no list of them."""
+    with pytest.raises(ConfigurationError, match=r"KIND@FIRST-LAST$"):
+        Fault.parse(text)
+
+
+@pytest.mark.parametrize("text", ["nosuch", ""])
 def test_what_is_no_fault_is_told_with_all_there_is(text: str) -> None:
     """Every kind with a line of its own."""
     with pytest.raises(ConfigurationError) as caught:

@@ -156,6 +156,10 @@ def test_a_flag_beats_the_environment_and_that_the_file(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("bootstrap_server = 'x'", "unknown key bootstrap_server: is bootstrap_servers meant?"),
+        ("[where]\nbootstrap_server = 'x'", "unknown key bootstrap_server of [where]: is bootstrap_servers meant?"),
+        ("[wher]\nx = 1", "unknown key wher: is where meant?"),
+        ("nosuch = 1", "unknown key nosuch"),
         ("nonsense", "bourse.toml is not TOML"),
         ("a = '\\xff'", "bourse.toml is not TOML"),
         ("log_level = 3", "'--log-level': 3 is not one of"),
