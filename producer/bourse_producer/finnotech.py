@@ -406,7 +406,7 @@ def _is_code(code: str) -> bool:
     return _CODE.fullmatch(code) is not None
 
 
-@lru_cache(1 << 14)
+@lru_cache(1 << 12)
 def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
     found = _TIME.fullmatch(text.strip())
     if found is None:
