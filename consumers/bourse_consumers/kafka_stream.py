@@ -11,6 +11,7 @@ the generation in which the partitions were assigned, and a plain commit is not 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -19,8 +20,9 @@ from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
 
+from confluent_kafka import OFFSET_END, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka import Consumer as Client
-from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import Poll, StreamBroken
@@ -79,7 +81,8 @@ class KafkaStream:
         self._producer = self._new_producer() if emits else None
         self._client: Client = cluster.consumer(
             group,
-            auto_offset_reset="earliest",
+            # What the topic deleted before we came to it is never skipped in silence.
+            auto_offset_reset="error",
             enable_partition_eof=True,
             session_timeout_ms=SESSION_MS,
             max_poll_interval_ms=LONGEST_PROCESS_MS,
@@ -87,6 +90,9 @@ class KafkaStream:
         self._assigned: list[Partition] = []
         self._ends: dict[Partition, int] = {}
         self._next: dict[Partition, int] = {}
+        # The time of the last record of each partition, and each topic's retention, in milliseconds.
+        self._read_until: dict[Partition, int] = {}
+        self._retention: dict[str, float] = {}
         self._member = ""
         self._membership: Any = None
         self._changed = False
@@ -134,13 +140,15 @@ class KafkaStream:
                 positions[partition] = offset
             elif error.fatal():
                 raise KafkaException(error)
-            elif error.code() in REFUSED:
+            elif error.code() in REFUSED or error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # its name
                 raise _broken(error)
             else:
                 self._log.warning("kafka", error=error.str())
         self._next.update(positions)
+        timestamps = [message.timestamp()[1] for message in good]
+        self._read_until.update(zip(partitions, timestamps, strict=True))
         values: list[Any] = [message.value() for message in good]
-        places = Places(partitions, offsets, [message.timestamp()[1] for message in good], values)
+        places = Places(partitions, offsets, timestamps, values)
         return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
 
     def seek(self, offsets: Offsets) -> None:
@@ -203,6 +211,32 @@ class KafkaStream:
             lag += max(0, high - self._next[partition])
         return lag
 
+    def aging(self) -> float:
+        """Return how much of a topic's retention has passed for what is unread: at 1 it is being deleted."""
+        behind = [place for place in self._assigned if place in self._read_until and self._is_behind(place)]
+        now = time.time() * 1000
+        return max(((now - self._read_until[each]) / self._keeps(each.topic) for each in behind), default=0.0)
+
+    def _is_behind(self, partition: Partition) -> bool:
+        _, high = self._client.get_watermark_offsets(TopicPartition(*partition), cached=True)
+        return high > self._next[partition]
+
+    def _keeps(self, topic: str) -> float:
+        """Return a topic's retention in milliseconds, infinite where it cannot be told."""
+        if topic not in self._retention:
+            self._retention[topic] = math.inf
+            resource = ConfigResource(ResourceType.TOPIC, topic)
+            # Kept until it has answered.
+            admin = self._cluster.admin()
+            try:
+                found = admin.describe_configs([resource], request_timeout=ASK_SECONDS)[resource].result()
+                kept = int(found["retention.ms"].value)
+                compacted = "delete" not in found["cleanup.policy"].value
+                self._retention[topic] = math.inf if kept < 0 or compacted else float(max(kept, 1))
+            except (KafkaException, KeyError) as error:
+                self._log.warning("how long the topic keeps its records is not told", topic=topic, error=str(error))
+        return self._retention[topic]
+
     def close(self) -> None:
         """Leave the group."""
         self._client.close()
@@ -244,7 +278,8 @@ class KafkaStream:
         # As of now: a member that was thrown out has neither, and a broker refuses nothing to a client without.
         self._member, self._membership = client.memberid(), client.consumer_group_metadata()
         self._changed = True
-        client.assign(partitions)
+        # Where to begin is decided in a moment; nothing is read before.
+        client.assign([TopicPartition(p.topic, p.partition, OFFSET_END) for p in partitions])
 
     def _on_revoke(self, client: Client, _: list[TopicPartition]) -> None:
         self._assigned = []

@@ -44,6 +44,8 @@ S = TypeVar("S")
 IDLE_SECONDS = 0.5
 SETTLE_SECONDS = 1.0
 REPORT_SECONDS = 60.0
+# Of the topic's retention, in what is unread.
+RETENTION_WARNED, RETENTION_UNREADY = 0.5, 0.9
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 LONGEST_CONNECT_SECONDS = 15.0
 # What a turn of the loop may take before it counts as dead, and what a call of the consumer (see api.py) or a commit,
@@ -94,6 +96,9 @@ class Stream(Protocol):
 
     def lag(self) -> int:
         """Return how many offsets lie between the positions and the ends."""
+
+    def aging(self) -> float:
+        """Return how much of a topic's retention has passed for what is unread: at 1 it is being deleted."""
 
     def close(self) -> None:
         """Leave the group."""
@@ -454,6 +459,15 @@ class Runner:
         if now >= self._report_due:
             self._report_due = now + REPORT_SECONDS
             self._log.info("running", rows=self._rows, emitted=self._emitted, lag=self._stream.lag())
+            self._watch_retention()
+
+    def _watch_retention(self) -> None:
+        """Say when the topic's retention is about to overtake us."""
+        used = self._stream.aging()
+        said = f"{used:.0%} of the topic's retention have passed for what is still to be read: it will be deleted"
+        if used >= RETENTION_WARNED:
+            self._log.warning("falling behind", error=said)
+        self._monitor.unready("falling behind", said if used >= RETENTION_UNREADY else None)
 
     def _idle(self, now: float) -> None:
         self._monitor.beat(CALL_SECONDS)

@@ -177,6 +177,10 @@ class MemoryStream:
         """Return how many offsets were not read."""
         return sum(len(log) - self._next.get(partition, 0) for partition, log in self._memory.records.items())
 
+    def aging(self) -> float:
+        """Return 0: memory deletes nothing."""
+        return 0.0
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,16 @@ def test_a_real_day(dsn: str) -> None:
         for code, event in last.items()
     }
     assert rows(dsn, "SELECT first, next FROM bourse.offsets") == [(0, 2 * len(replay.events))]
+
+
+def test_the_example_in_the_manual_runs(dsn: str) -> None:
+    """As it stands."""
+    manual = (Path(__file__).parents[2] / "docs" / "archive.md").read_text("utf-8")
+    (example,) = re.findall(r"^```sql\n(.*?)^```$", manual, re.MULTILINE | re.DOTALL)
+    memory = Memory()
+    memory.append(trade(sequence=1, trading_day=date(2019, 8, 21)))
+    run(archived(dsn), memory)
+    assert len(rows(dsn, example)) == 1
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its __all__
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    OffsetSpec,
+    ResourceType,
+)
 
 from bourse_consumers.archive.files import catalog
 from bourse_consumers.archive.parquet import ParquetArchive
 from bourse_consumers.archive.store import Folder
 from bourse_consumers.archive_cli import archive
 from bourse_consumers.kafka_stream import KafkaStream
-from bourse_consumers.runner import Runner
+from bourse_consumers.runner import Runner, StreamBroken
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES
@@ -79,6 +91,50 @@ def verify(cluster: Cluster, store: Folder, *more: str) -> Result:
     """Run `bourse archive verify`."""
     where = ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
     return CliRunner().invoke(archive, ["verify", "--to", str(store), *where, "--json", *more])
+
+
+def again_and_again(step: Callable[[], object]) -> None:
+    """Do it until it raises, for ten seconds at most."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        step()
+
+
+def test_what_the_topic_deletes_is_noticed(cluster: Cluster, tmp_path: Path) -> None:
+    """How near it is, while there is something unread; what is gone is not skipped in silence."""
+    name = TRADES.full_name(cluster.prefix)
+    replay = Replay()
+    replay.day(REAL_DAY)
+    publish(cluster, replay.events[:900])
+    resource = ConfigResource(ResourceType.TOPIC, name)
+    days = (datetime.now(UTC) - datetime(2019, 8, 21, tzinfo=UTC)) / timedelta(days=1)
+    kept = ConfigEntry("retention.ms", str(int(days * 86_400_000 / 0.95)), incremental_operation=AlterConfigOpType.SET)
+    resource.add_incremental_config(kept)
+    admin = cluster.admin()
+    admin.incremental_alter_configs([resource])[resource].result()
+    store = Folder(tmp_path)
+    consumer = ParquetArchive(store)
+    stream = KafkaStream(cluster, f"{cluster.prefix}-archive", consumer.topics, consumer.emits)
+    runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name="archive", batch_size=100)
+    while not runner._rows:
+        runner.step()
+    assert stream.aging() == pytest.approx(0.95, abs=0.01)
+    runner._watch_retention()
+    assert "95%" in str(runner._monitor.reasons())
+    consumer.close()
+    ends = {TopicPartition(name, number, 10_000_000) for number in range(6)}
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    found = admin.list_offsets(dict.fromkeys(ends, latest))
+    cut = [TopicPartition(each.topic, each.partition, at.result().offset) for each, at in found.items()]
+    for done in admin.delete_records(cut).values():
+        done.result()
+    stream.seek(dict.fromkeys(stream._assigned, 0))
+    with pytest.raises(StreamBroken):
+        again_and_again(lambda: stream.poll(0.2, 100))
+    stream.reset()
+    with pytest.raises(ConfigurationError, match=r"the topic has deleted what this archive lacks.*--accept-loss"):
+        again_and_again(runner.step)
+    stream.close()
 
 
 def test_a_real_day_is_proved_against_its_topic(cluster: Cluster, tmp_path: Path) -> None:
