@@ -13,8 +13,10 @@ from typing import Any
 import psycopg
 import pytest
 from click.testing import CliRunner
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Reject, Retry, Rewind
+from bourse_consumers.postgres import proof
 from bourse_consumers.postgres.plugin import archive_postgres
 from bourse_consumers.postgres.sink import PostgresArchive, connect
 from bourse_consumers.postgres.tables import Tables
@@ -23,7 +25,7 @@ from bourse_producer.replay import Replay
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
-from bourse_schemas.topics import TOPICS, TRADES
+from bourse_schemas.topics import ALERTS, TOPICS, TRADES
 from tests.strategies import one
 
 TRADES_0 = Partition("bourse.trades", 0)
@@ -131,6 +133,23 @@ def test_of_two_writers_at_the_same_place_one_wins(dsn: str) -> None:
     zombie.process(batch(memory, 3, 4))
     assert zombie.durable() == {TRADES_0: 4}
     assert len(rows(dsn)) == 4
+
+
+def test_what_was_moved_with_a_fenced_partition_is_not_believed(dsn: str) -> None:
+    """Two partitions, one of them taken by another: neither is skipped."""
+    other = Partition("bourse.trades", 1)
+    memory = Memory(partitions=2)
+    memory.append(*events(2))
+    memory.append(*events(2, instrument="IRO1FOLD0001"), partition=1)
+    zombie, heir = archived(dsn), archived(dsn)
+    for writer in (zombie, heir):
+        writer.open(Assignment({TRADES_0: 0, other: 0}))
+    second = [record for record in memory.records[other] if record is not None]
+    heir.process(Batch(second, {other: 2}, decode=memory.decode))
+    both = [*batch(memory, 0, 2).records, *second]
+    with pytest.raises(Rewind) as caught:
+        zombie.process(Batch(both, {TRADES_0: 2, other: 2}, decode=memory.decode))
+    assert caught.value.offsets == zombie.durable() == {TRADES_0: 0, other: 2}
 
 
 def test_writers_that_fight_double_and_lose_nothing(dsn: str) -> None:
@@ -300,3 +319,207 @@ def test_the_columns_are_those_of_the_schema(dsn: str) -> None:
     assert rows(dsn, "SELECT traded_at, value FROM bourse.trades") == [
         (datetime(2026, 11, 23, 5, 30, 0, 123_000, UTC), 2**62)
     ]
+
+
+def test_a_writer_that_was_outrun_goes_on_from_there(dsn: str) -> None:
+    """The runner seeks and does not open it anew: it must know by itself where the other one is."""
+    memory = Memory()
+    memory.append(*events(6))
+    slow, fast = archived(dsn), archived(dsn)
+    for writer in (slow, fast):
+        writer.open(Assignment({TRADES_0: 0}))
+    fast.process(batch(memory, 0, 3))
+    with pytest.raises(Rewind):
+        slow.process(batch(memory, 0, 2))
+    slow.process(batch(memory, 3, 6))
+    assert (rows(dsn), slow.durable()) == ([event.event_id for event in events(6)], {TRADES_0: 6})
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://me:hunter2@[h/x",
+        "postgresql://me:hunter2%zz@h/x",
+        "postgresql://me:x@hunter2@h/x",
+        "host=h user=me password=a hunter2",
+    ],
+)
+def test_an_address_that_is_none_is_not_repeated(address: str) -> None:
+    """It comes from the environment, password and all, and libpq's own words would quote it."""
+    said = call(BOURSE_DSN=address)
+    assert "no address such as" in said
+    assert "hunter2" not in said
+
+
+def test_an_address_may_be_left_to_the_environment(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with any client of PostgreSQL."""
+    parts = conninfo_to_dict(dsn)
+    for variable, part in (("PGHOST", "host"), ("PGUSER", "user"), ("PGDATABASE", "dbname")):
+        monkeypatch.setenv(variable, str(parts[part]))
+    with connect("postgresql://") as connection:
+        assert connection.info.dbname == parts["dbname"]
+
+
+@pytest.mark.parametrize("secret", ["password", "sslpassword"])
+def test_no_secret_on_the_command_line(secret: str) -> None:
+    """Others can see it there."""
+    assert "holds a password" in call("--dsn", f"postgresql://me@127.0.0.1:9/x?{secret}=hunter2")
+
+
+def test_what_the_address_sets_goes_before_ours(dsn: str) -> None:
+    """A slow server, or one that wants options of its own."""
+    with connect(make_conninfo(dsn, options="-c statement_timeout=7s", connect_timeout=33)) as connection:
+        assert connection.execute("SHOW statement_timeout").fetchone() == ("7s",)
+        assert connection.execute("SHOW lock_timeout").fetchone() == ("10s",)
+        assert connection.info.get_parameters()["connect_timeout"] == "33"
+
+
+def test_days_at_the_ends_of_time(dsn: str) -> None:
+    """Odd as they are, they are days."""
+    memory = Memory()
+    memory.append(*(trade(sequence=1, trading_day=day) for day in (date(9999, 12, 31), date.min)))
+    run(archived(dsn), memory)
+    assert rows(dsn, "SELECT _offset FROM bourse.trades ORDER BY trading_day") == [1, 0]
+
+
+def test_a_month_that_is_dropped_is_made_again(dsn: str) -> None:
+    """An operator has put it aside while the writer runs; no record is to blame."""
+    memory = Memory()
+    memory.append(*events(4))
+    writer = archived(dsn)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 2))
+    with psycopg.connect(dsn) as connection:
+        connection.execute("DROP TABLE bourse.trades_2026_11")
+    with pytest.raises(Retry):
+        writer.process(batch(memory, 2, 4))
+    writer.process(batch(memory, 2, 4))
+    assert rows(dsn, "SELECT _offset FROM bourse.trades ORDER BY 1") == [2, 3]
+
+
+def test_a_month_can_be_made_while_somebody_reads(dsn: str) -> None:
+    """A report or a dump that takes an hour stops nobody."""
+    memory = Memory()
+    memory.append(*events(2), trade(sequence=1, trading_day=date(2026, 12, 1)))
+    patient = make_conninfo(dsn, options="-c lock_timeout=1s")
+    writer = archived(patient)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 2))
+    with psycopg.connect(dsn) as reader:
+        reader.execute("SELECT count(*) FROM bourse.trades")
+        writer.process(batch(memory, 2, 3))
+    assert len(rows(dsn)) == 3
+
+
+def columns(dsn: str, schema: str, table: str) -> list[str]:
+    """Return the columns of a table."""
+    where = f"table_schema = '{schema}' AND table_name = '{table}'"
+    return rows(dsn, f"SELECT column_name FROM information_schema.columns WHERE {where}")
+
+
+def test_apply_schema_touches_nothing_that_it_refuses(dsn: str) -> None:
+    """Another's table, tables of a newer version: they are as they were."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("CREATE TABLE public.alerts (id bigint)")
+        with pytest.raises(ConfigurationError, match="give another --schema"):
+            PostgresArchive(dsn, ALERTS, schema="public", apply_schema=True)
+        assert columns(dsn, "public", "alerts") == ["id"]
+        assert columns(dsn, "public", "meta") == []
+        connection.execute("CREATE SCHEMA bourse")
+        archived(dsn).close()
+        # In a schema of ours as well.
+        connection.execute("CREATE TABLE bourse.alerts (id bigint)")
+        with pytest.raises(ConfigurationError, match=r"alerts lacks .* it is not ours"):
+            PostgresArchive(dsn, ALERTS, apply_schema=True)
+        assert columns(dsn, "bourse", "alerts") == ["id"]
+        connection.execute("UPDATE bourse.meta SET value = '99'")
+        connection.execute("DROP VIEW bourse.last_candle, bourse.daily_bars")
+        connection.execute("ALTER TABLE bourse.trades DROP COLUMN exchange_type")
+        with pytest.raises(ConfigurationError, match="newer version: upgrade"):
+            archived(dsn)
+        assert "exchange_type" not in columns(dsn, "bourse", "trades")
+
+
+def test_a_user_needs_the_rights_of_a_writer(dsn: str) -> None:
+    """It is said at start, one after the other; who has them can write."""
+    archived(dsn).close()
+    user = f"u{conninfo_to_dict(dsn)['dbname']}"
+    theirs = make_conninfo(dsn, user=user)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {user} LOGIN")
+        connection.execute(f"GRANT USAGE ON SCHEMA bourse TO {user}")
+        connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA bourse TO {user}")
+        for lacks, grant in (
+            ("INSERT on .*trades", "GRANT INSERT ON bourse.trades TO {}"),
+            ("INSERT on .*offsets", "GRANT INSERT ON bourse.offsets TO {}"),
+            ("UPDATE on .*offsets", "GRANT UPDATE ON bourse.offsets TO {}"),
+            ("the ownership of .*trades", "ALTER TABLE bourse.trades OWNER TO {}"),
+            ("CREATE in its schema", "GRANT CREATE ON SCHEMA bourse TO {}"),
+        ):
+            with pytest.raises(ConfigurationError, match=f"lacks {lacks}"):
+                PostgresArchive(theirs, TRADES)
+            connection.execute(grant.format(user))
+    memory = Memory()
+    memory.append(*events(2))
+    run(PostgresArchive(theirs, TRADES), memory)
+    assert len(rows(dsn)) == 2
+
+
+def test_the_proof_beside_a_writer(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written while it looks is no fault; what the offsets do not know is one."""
+    memory = Memory()
+    memory.append(*events(6))
+    writer = archived(dsn)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 3))
+    look = proof._rows
+
+    def look_slowly(*about: Any) -> Any:
+        found = look(*about)
+        writer.process(batch(memory, 3, 6))
+        return found
+
+    monkeypatch.setattr(proof, "_rows", look_slowly)
+    assert proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", topics=None).faults == []
+    monkeypatch.undo()
+    with psycopg.connect(dsn) as connection:
+        connection.execute("UPDATE bourse.offsets SET next = 4")
+    (fault,) = proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", topics=None).faults
+    assert fault["what"] == "2 rows outside the offsets that were written"
+
+
+def test_what_the_topic_has_deleted_is_not_passed_over_in_silence(dsn: str) -> None:
+    """It stops; told to, it goes on and leaves a record of the hole."""
+    memory = Memory()
+    memory.append(*events(8))
+    writer = archived(dsn)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 3))
+    later = Assignment({TRADES_0: 3}, first={TRADES_0: 5})
+    with pytest.raises(ConfigurationError, match=r"offsets 3 to 4: .*--accept-loss"):
+        writer.open(later)
+    told = archived(dsn, accept_loss=True)
+    assert told.open(later).offsets == {TRADES_0: 5}
+    told.process(batch(memory, 5, 8))
+    assert rows(dsn, "SELECT topic, partition, start, next FROM bourse.holes") == [("bourse.trades", 0, 3, 5)]
+    assert rows(dsn, "SELECT _offset FROM bourse.trades ORDER BY 1") == [0, 1, 2, 5, 6, 7]
+    assert archived(dsn).open(later).offsets == {TRADES_0: 8}
+    assert proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", topics=None).holes == 2
+
+
+def test_two_prefixes_do_not_share_a_table(dsn: str) -> None:
+    """The same offsets, and the same keys, would stand for different events."""
+    memory = Memory()
+    memory.append(*events(1))
+    run(archived(dsn), memory)
+    with pytest.raises(ConfigurationError, match=r"holds bourse\.trades, not demo\.trades: give another --schema"):
+        archived(dsn).open(Assignment({Partition("demo.trades", 0): 0}))
+
+
+def test_a_database_that_cannot_hold_persian_text(dsn: str) -> None:
+    """Every record would be a dead letter."""
+    name = f"l{conninfo_to_dict(dsn)['dbname']}"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    with pytest.raises(ConfigurationError, match="ENCODING 'UTF8'"):
+        archived(make_conninfo(dsn, dbname=name))

@@ -33,25 +33,25 @@ __all__ = ["archive_postgres", "require_no_password"]
 )
 @click.option("--schema", default="bourse", show_default=True, help="The database's schema that holds the tables.")
 @click.option("--apply-schema", is_flag=True, help="Make the tables, or add the columns of this release.")
+@click.option(
+    "--accept-loss", is_flag=True, help="Go on where the topic has deleted what the archive lacks; the hole is noted."
+)
 @click.pass_context
-def archive_postgres(ctx: click.Context, dsn: str, topic: str, schema: str, *, apply_schema: bool) -> Consumer:
+def archive_postgres(
+    ctx: click.Context, dsn: str, topic: str, schema: str, *, apply_schema: bool, accept_loss: bool
+) -> Consumer:
     """Write every event of a topic to PostgreSQL, exactly once."""
     from bourse_consumers.postgres.sink import PostgresArchive
 
     if ctx.get_parameter_source("dsn") is ParameterSource.COMMANDLINE:
         require_no_password(dsn, "--dsn")
     declared = next(each for each in TOPICS if each.name == topic)
-    return PostgresArchive(dsn, declared, schema=schema, apply_schema=apply_schema)
+    return PostgresArchive(dsn, declared, schema=schema, apply_schema=apply_schema, accept_loss=accept_loss)
 
 
 def require_no_password(dsn: str, option: str) -> None:
     """Raise ConfigurationError where an address given on the command line is none, or holds a password."""
-    import psycopg
-    from psycopg.conninfo import conninfo_to_dict
+    from bourse_consumers.postgres.sink import require_address
 
-    try:
-        given = conninfo_to_dict(dsn)
-    except psycopg.Error:
-        raise ConfigurationError(f"{option} is no address such as postgresql://user@host:5432/database") from None
-    if "password" in given:
+    if require_address(dsn, option).keys() & {"password", "sslpassword", "oauth_client_secret"}:
         raise ConfigurationError(f"{option} holds a password that others can see: use PGPASSFILE or PGPASSWORD")

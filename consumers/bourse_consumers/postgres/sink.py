@@ -7,56 +7,96 @@ nothing of the batch is written, and the writer goes on behind the other.
 from __future__ import annotations
 
 import base64
+import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.types.json import Jsonb
 
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Retry, Rewind
 from bourse_consumers.postgres.tables import Tables
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import Topic
 
-__all__ = ["PostgresArchive", "connect", "words"]
+__all__ = ["PostgresArchive", "connect", "require_address", "words"]
 
 # A server that is gone, or a writer that sleeps in the middle of a transaction, is noticed in so long.
-CONNECT_SECONDS = 5
 PATIENCE: dict[str, Any] = {
+    "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    "options": "-c statement_timeout=60s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s",
+    "application_name": "bourse-stream",
 }
+TIMEOUTS = "-c statement_timeout=60s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s"
 
 
 def connect(dsn: str) -> psycopg.Connection[Any]:
-    """Return a connection that commits only what `transaction()` holds. Raises psycopg.Error."""
-    return psycopg.connect(
-        dsn, autocommit=True, connect_timeout=CONNECT_SECONDS, application_name="bourse-stream", **PATIENCE
-    )
+    """Return a connection that commits only what `transaction()` holds; what the address sets goes before ours.
+
+    Raises psycopg.Error, and ConfigurationError where it is no address: libpq's own words would quote the password.
+    """
+    given = require_address(dsn, "--dsn")
+    options = f"{TIMEOUTS} {given.get('options') or os.environ.get('PGOPTIONS', '')}".strip()
+    own = {**PATIENCE, **given, "options": options, "client_encoding": "utf8"}
+    return psycopg.connect(make_conninfo("", **own), autocommit=True)
+
+
+def require_address(dsn: str, option: str) -> dict[str, Any]:
+    """Return the parts of an address. Raises ConfigurationError where it is none, without a word of it."""
+    try:
+        parts = dict(conninfo_to_dict(dsn))
+        # A host with an @ is the end of a password that holds one; with nothing before it, a socket.
+        sound = "@" not in str(parts.get("host", "")).removeprefix("@")
+    except psycopg.Error:
+        sound = False
+    if not sound:
+        raise ConfigurationError(
+            f"{option} is no address such as postgresql://user@host:5432/database; in a password, % is written %25, "
+            "@ is written %40, / is written %2F"
+        )
+    return parts
+
+
+class _Fenced(Exception):
+    """Another writer has moved the offsets."""
 
 
 class PostgresArchive(Consumer):
     """Writes every event of a topic to a table, exactly once."""
 
-    def __init__(self, dsn: str, topic: Topic, *, schema: str = "bourse", apply_schema: bool = False) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        topic: Topic,
+        *,
+        schema: str = "bourse",
+        apply_schema: bool = False,
+        accept_loss: bool = False,
+    ) -> None:
         self.topics = (topic,)
         self._dsn = dsn
         self._tables = Tables(topic, schema)
+        self._accept_loss = accept_loss
         self._next: dict[Partition, int] = {}
         # Where a commit may or may not have brought the offsets.
         self._unsure = False
         try:
             self._connection = self._connect()
+            if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
+                raise ConfigurationError("--dsn: this server or user may only read")
+            if self._connection.execute("SHOW server_encoding").fetchone() != ("UTF8",):
+                raise ConfigurationError("--dsn: this database cannot hold Persian text: make one with ENCODING 'UTF8'")
             if apply_schema:
                 self._tables.apply(self._connection)
             self._tables.require(self._connection)
-            if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
-                raise ConfigurationError("--dsn: this server or user may only read")
+            self._tables.require_rights(self._connection)
         except psycopg.Error as error:
             raise ConfigurationError(f"--dsn: {words(error)}") from error
 
@@ -70,10 +110,26 @@ class PostgresArchive(Consumer):
         self._next = {partition: assigned.first.get(partition, 0) for partition in assigned}
         self._unsure = False
         try:
-            self._next.update(self._ends())
+            found = self._ends()
+            lost = {each: (found[each], at) for each, at in assigned.first.items() if found.get(each, at) < at}
+            self._note_loss(lost)
         except psycopg.Error as error:
             self._reconnect(error)
+        self._next.update({each: max(at, assigned.first.get(each, 0)) for each, at in found.items()})
         return Own(dict(self._next))
+
+    def _note_loss(self, lost: dict[Partition, tuple[int, int]]) -> None:
+        """Stop where the topic no longer has what comes next; or go on behind the hole, and note it."""
+        for partition, (start, first) in lost.items():
+            where = f"{partition.topic}-{partition.number}: offsets {start} to {first - 1}"
+            if not self._accept_loss:
+                raise ConfigurationError(
+                    f"the topic has deleted what this archive lacks, {where}: it was away for longer than the topic "
+                    "keeps its records; --accept-loss goes on, and leaves a record of the hole"
+                )
+            get_logger().error("lost for ever, and noted in the archive", where=where)
+            with self._connection.transaction():
+                self._tables.note_hole(self._connection, partition, start, first)
 
     def _ends(self) -> dict[Partition, int]:
         found = {topic: self._tables.ends(self._connection, topic) for topic in {each.topic for each in self._next}}
@@ -93,12 +149,22 @@ class PostgresArchive(Consumer):
             with self._connection.transaction():
                 self._move(ends)
                 self._write(rows)
+        except _Fenced:
+            self._rewind()
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             self._blame(batch, error)
         except psycopg.Error as error:
             self._unsure = True
             self._reconnect(error)
         self._next.update(ends)
+
+    def _rewind(self) -> NoReturn:
+        """Go on behind whoever moved the offsets; what this writer moved with them is rolled back by now."""
+        try:
+            self._next.update(self._ends())
+        except psycopg.Error as error:
+            self._reconnect(error)
+        raise Rewind(dict(self._next))
 
     def _move(self, ends: Offsets) -> None:
         known = sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING").format(self._tables.offsets)
@@ -109,8 +175,7 @@ class PostgresArchive(Consumer):
             self._connection.execute(known, [*partition, start, start])
             moved = self._connection.execute(move.format(self._tables.offsets), [at, *partition, start])
             if moved.rowcount != 1:
-                found = self._ends()
-                raise Rewind({each: found.get(each, self._next[each]) for each in self._next})
+                raise _Fenced
 
     def _rows(self, batch: Batch) -> Iterator[tuple[Any, ...]]:
         table = batch.table()
@@ -132,9 +197,9 @@ class PostgresArchive(Consumer):
             for row in rows:
                 copy.write_row(row)
 
-    def _blame(self, batch: Batch, error: psycopg.Error) -> None:
+    def _blame(self, batch: Batch, error: psycopg.Error) -> NoReturn:
         """Find the record that the database does not take: it becomes a dead letter."""
-        self._tables.forget_months()
+        self._tables.forget_months()  # one may have been dropped meanwhile
         culprit: Record | None = None
         try:
             with self._connection.transaction(force_rollback=True):
@@ -142,11 +207,12 @@ class PostgresArchive(Consumer):
                     culprit = record
                     self._write([row])
         except (psycopg.DataError, psycopg.IntegrityError) as found:
-            self._tables.forget_months()
             if culprit is not None:
                 raise Reject(culprit, f"PostgreSQL does not take it: {words(found)}") from found
         except psycopg.Error as lost:
             self._reconnect(lost)
+        finally:
+            self._tables.forget_months()  # those just made were rolled back
         raise Retry(f"PostgreSQL: {words(error)}") from error
 
     def durable(self) -> Offsets:
@@ -157,7 +223,7 @@ class PostgresArchive(Consumer):
         """Leave the server."""
         self._connection.close()
 
-    def _reconnect(self, error: psycopg.Error) -> None:
+    def _reconnect(self, error: psycopg.Error) -> NoReturn:
         """Ask for the batch again, over a new connection: the old one may not know yet that it is broken."""
         self._tables.forget_months()
         try:

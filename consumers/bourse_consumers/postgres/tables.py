@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from bourse_consumers.api import Partition
 from bourse_schemas.codec import avro_schema
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import TRADES, Topic
@@ -44,6 +45,14 @@ def _type(avro: Any) -> str:
     return TYPES[avro]
 
 
+def _span(day: date) -> tuple[sql.Composable, sql.Composable]:
+    """Return where the month of a day begins and ends; the last one of all has no end."""
+    begin = day.replace(day=1)
+    if (begin.year, begin.month) == (date.max.year, date.max.month):
+        return sql.Literal(f"{begin}"), sql.SQL("MAXVALUE")
+    return sql.Literal(f"{begin}"), sql.Literal(f"{date(begin.year + begin.month // 12, begin.month % 12 + 1, 1)}")
+
+
 class Tables:
     """The tables of one topic in a schema of the database: its rows, and how far each partition is written."""
 
@@ -55,7 +64,7 @@ class Tables:
         self._optional = {field["name"] for field in fields if isinstance(field["type"], list)}
         self._months = set(BY_MONTH) <= self.columns.keys()
         self.rows = self._named(topic.name.replace("-", "_"))
-        self.offsets = self._named("offsets")
+        self.offsets, self.holes = self._named("offsets"), self._named("holes")
         self._known_months: set[str] = set()
 
     def _named(self, name: str) -> sql.Identifier:
@@ -68,6 +77,8 @@ class Tables:
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
             connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(self._schema)))
+            if self._found(connection) or self._version(connection) is not None:
+                self._require_ours(connection)
             meta = sql.SQL("CREATE TABLE IF NOT EXISTS {} (name text PRIMARY KEY, value text NOT NULL)")
             connection.execute(meta.format(self._named("meta")))
             version = sql.SQL("INSERT INTO {} VALUES ('version', %s) ON CONFLICT DO NOTHING")
@@ -77,6 +88,11 @@ class Tables:
                 "next bigint NOT NULL, PRIMARY KEY (topic, partition))"
             )
             connection.execute(offsets.format(self.offsets))
+            holes = sql.SQL(
+                "CREATE TABLE IF NOT EXISTS {} (topic text, partition integer, start bigint, next bigint NOT NULL, "
+                "noted_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (topic, partition, start))"
+            )
+            connection.execute(holes.format(self.holes))
             key = BY_MONTH if self._months else ("_partition", "_offset")
             lines = [
                 sql.SQL("{} {}{}").format(
@@ -88,9 +104,11 @@ class Tables:
             partitioned = sql.SQL(" PARTITION BY RANGE (trading_day)" if self._months else "")
             table = sql.SQL("CREATE TABLE IF NOT EXISTS {} ({}){}")
             connection.execute(table.format(self.rows, sql.SQL(", ").join(lines), partitioned))
+            # What lacks more than that is another table, and stays as it is: the check below undoes all of this.
             for name in self._optional - self._found(connection).keys():
                 more = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}")
                 connection.execute(more.format(self.rows, sql.Identifier(name), sql.SQL(self.columns[name])))
+            self.require(connection)
             if self.topic is TRADES:
                 self._views(connection)
 
@@ -119,26 +137,55 @@ class Tables:
 
     def require(self, connection: psycopg.Connection[Any]) -> None:
         """Raise ConfigurationError where the tables are not those of this release."""
-        where = f"the schema {self._schema}"
         found = self._found(connection)
         if not found:
-            raise ConfigurationError(f"{where} has no table for {self.topic.name}: --apply-schema makes it")
-        query = sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(self._named("meta"))
-        try:
-            row = connection.execute(query).fetchone()
-        except psycopg.errors.UndefinedTable:
-            row = None
-        if row is None:
-            raise ConfigurationError(f"{where} has a table {self.topic.name} that is not ours: give another --schema")
-        if int(row[0]) > VERSION:
-            raise ConfigurationError(f"{where} was written by a newer version: upgrade bourse-stream")
+            raise ConfigurationError(
+                f"the schema {self._schema} has no table for {self.topic.name}: --apply-schema makes it"
+            )
+        self._require_ours(connection)
         if missing := self.columns.keys() - found.keys():
-            raise ConfigurationError(f"{self.topic.name} lacks {', '.join(sorted(missing))}: --apply-schema adds them")
+            help_ = "--apply-schema adds them" if missing <= self._optional else "it is not ours: give another --schema"
+            raise ConfigurationError(f"{self.topic.name} lacks {', '.join(sorted(missing))}: {help_}")
         for name, kind in self.columns.items():
             if found[name] != kind:
                 raise ConfigurationError(
                     f"{self.topic.name}: {name} is {found[name]}, not {kind}: give another --schema"
                 )
+
+    def _require_ours(self, connection: psycopg.Connection[Any]) -> None:
+        version = self._version(connection)
+        where = f"the schema {self._schema}"
+        if version is None:
+            raise ConfigurationError(f"{where} has a table {self.topic.name} that is not ours: give another --schema")
+        if version > VERSION:
+            raise ConfigurationError(f"{where} was written by a newer version: upgrade bourse-stream")
+
+    def _version(self, connection: psycopg.Connection[Any]) -> int | None:
+        """Return the version of the tables, None where nothing of ours says it."""
+        meta = self._named("meta")
+        if connection.execute("SELECT to_regclass(%s)", [meta.as_string(connection)]).fetchone() == (None,):
+            return None
+        row = connection.execute(sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(meta)).fetchone()
+        return int(row[0]) if row else None
+
+    def require_rights(self, connection: psycopg.Connection[Any]) -> None:
+        """Raise ConfigurationError where this user may not do what a writer does."""
+        rows, offsets = self.rows.as_string(connection), self.offsets.as_string(connection)
+        checks = [
+            (f"INSERT on {rows}", "SELECT has_table_privilege(%s, 'INSERT')", [rows]),
+            *(
+                (f"{right} on {offsets}", "SELECT has_table_privilege(%s, %s)", [offsets, right])
+                for right in ("SELECT", "INSERT", "UPDATE")
+            ),
+        ]
+        if self._months:
+            # Only who owns a table may give it a month.
+            owner = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)"
+            checks.append((f"the ownership of {rows}", owner, [rows]))
+            checks.append(("CREATE in its schema", "SELECT has_schema_privilege(%s, 'CREATE')", [self._schema]))
+        for what, query, about in checks:
+            if connection.execute(query, about).fetchone() != (True,):
+                raise ConfigurationError(f"--dsn: this user lacks {what}: grant it, or give another user")
 
     # --- written and read ---------------------------------------------------------------------------------------------
 
@@ -148,13 +195,14 @@ class Tables:
             month = f"{self.topic.name}_{day:%Y_%m}"
             if month in self._known_months:
                 continue
-            begin = day.replace(day=1)
-            end = date(begin.year + begin.month // 12, begin.month % 12 + 1, 1)
             connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-            made = sql.SQL("CREATE TABLE IF NOT EXISTS {} PARTITION OF {} FOR VALUES FROM ({}) TO ({})")
-            connection.execute(
-                made.format(self._named(month), self.rows, sql.Literal(f"{begin}"), sql.Literal(f"{end}"))
-            )
+            known = "SELECT 1 FROM pg_inherits WHERE inhparent = to_regclass(%s) AND inhrelid = to_regclass(%s)"
+            each = self._named(month)
+            if not connection.execute(known, [part.as_string(connection) for part in (self.rows, each)]).fetchone():
+                # CREATE … PARTITION OF would wait for whoever reads the table, and make all others wait; this does not.
+                connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(each, self.rows))
+                attach = sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})")
+                connection.execute(attach.format(self.rows, each, *_span(day)))
             self._known_months.add(month)
 
     def forget_months(self) -> None:
@@ -163,5 +211,17 @@ class Tables:
 
     def ends(self, connection: psycopg.Connection[Any], topic: str) -> dict[int, tuple[int, int]]:
         """Return, per partition of a topic by its full name, the first offset written and the next one."""
-        query = sql.SQL("SELECT partition, first, next FROM {} WHERE topic = %s").format(self.offsets)
-        return {number: (first, at) for number, first, at in connection.execute(query, [topic])}
+        query = sql.SQL("SELECT topic, partition, first, next FROM {}").format(self.offsets)
+        found = connection.execute(query).fetchall()
+        for other in {each for each, *_ in found if each != topic and each.endswith(f".{self.topic.name}")}:
+            raise ConfigurationError(
+                f"the schema {self._schema} holds {other}, not {topic}: give another --schema, or the other prefix"
+            )
+        return {number: (first, at) for each, number, first, at in found if each == topic}
+
+    def note_hole(self, connection: psycopg.Connection[Any], partition: Partition, start: int, first: int) -> None:
+        """Move the offsets over what can no longer be had, in the transaction under way; say so where we did."""
+        move = sql.SQL("UPDATE {} SET next = %s WHERE topic = %s AND partition = %s AND next = %s")
+        if connection.execute(move.format(self.offsets), [first, *partition, start]).rowcount:
+            noted = sql.SQL("INSERT INTO {} (topic, partition, start, next) VALUES (%s, %s, %s, %s)")
+            connection.execute(noted.format(self.holes), [*partition, start, first])
