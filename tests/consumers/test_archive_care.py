@@ -269,7 +269,7 @@ class Dying(Folder):
         super().delete(path)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(changes=st.integers(0, 20))
 def test_compaction_may_die_at_any_point(changes: int, whole: Path, memory: Memory, tmp_path_factory: Any) -> None:
     """Every row is there once for whoever reads the catalogue, and the next run ends what the first began."""
