@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,7 @@ from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
 
 if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Message
+    from confluent_kafka import Consumer
 
 __all__ = ["Publisher", "State", "committed"]
 
@@ -158,9 +158,14 @@ class Publisher:
         """Yield the committed events of a topic, in order per partition; with `tail` only the last ones."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._cluster.registry().deserializer(event)
+        records = _records(self._cluster, name, TAIL if tail else None)
+        # Of a compacted topic only the last value of a key counts; how much of the others is still there is chance.
+        found = dict(records).values() if topic.cleanup == "compact" else (value for _, value in records)
         try:
-            for payload in committed(self._cluster, name, tail=TAIL if tail else None):
-                yield decode(payload)
+            for payload in found:
+                # A tombstone is how an operator takes a delisted instrument out: unknown again, when it comes back.
+                if payload is not None:
+                    yield decode(payload)
         except Undecodable as error:
             raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
 
@@ -170,6 +175,10 @@ def committed(cluster: Cluster, name: str, *, tail: int | None = None) -> Iterab
 
     Raises PublishError where it cannot be read.
     """
+    return (value for _, value in _records(cluster, name, tail) if value is not None)
+
+
+def _records(cluster: Cluster, name: str, tail: int | None) -> Iterator[tuple[bytes | None, bytes | None]]:
     consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
     try:
         found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
@@ -215,7 +224,7 @@ def _start(consumer: Consumer, topic: str, partition: int, tail: int | None) -> 
     return TopicPartition(topic, partition, max(low, high - tail))
 
 
-def _until_end(consumer: Consumer, partitions: int) -> Iterable[bytes]:
+def _until_end(consumer: Consumer, partitions: int) -> Iterator[tuple[bytes | None, bytes | None]]:
     ended: set[int | None] = set()
     deadline = time.monotonic() + RESTORE_SECONDS
     while len(ended) < partitions:
@@ -224,9 +233,7 @@ def _until_end(consumer: Consumer, partitions: int) -> Iterable[bytes]:
             deadline = time.monotonic() + RESTORE_SECONDS
             error = message.error()
             if error is None:
-                # A tombstone is how an operator takes a delisted instrument out: unknown again, when it comes back.
-                if (value := _value(message)) is not None:
-                    yield value
+                yield _bytes(message.key()), _bytes(message.value())
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 ended.add(message.partition())
             elif not error.retriable():
@@ -235,8 +242,7 @@ def _until_end(consumer: Consumer, partitions: int) -> Iterable[bytes]:
             raise PublishError(f"reading the state back: no record for {RESTORE_SECONDS:.0f} s")
 
 
-def _value(message: Message) -> bytes | None:
-    value = message.value()
+def _bytes(value: str | bytes | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else value
 
 

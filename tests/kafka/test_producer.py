@@ -362,6 +362,26 @@ def test_a_death_before_the_marker_leaves_nothing(cluster: Cluster) -> None:
     assert check(cluster) == events
 
 
+def test_an_instrument_that_an_operator_took_out_is_unknown(cluster: Cluster) -> None:
+    """By a record without a value; whether Kafka has compacted the topic makes no difference."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 2)
+    publisher = Publisher(cluster, SOURCE)
+    gone = next(iter(publisher.restore().candles))
+    producer = cluster.transactional_producer(f"{cluster.prefix}-operator")
+    producer.init_transactions(10)
+    producer.begin_transaction()
+    producer.produce(CANDLES.full_name(cluster.prefix), None, gone.encode())
+    producer.commit_transaction()
+    producer.close()
+    publisher.close()
+    again = Publisher(cluster, SOURCE)
+    known = again.restore().candles
+    again.close()
+    assert gone not in known
+    assert len(known) > 500
+
+
 def test_what_an_older_instance_commits_at_the_last_moment_is_known(cluster: Cluster) -> None:
     """Until the new instance has fenced it the older one may commit: state is read after that, not before."""
     with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
