@@ -29,7 +29,7 @@ def test_a_quick_run_times_and_checks_both_contestants() -> None:
 def test_the_check_notices_a_wrong_value_and_a_missing_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on the topics is compared to the last rial and the last record."""
     monkeypatch.syspath_prepend(ROOT)
-    bench, market, plain = (import_module(f"benchmarks.{name}") for name in ("bench", "market", "plain"))
+    bench, market, plain = (import_module(f"benchmarks.{name}") for name in ("publishing", "market", "plain"))
     rows = market.rows(1, 3)
     right = list(plain.records({}, rows, 1, "a", market.received_at(1)))
     again = list(plain.records({}, rows, 1, "b", market.received_at(1)))

@@ -244,6 +244,8 @@ class Consumer(ABC):
     """What it reads."""
     emits: Sequence[Topic] = ()
     """What it publishes, dead letters apart: looked at before it starts, and it may publish nothing else."""
+    batch_size: int = 1000
+    """Most records it gets at a time, where the operator says nothing else."""
 
     def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
         """Begin with these partitions; called anew at every rebalance."""

@@ -25,9 +25,7 @@ __all__ = ["consume"]
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 100_000),
-    default=1000,
-    show_default=True,
-    help="Most records the consumer gets at a time.",
+    help="Most records the consumer gets at a time.  [default: the consumer's own, mostly 1000]",
 )
 @click.option(
     "--max-rejected-share",

@@ -14,13 +14,13 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import chain
 from typing import Any, cast
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bourse_consumers.api import Places
 from bourse_consumers.rows import arrow_schema, with_places
@@ -36,7 +36,6 @@ SYNC = bytes(16)
 DAYS = -719_162, 2_932_896
 MILLIS = -62_135_596_800_000, 253_402_300_799_999
 _FIRST = secrets.randbits(62)
-_NUMBERS: list[bytes] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +61,25 @@ class Columns:
 
         May raise Unreachable, where a schema is asked for.
         """
-        groups: dict[bytes, list[int]] = {}
-        for index, value in enumerate(places.values):
-            if value is None or len(value) < FRAME.size:
-                return None
-            groups.setdefault(value[: FRAME.size], []).append(index)
+        values = [value or b"" for value in places.values]
+        frames = list(dict.fromkeys(value[: FRAME.size] for value in values))
         tables = []
-        for frame, indices in groups.items():
+        for frame in frames:
+            if len(frame) < FRAME.size:
+                return None
             try:
                 plan = self._plan(frame)
             except Undecodable:
                 return None
-            bodies = [places.values[index][FRAME.size :] for index in indices]  # type: ignore[index]  # none is None
-            table = _read(plan, bodies, self._schema) if plan else None
+            mine = values if len(frames) == 1 else [value for value in values if value.startswith(frame)]
+            table = _read(plan, [value[FRAME.size :] for value in mine], self._schema) if plan else None
             if table is None:
                 return None
             tables.append(table)
         table = pa.concat_tables(tables)
         if len(tables) > 1:
-            came = list(chain.from_iterable(groups.values()))
-            table = table.take(pc.sort_indices(pa.array(came)))
+            came = [index for frame in frames for index, value in enumerate(values) if value.startswith(frame)]
+            table = table.take(pl.Series(came).arg_sort().to_arrow())
         return with_places(table, places)
 
     def _plan(self, frame: bytes) -> _Plan | None:
@@ -142,34 +140,39 @@ def _flat(avro: Any) -> bool:
     return avro in ("string", "long", "boolean", "double")
 
 
+@lru_cache(4)
+def _guards(count: int) -> tuple[pl.Series, list[bytes]]:
+    """Return so many numbers, and each one's bytes."""
+    numbers = range(_FIRST, _FIRST + count)
+    return pl.Series(GUARD, numbers), list(map(_long, numbers))
+
+
 def _read(plan: _Plan, bodies: Sequence[bytes], schema: pa.Schema) -> pa.Table | None:
     count = len(bodies)
-    if len(_NUMBERS) < count:
-        _NUMBERS.extend(map(_long, range(_FIRST + len(_NUMBERS), _FIRST + count)))
-    data = b"".join(chain.from_iterable(zip(bodies, _NUMBERS, strict=False)))
+    numbers, encoded = _guards(1 << max(count - 1, 0).bit_length())
+    data = b"".join(chain.from_iterable(zip(bodies, encoded, strict=False)))
     container = b"".join((plan.header, _long(count), _long(len(data)), data, SYNC))
     try:
         frame = pl.read_avro(BytesIO(container))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, OverflowError, ValueError):
         return None
-    if (
-        frame.height != count
-        or not (frame[GUARD] - _FIRST == pl.int_range(count, eager=True)).all()
-        or not _sensible(frame)
-    ):
+    if frame.height != count or not frame[GUARD].equals(numbers.head(count)) or not _sensible(frame):
         return None
-    columns = frame.select(list(plan.types)).to_arrow()
+    try:
+        columns = pl.DataFrame([_column(frame[name], avro) for name, avro in plan.types.items()]).to_arrow()
+    except _Odd:
+        return None
     try:
         return pa.Table.from_arrays(
             [
                 pa.repeat(pa.scalar(plan.constants[field.name], field.type), count)
                 if field.name in plan.constants
-                else _column(columns[field.name], plan.types[field.name], field.type)
+                else columns[field.name].cast(field.type)
                 for field in schema
             ],
             schema=schema,
         )
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, _Odd):
+    except pa.ArrowInvalid:
         return None
 
 
@@ -177,23 +180,23 @@ class _Odd(Exception):
     """A byte that is no boolean, or no symbol of its enum."""
 
 
-def _column(column: pa.ChunkedArray, avro: Any, type_: pa.DataType) -> Any:
+def _column(column: pl.Series, avro: Any) -> pl.Series:
     match avro:
         case ["null", inner]:
-            return _column(column, inner, type_)
+            return _column(column, inner)
         case "boolean":
             # Read as an int, 1 is -1.
-            return _take(pc.negate(column), [False, True], type_)
+            return _pick(-column, [False, True])
         case {"type": "enum", "symbols": symbols}:
-            return _take(column, symbols, type_)
-    return column if column.type == type_ else column.cast(type_)
+            return _pick(column, symbols)
+    return column
 
 
-def _take(indices: pa.ChunkedArray, values: Sequence[Any], type_: pa.DataType) -> Any:
-    span = pc.min_max(indices).as_py()
-    if span["min"] is not None and not 0 <= span["min"] <= span["max"] < len(values):
+def _pick(indices: pl.Series, values: Sequence[Any]) -> pl.Series:
+    low, high = indices.min(), indices.max()
+    if low is not None and not 0 <= low <= high < len(values):  # type: ignore[operator]  # numbers both
         raise _Odd
-    return pa.chunked_array([pa.array(values, type_).take(chunk) for chunk in indices.chunks], type_)
+    return pl.Series(indices.name, values).gather(indices)
 
 
 def _sensible(frame: pl.DataFrame) -> bool:

@@ -122,34 +122,37 @@ class KafkaStream:
             # What came along with the assignment is fetched again from where the consumer wants to begin.
             self._changed = False
             return Poll(assigned=self._assignment())
-        good: list[Message] = []
-        partitions: list[Partition] = []
-        offsets: list[int] = []
         positions: dict[Partition, int] = {}
+        good = [message for message in messages if message.error() is None]
+        if len(good) < len(messages):
+            self._look_at(messages, positions)
+        topics = [message.topic() for message in good]
+        partitions = list(map(_partition, topics, [message.partition() for message in good]))
+        offsets: list[Any] = [message.offset() for message in good]
+        timestamps = [message.timestamp()[1] for message in good]
+        values: list[Any] = [message.value() for message in good]
+        places = Places(partitions, offsets, timestamps, values)
+        for partition, at in places.ends().items():
+            positions[partition] = max(at, positions.get(partition, 0))
+        self._next.update(positions)
+        self._read_until.update(zip(partitions, timestamps, strict=True))
+        return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
+
+    def _look_at(self, messages: Sequence[Message], positions: dict[Partition, int]) -> None:
+        """Note where partitions end, and raise what has to be raised."""
         for message in messages:
             error = message.error()
-            partition = _partition(message.topic(), message.partition())
-            offset: int = message.offset()  # type: ignore[assignment]  # what was fetched has one
             if error is None:
-                good.append(message)
-                partitions.append(partition)
-                offsets.append(offset)
-                positions[partition] = offset + 1
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                continue
+            if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 # The end lies beyond the last record where a transaction marker follows it.
-                positions[partition] = offset
+                positions[_partition(message.topic(), message.partition())] = int(message.offset() or 0)
             elif error.fatal():
                 raise KafkaException(error)
             elif error.code() in REFUSED or error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # its name
                 raise _broken(error)
             else:
                 self._log.warning("kafka", error=error.str())
-        self._next.update(positions)
-        timestamps = [message.timestamp()[1] for message in good]
-        self._read_until.update(zip(partitions, timestamps, strict=True))
-        values: list[Any] = [message.value() for message in good]
-        places = Places(partitions, offsets, timestamps, values)
-        return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
 
     def seek(self, offsets: Offsets) -> None:
         """Go on from these offsets; those not named go on after what was polled."""

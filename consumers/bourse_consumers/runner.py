@@ -130,7 +130,7 @@ class Runner:
         *,
         columns: Callable[[Places], Any] = lambda _: None,
         name: str,
-        batch_size: int = 1000,
+        batch_size: int | None = None,
         max_rejected_share: float = 0.5,
         stop: threading.Event | None = None,
         monitor: Monitor | None = None,
@@ -140,7 +140,7 @@ class Runner:
         self._stream = stream
         self._decode, self._columns = decode, columns
         self._name = name
-        self._batch_size = batch_size
+        self._batch_size = batch_size or consumer.batch_size
         self._max_rejected_share = max_rejected_share
         self._monitor = monitor or Monitor(name)
         self._now = now

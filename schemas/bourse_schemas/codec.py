@@ -38,6 +38,7 @@ __all__ = [
 
 E = TypeVar("E", bound=Event)
 Schema = dict[str, Any]
+Header = tuple[str, str | bytes | None]
 
 MAGIC = 0
 FRAME = struct.Struct(">bI")
@@ -209,7 +210,12 @@ class Record(NamedTuple):
     key: bytes
     value: bytes
     timestamp: int
-    headers: list[tuple[str, str | bytes | None]]
+    headers: list[Header]
+
+
+SPECIFICATION: Header = ("ce_specversion", b"1.0")
+TYPE = 3  # where ce_type stands
+CONTENT_TYPE: Header = ("content-type", b"application/vnd.apache.avro")
 
 
 class Serializer(Generic[E]):
@@ -220,7 +226,7 @@ class Serializer(Generic[E]):
         self.frame = FRAME.pack(MAGIC, schema_id)
         self._declared = topic
         self._encode: Callable[[E], bytes] = encoder(topic.event)
-        self._type = topic.cloudevents_type.encode()
+        self.type: Header = ("ce_type", topic.cloudevents_type.encode())
 
     def __call__(self, event: E) -> Record:
         """Return the event's record."""
@@ -229,28 +235,36 @@ class Serializer(Generic[E]):
     def record(self, event: E, body: bytes) -> Record:
         """Return the event's record, its Avro binary given."""
         declared = self._declared
-        instant = declared.timestamp(event)
+        timestamp, ce_time = _time(declared.timestamp(event))
         key = declared.key(event).encode()
         return Record(
             self.topic,
             key,
             self.frame + body,
-            millis(instant),
+            timestamp,
             [
-                ("ce_specversion", b"1.0"),
+                SPECIFICATION,
                 ("ce_id", declared.identity(event).encode()),
-                ("ce_source", getattr(event, "source", self.topic).encode()),
-                ("ce_type", self._type),
-                ("ce_time", _rfc3339(instant)),
+                _source(getattr(event, "source", self.topic)),
+                self.type,
+                ce_time,
                 ("ce_subject", key),
-                ("content-type", b"application/vnd.apache.avro"),
+                CONTENT_TYPE,
             ],
         )
 
 
+# A poll's records have most of their headers in common.
+
+
 @lru_cache(4096)
-def _rfc3339(instant: datetime) -> bytes:
-    return _iso(instant).encode()
+def _time(instant: datetime) -> tuple[int, Header]:
+    return millis(instant), ("ce_time", _iso(instant).encode())
+
+
+@lru_cache(64)
+def _source(name: str) -> Header:
+    return "ce_source", name.encode()
 
 
 def candle_and_event_records(
@@ -258,7 +272,10 @@ def candle_and_event_records(
 ) -> tuple[Record, Record]:
     """Return the records of a candle and of the event that led to it; what they share is encoded once."""
     body = encoder(Candle)(candle)
-    return candles.record(candle, body), trades.record(event, _around_candle()(event, body))
+    change = trades.record(event, _around_candle()(event, body))
+    headers = change.headers.copy()
+    headers[TYPE] = candles.type
+    return Record(candles.topic, change.key, candles.frame + body, change.timestamp, headers), change
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,14 @@ class Cluster:
 
         from bourse_schemas.telemetry import kafka_logger
 
-        tuned = {"fetch.wait.max.ms": 10, "fetch.queue.backoff.ms": 5}
+        tuned = {
+            "fetch.wait.max.ms": 10,
+            "fetch.queue.backoff.ms": 5,
+            # What lies ready is 60 MB by default, and no reader is faster for more than this.
+            "queued.min.messages": 10_000,
+            "queued.max.messages.kbytes": 8192,
+            "fetch.message.max.bytes": 1 << 18,
+        }
         fixed = {
             "group.id": group or "bourse-unused",
             "isolation.level": "read_committed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def batch(memory: Memory, begin: int, end: int) -> Batch:
     return Batch(records, {TRADES_0: end}, decode=memory.decode)
 
 
+def settled(writer: ParquetArchive) -> None:
+    """Wait for what is being written, whatever comes of it."""
+    if writer._writing is not None:
+        wait([writer._writing])
+
+
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """Return an empty place of either kind."""
@@ -48,6 +55,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 class Contract(ConsumerContract):
     """Every event is in a file once, whatever is stopped, killed or moved."""
+
+    before: ParquetArchive | None = None
+
+    def made(self, store: Store) -> Consumer:
+        """Return a writer; what the one before it had begun to write is written: the dead do not go on."""
+        if self.before is not None:
+            settled(self.before)
+        self.before = ParquetArchive(store, max_rows=2)
+        return self.before
 
     def events(self) -> Sequence[TradeEvent]:
         """Return events of two days."""
@@ -58,7 +74,7 @@ class TestFolder(Contract):
     """In a folder."""
 
     def make(self, folder: Path) -> Consumer:
-        return ParquetArchive(Folder(folder), max_rows=2)
+        return self.made(Folder(folder))
 
     def outcome(self, memory: Memory, folder: Path) -> object:
         store = Folder(folder)
@@ -73,7 +89,7 @@ class TestBucket(Contract):
         self.bucket = bucket
 
     def make(self, folder: Path) -> Consumer:
-        return ParquetArchive(open_store(f"{self.bucket}/{folder.name}"), max_rows=2)
+        return self.made(open_store(f"{self.bucket}/{folder.name}"))
 
     def outcome(self, memory: Memory, folder: Path) -> object:
         store = open_store(f"{self.bucket}/{folder.name}")
@@ -138,10 +154,11 @@ def test_a_disk_that_fails_is_waited_for(tmp_path: Path) -> None:
     store = Folder(tmp_path)
     writer = ParquetArchive(store, max_rows=1)
     writer.open(Assignment({TRADES_0: 0}))
-    writer.process(batch(memory, 0, 1))
     blocker = tmp_path / "trading_day=2026-11-23"
     blocker.write_text("in the way of the folder")
+    writer.process(batch(memory, 0, 1))
     for _ in range(2):
+        settled(writer)
         with pytest.raises(Retry):
             writer.process(batch(memory, 1, 2))
     assert writer.durable() == {TRADES_0: 0}
@@ -271,8 +288,9 @@ def test_a_server_that_is_away_is_waited_for(bucket: str, monkeypatch: pytest.Mo
     away = open_store(bucket)
     writer = ParquetArchive(here, max_rows=1)
     writer.open(Assignment({TRADES_0: 0}))
-    writer.process(batch(memory, 0, 1))
     writer._store = away
+    writer.process(batch(memory, 0, 1))
+    settled(writer)
     with pytest.raises(Retry, match="cannot write"):
         writer.process(batch(memory, 1, 2))
     assert writer.durable() == {TRADES_0: 0}

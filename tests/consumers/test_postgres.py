@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import psycopg
 import pytest
 from click.testing import CliRunner
@@ -194,7 +195,7 @@ def test_a_connection_that_breaks_before_the_commit(dsn: str, monkeypatch: pytes
     writer.open(Assignment({TRADES_0: 0}))
     write = writer._write
 
-    def break_off(found: Sequence[Any]) -> None:
+    def break_off(found: pl.DataFrame) -> None:
         write(found)
         _terminate(dsn, writer._connection)
 

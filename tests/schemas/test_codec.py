@@ -35,7 +35,7 @@ from bourse_schemas.codec import (
 )
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, Op, PriceAlert, TradeEvent
-from bourse_schemas.topics import CANDLES, TOPICS, TRADES, topic_of
+from bourse_schemas.topics import CANDLES, TOPICS, TRADES, event_id, topic_of
 from tests.strategies import LONGS, all_of, any_event, framed, one
 
 EVENTS = [topic.event for topic in TOPICS]
@@ -115,6 +115,7 @@ def test_what_candle_and_event_share_is_encoded_once(event: Event) -> None:
     fields = msgspec.structs.asdict(event)
     candle = msgspec.convert({name: fields[name] for name in Candle.__struct_fields__}, Candle)
     assert isinstance(event, TradeEvent)
+    event = msgspec.structs.replace(event, event_id=event_id(event.instrument, event.trading_day, event.sequence))
     candles: Serializer[Candle] = Serializer(CANDLES, 4, "p")
     trades: Serializer[TradeEvent] = Serializer(TRADES, 9, "p")
     assert candle_and_event_records(candles, trades, candle, event) == (candles(candle), trades(event))

@@ -128,7 +128,7 @@ def _content(store: Store, file: File, report: Report) -> pa.Table | None:
         return None
     if table.num_rows != file.rows:
         report.fault(f"{table.num_rows} rows, not {file.rows}", file.path, file.ranges[0])
-    if table.num_rows and any(each != file.day for each, _ in runs(table)):
+    if table.num_rows and any(each != file.day for _, each, _ in runs(table)):
         report.fault(f"rows of another day than {file.day}", file.path, file.ranges[0])
     inside = 0
     for span in file.ranges:
@@ -259,7 +259,7 @@ def compact(store: Store, before: date, day: date | None = None) -> Iterator[tup
             ranges = joined(span for file in part for span in file.ranges)
             made.append(compacted_path(each, ranges))
             ids = sorted({number for file in part for number in file.schema_ids})
-            write(store, made[-1], read(store, part), ranges, schema_ids=ids)
+            write(store, made[-1], read(store, part), ranges, level=9, schema_ids=ids)
         for file in files:
             if file.path not in made:
                 store.delete(file.path)

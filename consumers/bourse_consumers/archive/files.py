@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bourse_consumers.api import Partition
@@ -28,11 +29,13 @@ __all__ = [
     "File",
     "Range",
     "catalog",
+    "compact",
     "count_rows",
     "current",
     "describe",
     "ends",
     "joined",
+    "own",
     "plain_path",
     "read",
     "rivals",
@@ -46,6 +49,7 @@ NAME = re.compile(
     r"trading_day=(?P<day>\d{4}-\d\d-\d\d)/(?P<topic>.+)-(?P<partition>\d+|compacted)-(?P<rest>\w+)\.parquet"
 )
 ROW_GROUP = 250_000
+RECURRING = pa.dictionary(pa.int32(), pa.string())
 TEHRAN = ZoneInfo("Asia/Tehran")
 
 
@@ -183,16 +187,18 @@ def rivals(store: Store, day: date, span: Range) -> list[str]:
     return [*others, max(behind)[1]] if behind else others
 
 
-def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], **more: Any) -> bool:
-    """Create a file of these rows, sorted; return False where there is one of this name already."""
+def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], *, level: int = 3, **more: Any) -> bool:
+    """Create a file of these rows, sorted; return False where there is one of this name already.
+
+    `level` is zstd's.
+    """
     about = {
         "version": VERSION,
         "topic": ranges[0].partition.topic,
         "ranges": [[span.partition.number, span.start, span.next] for span in ranges],
         **more,
     }
-    keys = [name for name in ("instrument", "_partition", "_offset") if name in table.column_names]
-    table = table.sort_by([(key, "ascending") for key in keys])
+    table = _in_order(compact(table))
     table = table.replace_schema_metadata({ABOUT: json.dumps(about).encode()})
     recurring = dictionary_columns(table.schema)
     encodings = {
@@ -206,13 +212,15 @@ def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], **m
             table,
             file,
             compression="zstd",
-            compression_level=6,
+            compression_level=level,
             use_dictionary=recurring,
             column_encoding=encodings,
             row_group_size=ROW_GROUP,
         )
 
-    return store.create(path, to)
+    made = store.create(path, to)
+    pa.default_memory_pool().release_unused()
+    return made
 
 
 def read(store: Store, files: Iterable[File] | None = None, columns: list[str] | None = None) -> pa.Table:
@@ -221,7 +229,7 @@ def read(store: Store, files: Iterable[File] | None = None, columns: list[str] |
     for file in catalog(store) if files is None else files:
         with store.open(file.path) as content:
             tables.append(pq.read_table(content, columns=columns).replace_schema_metadata(None))
-    table = pa.concat_tables(tables, promote_options="default")
+    table = loose(pa.concat_tables(tables, promote_options="permissive"))
     order = [name for name in ("_partition", "_offset") if name in table.column_names]
     return table.sort_by([(name, "ascending") for name in order]) if order else table
 
@@ -231,14 +239,51 @@ def count_rows(store: Store) -> int:
     return sum(read(store, [file], ["_offset"]).num_rows for file in catalog(store))
 
 
-def runs(table: pa.Table) -> Iterator[tuple[date, pa.Table]]:
-    """Yield runs of rows of the same day, in order: their trading day, or else Tehran's day of the record's time."""
+def runs(table: pa.Table) -> Iterator[tuple[int, date, pa.Table]]:
+    """Yield runs of rows of one partition and day, in order: the trading day, or else Tehran's day of the timestamp."""
     if "trading_day" in table.column_names:
-        days = table["trading_day"].to_pylist()
+        days = table["trading_day"]
     else:
-        days = [instant.astimezone(TEHRAN).date() for instant in table["_timestamp"].to_pylist()]
+        local = pc.local_timestamp(table["_timestamp"].cast(pa.timestamp("ms", str(TEHRAN))))
+        days = pc.floor_temporal(local, unit="day").cast(pa.date32())
+    encoded = [pc.run_end_encode(_whole(column)) for column in (table["_partition"], days)]
     start = 0
-    for index in range(1, len(days) + 1):
-        if index == len(days) or days[index] != days[start]:
-            yield days[start], table.slice(start, index - start)
-            start = index
+    for end in sorted({end for column in encoded for end in column.run_ends.to_pylist()}):
+        partition, day = (column[start].as_py() for column in encoded)
+        yield partition, day, table.slice(start, end - start)
+        start = end
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """Return the table with what recurs as dictionaries: two thirds of the memory."""
+    for name in dictionary_columns(table.schema):
+        at = table.schema.get_field_index(name)
+        if pa.types.is_string(table.schema.field(at).type):
+            table = table.set_column(at, table.schema.field(at).with_type(RECURRING), table[name].dictionary_encode())
+    return table
+
+
+def own(table: pa.Table) -> pa.Table:
+    """Return a copy: a slice keeps all alive that it is a slice of."""
+    return pa.concat_tables([table, table.slice(0, 0)]).combine_chunks()
+
+
+def _in_order(table: pa.Table) -> pa.Table:
+    """Return the rows by instrument, partition and offset; what is a dictionary is compared by its ranks."""
+    keys = {}
+    table = table.unify_dictionaries().combine_chunks()
+    for name in ("instrument", "_partition", "_offset"):
+        if name in table.column_names and table.num_rows:
+            column = table[name].chunk(0)
+            keys[name] = pc.rank(column.dictionary).take(column.indices) if column.type == RECURRING else column
+    return table.take(pc.sort_indices(pa.table(keys), [(name, "ascending") for name in keys])) if keys else table
+
+
+def loose(table: pa.Table) -> pa.Table:
+    """Return the table with plain strings again."""
+    plain = [field.with_type(pa.string()) if field.type == RECURRING else field for field in table.schema]
+    return table.cast(pa.schema(plain))

@@ -7,14 +7,26 @@ writers at the same place one wins and the other rewinds. A file is visible when
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import date, datetime
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Places, Retry, Rewind
-from bourse_consumers.archive.files import TEHRAN, Range, describe, ends, plain_path, rivals, runs, write
+from bourse_consumers.archive.files import (
+    TEHRAN,
+    Range,
+    compact,
+    describe,
+    ends,
+    own,
+    plain_path,
+    rivals,
+    runs,
+    write,
+)
 from bourse_consumers.archive.store import Store, StoreError
 from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
@@ -22,6 +34,10 @@ from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import TRADES, Topic
 
 __all__ = ["ParquetArchive"]
+
+
+# Buffers that may be full before the one who reads waits for the one who writes.
+WAITING = 2
 
 
 @dataclass
@@ -49,13 +65,19 @@ class _Buffer:
 class _Covered(Exception):
     """Another writer's file covers the range already."""
 
+    def __init__(self, path: str, partition: Partition) -> None:
+        super().__init__(path)
+        self.partition = partition
+
 
 class ParquetArchive(Consumer):
     """Writes every event of a topic to Parquet files, exactly once.
 
-    Taking rows over never fails; writing does, and happens before a batch is looked at. So a batch that comes again
-    after Retry was not taken over before.
+    Files are written by a thread of their own, one after the other; taking rows over never fails, and what writing came
+    to is looked at before a batch is. So a batch that comes again after Retry was not taken over before.
     """
+
+    batch_size = 4000
 
     def __init__(  # the command's options
         self,
@@ -63,7 +85,7 @@ class ParquetArchive(Consumer):
         topic: Topic = TRADES,
         *,
         max_rows: int = 50_000,
-        max_bytes: int = 64 << 20,
+        max_bytes: int = 24 << 20,
         max_age_seconds: float = 300.0,
         accept_loss: bool = False,
     ) -> None:
@@ -76,11 +98,17 @@ class ParquetArchive(Consumer):
         self._open: dict[Partition, _Buffer] = {}
         self._full: list[_Buffer] = []
         self._next: dict[Partition, int] = {}
+        # Compressing and uploading take their time, and one of them at a time is enough.
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._failed = False
         store.require()
 
     def open(self, assigned: Assignment) -> Own:
         """Begin where the files end; what was buffered is read again."""
-        self._open, self._full = {}, []
+        if self._writing is not None:
+            wait([self._writing])
+        self._open, self._full, self._writing = {}, [], None
         self._next = {}
         if not assigned:
             return Own({})
@@ -103,25 +131,25 @@ class ParquetArchive(Consumer):
                     "keeps its records; --accept-loss goes on, and leaves a record of the hole"
                 )
             get_logger().error("lost for ever, and noted in the archive", where=where)
-            empty = _Buffer(partition, datetime.now(TEHRAN).date(), start, first)
             nothing = pa.table({"_partition": pa.array([], pa.int32()), "_offset": pa.array([], pa.int64())})
-            self._create(empty, nothing, lost=True)
+            day = datetime.now(TEHRAN).date()
+            self._create(_Buffer(partition, day, start, first, tables=[nothing]), lost=True)
 
     def process(self, batch: Batch) -> None:
-        """Write what is full, then take the batch over."""
-        self._write()
+        """See that what was full is written, then take the batch over."""
+        self._hand_over()
+        self._collect()
         table = batch.table()
         places = Places.of(batch.records)
         ids = {FRAME.unpack_from(value)[1] for value in {(value or b"")[: FRAME.size] for value in places.values}}
-        numbers = {partition.number for partition in places.partitions}
-        for number in sorted(numbers):
-            part = table if len(numbers) == 1 else table.filter(pc.equal(table["_partition"], number))
-            partition = Partition(places.partitions[0].topic, number)
-            for day, rows in runs(part):
-                self._take(partition, day, rows, ids)
-            # The range reaches to the consumer's position: transaction markers take offsets too.
+        topic = places.partitions[0].topic
+        for number, day, rows in runs(table):
+            self._take(Partition(topic, number), day, own(compact(rows)), ids)
+        # The range reaches to the consumer's position: transaction markers take offsets too.
+        for partition in set(places.partitions):
             buffer = self._open[partition]
             buffer.next = self._next[partition] = max(buffer.next, batch.next.get(partition, 0))
+        self._hand_over()
 
     def _take(self, partition: Partition, day: date, rows: pa.Table, schema_ids: set[int]) -> None:
         first, last = rows["_offset"][0].as_py(), rows["_offset"][-1].as_py()
@@ -141,7 +169,8 @@ class ParquetArchive(Consumer):
         for buffer in list(self._open.values()):
             if time.monotonic() - buffer.since >= self._max_age_seconds:
                 self._close(buffer)
-        self._write()
+        self._hand_over()
+        self._collect()
 
     def durable(self) -> Offsets:
         """Return the ends of what is in files."""
@@ -152,33 +181,46 @@ class ParquetArchive(Consumer):
         """Write everything."""
         for buffer in list(self._open.values()):
             self._close(buffer)
-        self._write()
+        self._hand_over()
+        self._collect(all_of_it=True)
 
     def _close(self, buffer: _Buffer) -> None:
         del self._open[buffer.partition]
         self._full.append(buffer)
 
-    def _write(self) -> None:
-        """Write the buffers that are full. Raises Retry, Rewind; what it did write stays written."""
+    def _hand_over(self) -> None:
+        """Close what is full, and have the oldest of it written."""
         for buffer in list(self._open.values()):
-            if buffer.rows >= self._max_rows or buffer.size >= self._max_bytes:
+            if buffer.rows >= self._max_rows:
                 self._close(buffer)
-        while self._full:
-            buffer = self._full[0]
+        while sum(buffer.size for buffer in self._open.values()) >= self._max_bytes:
+            self._close(max(self._open.values(), key=lambda buffer: buffer.size))
+        if self._full and self._writing is None:
+            self._writing = self._writer.submit(self._create, self._full[0])
+
+    def _collect(self, *, all_of_it: bool = False) -> None:
+        """See what came of the writing; wait where too much is due, or it failed last. Raises Retry, Rewind."""
+        while self._writing is not None and (
+            all_of_it or self._failed or len(self._full) > WAITING or self._writing.done()
+        ):
+            writing, self._writing = self._writing, None
             try:
                 try:
-                    self._create(buffer, pa.concat_tables(buffer.tables), schema_ids=sorted(buffer.schema_ids))
+                    writing.result()
                 except _Covered as error:
                     held = self.durable()
                     self._open, self._full = {}, []
-                    found = ends(self._store, buffer.partition.topic)
+                    found = ends(self._store, error.partition.topic)
                     self._next = {partition: found.get(partition, at) for partition, at in held.items()}
                     raise Rewind(dict(self._next), f"{error} was written by another one") from error
             except StoreError as error:
+                self._failed = True
                 raise Retry(f"cannot write: {error}") from error
-            self._full.pop(0)
+            self._failed = False
+            del self._full[0]
+            self._hand_over()
 
-    def _create(self, buffer: _Buffer, table: pa.Table, **more: object) -> None:
+    def _create(self, buffer: _Buffer, *, lost: bool = False) -> None:
         """Make a buffer a file, whole or not at all, only where nothing covers its range yet.
 
         Whatever holds the record the range begins with is a file of the same day.
@@ -190,6 +232,8 @@ class ParquetArchive(Consumer):
                 other.partition == span.partition and other.next > span.start
                 for other in describe(self._store, path).ranges
             ):
-                raise _Covered(path)
-        if not write(self._store, final, table, [span], **more):
-            raise _Covered(final)
+                raise _Covered(path, buffer.partition)
+        if not write(
+            self._store, final, pa.concat_tables(buffer.tables), [span], schema_ids=sorted(buffer.schema_ids), lost=lost
+        ):
+            raise _Covered(final, buffer.partition)

@@ -27,7 +27,11 @@ __all__ = ["archive"]
     "--max-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Close a file at so many rows."
 )
 @click.option(
-    "--max-bytes", type=click.IntRange(1), default=64 << 20, show_default=True, help="… or at so many bytes in memory."
+    "--max-bytes",
+    type=click.IntRange(1),
+    default=24 << 20,
+    show_default=True,
+    help="… or as the largest one when all of them have so many bytes in memory.",
 )
 @click.option(
     "--max-age-seconds",
@@ -43,9 +47,13 @@ def archive(  # an option each
     to: str, topic: str, *, max_rows: int, max_bytes: int, max_age_seconds: float, accept_loss: bool
 ) -> Consumer:
     """Write every event of a topic to Parquet files, exactly once."""
+    import pyarrow as pa
+
     from bourse_consumers.archive.parquet import ParquetArchive
     from bourse_consumers.archive.store import open_store
 
+    # Arrow's own allocator keeps for itself what it once had.
+    pa.set_memory_pool(pa.system_memory_pool())
     return ParquetArchive(
         open_store(to),
         next(each for each in TOPICS if each.name == topic),

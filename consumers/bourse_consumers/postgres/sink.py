@@ -7,15 +7,15 @@ nothing of the batch is written, and the writer goes on behind the other.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import polars as pl
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.types.json import Jsonb
 
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Retry, Rewind
 from bourse_consumers.postgres.tables import Tables
@@ -70,6 +70,8 @@ class _Fenced(Exception):
 
 class PostgresArchive(Consumer):
     """Writes every event of a topic to a table, exactly once."""
+
+    batch_size = 4000
 
     def __init__(
         self,
@@ -145,7 +147,7 @@ class PostgresArchive(Consumer):
                 if all(found.get(partition) == at for partition, at in ends.items()):
                     self._next.update(ends)
                     return
-            rows = list(self._rows(batch))
+            rows = self._rows(batch)
             with self._connection.transaction():
                 self._move(ends)
                 self._write(rows)
@@ -177,25 +179,27 @@ class PostgresArchive(Consumer):
             if moved.rowcount != 1:
                 raise _Fenced
 
-    def _rows(self, batch: Batch) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, batch: Batch) -> pl.DataFrame:
+        """Return a batch as PostgreSQL can read it from CSV."""
         table = batch.table()
-        columns = [table[name].to_pylist() for name in self._tables.columns]
-        for at, kind in enumerate(self._tables.columns.values()):
+        columns = []
+        for name, kind in self._tables.columns.items():
             if kind == "jsonb":
-                columns[at] = [Jsonb(_plain(value)) for value in columns[at]]
-        return zip(*columns, strict=True)
+                columns.append(pl.Series(name, [json.dumps(_plain(value)) for value in table[name].to_pylist()]))
+                continue
+            column = cast("pl.Series", pl.from_arrow(table[name]))
+            columns.append(("\\x" + column.bin.encode("hex") if kind == "bytea" else column).alias(name))
+        return pl.DataFrame(columns)
 
-    def _write(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        columns = self._tables.columns
-        if "trading_day" in columns:
-            at = list(columns).index("trading_day")
-            self._tables.make_room(self._connection, {row[at] for row in rows})
-        names = sql.SQL(", ").join(map(sql.Identifier, columns))
-        into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(self._tables.rows, names)
+    def _write(self, rows: pl.DataFrame) -> None:
+        if "trading_day" in rows.columns:
+            self._tables.make_room(self._connection, set(rows["trading_day"].unique()))
+        names = sql.SQL(", ").join(map(sql.Identifier, rows.columns))
+        # As text: the server reads it about as fast as its binary format, and making that takes ten times as long.
+        into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT CSV)").format(self._tables.rows, names)
         with self._connection.cursor() as cursor, cursor.copy(into) as copy:
-            copy.set_types(list(columns.values()))
-            for row in rows:
-                copy.write_row(row)
+            # With quotes around whatever is no number, nothing between two commas is NULL, and "" is a text.
+            copy.write(rows.write_csv(include_header=False, quote_style="non_numeric"))
 
     def _blame(self, batch: Batch, error: psycopg.Error) -> NoReturn:
         """Find the record that the database does not take: it becomes a dead letter."""
@@ -203,9 +207,9 @@ class PostgresArchive(Consumer):
         culprit: Record | None = None
         try:
             with self._connection.transaction(force_rollback=True):
-                for record, row in zip(batch.records, self._rows(batch), strict=True):
-                    culprit = record
-                    self._write([row])
+                rows = self._rows(batch)
+                for index, culprit in enumerate(batch.records):  # noqa: B007  # looked at when it has failed
+                    self._write(rows[index])
         except (psycopg.DataError, psycopg.IntegrityError) as found:
             if culprit is not None:
                 raise Reject(culprit, f"PostgreSQL does not take it: {words(found)}") from found

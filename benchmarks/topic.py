@@ -1,0 +1,58 @@
+"""The topic that readers are timed on: the events of real days, over and over, each time of other instruments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from bourse_producer.replay import Replay
+from bourse_schemas.codec import Serializer
+from bourse_schemas.events import TradeEvent
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TRADES
+
+__all__ = ["days", "events", "fill"]
+
+# Beside the checkout, where it is there: docs/reliability.md.
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
+IN_ONE_TRANSACTION = 2000
+
+
+def days() -> list[Path]:
+    """Return the real days there are."""
+    with resources.as_file(resources.files("bourse_sandbox") / "data" / "day-2019-08-21.ndjson.gz") as ours:
+        return [ours, *([SHARED] if SHARED.exists() else [])]
+
+
+def events(count: int) -> list[TradeEvent]:
+    """Return so many events, in the order of their times; each repetition has instruments of its own."""
+    replay = Replay()
+    for path in days():
+        replay.day(path)
+    found = [again for number in range(-(-count // len(replay.events))) for again in _copy(replay.events, number)]
+    found.sort(key=lambda event: event.observed_at)
+    return found[:count]
+
+
+def _copy(originals: list[TradeEvent], number: int) -> Iterator[TradeEvent]:
+    for event in originals:
+        code = event.instrument
+        code = f"{code[:8]}{chr(ord('A') + number)}{code[9:]}" if number else code
+        event_id = f"{code}-{event.trading_day:%Y%m%d}-{event.sequence}"
+        yield msgspec.structs.replace(event, instrument=code, event_id=event_id)
+
+
+def fill(cluster: Cluster, found: list[TradeEvent]) -> None:
+    """Publish them as the producer does: in transactions, with headers, partitioned by instrument."""
+    serialize = Serializer[TradeEvent](TRADES, cluster.registry().register(TRADES, cluster.prefix), cluster.prefix)
+    producer = cluster.transactional_producer("benchmark")
+    producer.init_transactions(30)
+    for start in range(0, len(found), IN_ONE_TRANSACTION):
+        producer.begin_transaction()
+        for event in found[start : start + IN_ONE_TRANSACTION]:
+            record = serialize(event)
+            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
+        producer.commit_transaction(30)
