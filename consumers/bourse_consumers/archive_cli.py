@@ -93,9 +93,11 @@ def verify(
     from bourse_consumers.archive.topic import topics_of
 
     if to.startswith(("postgresql://", "postgres://")):
-        if day or polls:
-            raise ConfigurationError("--day and --polls are for archives of files: leave them out")
-        report = _verify_postgres(to, cluster, table, schema, beside=beside)
+        if polls:
+            raise ConfigurationError(
+                "--polls is for archives of files: a table of polls in the same schema is looked at"
+            )
+        report = _verify_postgres(to, cluster, table, schema, day, beside=beside)
     else:
         store = _existing(to)
         topics = topics_of(cluster, store) if beside else None
@@ -115,7 +117,7 @@ def verify(
     ctx.exit(1 if report.faults else 0)
 
 
-def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, *, beside: bool) -> Report:
+def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, day: date | None, *, beside: bool) -> Report:
     from bourse_consumers.archive.topic import read_topic
     from bourse_consumers.postgres.plugin import require_no_password
     from bourse_consumers.postgres.proof import verify as examine
@@ -123,7 +125,7 @@ def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, *, bes
     require_no_password(dsn, "--to")
     topic = next(each for each in TOPICS if each.name == table)
     topics = read_topic(cluster, topic, topic.full_name(cluster.prefix)) if beside else None
-    return examine(dsn, topic, schema=schema, prefix=cluster.prefix, topics=topics)
+    return examine(dsn, topic, schema=schema, prefix=cluster.prefix, topics=topics, day=day)
 
 
 @archive.command

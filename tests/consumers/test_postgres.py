@@ -16,17 +16,20 @@ import pytest
 from click.testing import CliRunner
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Reject, Retry, Rewind
+from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places, Reject, Retry, Rewind
+from bourse_consumers.archive.care import Topics
+from bourse_consumers.archive.files import Range
 from bourse_consumers.postgres import proof
 from bourse_consumers.postgres.plugin import archive_postgres
 from bourse_consumers.postgres.sink import PostgresArchive, connect
 from bourse_consumers.postgres.tables import Tables
+from bourse_consumers.rows import to_table
 from bourse_consumers.testing import ConsumerContract, Memory, run, trade
 from bourse_producer.replay import Replay
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import TradeEvent
-from bourse_schemas.topics import ALERTS, TOPICS, TRADES
+from bourse_schemas.events import PollMarker, TradeEvent
+from bourse_schemas.topics import ALERTS, POLLS, TOPICS, TRADES
 from tests.strategies import one
 
 TRADES_0 = Partition("bourse.trades", 0)
@@ -476,9 +479,8 @@ def test_the_proof_beside_a_writer(dsn: str, monkeypatch: pytest.MonkeyPatch) ->
     look = proof._rows
 
     def look_slowly(*about: Any) -> Any:
-        found = look(*about)
         writer.process(batch(memory, 3, 6))
-        return found
+        return look(*about)
 
     monkeypatch.setattr(proof, "_rows", look_slowly)
     assert proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", topics=None).faults == []
@@ -524,3 +526,69 @@ def test_a_database_that_cannot_hold_persian_text(dsn: str) -> None:
         connection.execute(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
     with pytest.raises(ConfigurationError, match="ENCODING 'UTF8'"):
         archived(make_conninfo(dsn, dbname=name))
+
+
+NO_TRADES = {"trade_count": 0, "trade_count_delta": 0}
+DAMAGE = {
+    "a row deleted": ("DELETE FROM bourse.trades WHERE _offset = 4", "sequence 6 where 5 is due"),
+    "a value changed": ("UPDATE bourse.trades SET volume = volume + 1 WHERE _offset = 4", "volume is not the sum"),
+    "a text changed": (
+        "UPDATE bourse.trades SET title = 'x' WHERE _offset = 4",
+        "title at offset 4 is 'x', on the topic",
+    ),
+    "a row doubled": (
+        (
+            "CREATE TEMP TABLE t AS SELECT * FROM bourse.trades WHERE _offset = 4; UPDATE t SET sequence = 9; "
+            "INSERT INTO bourse.trades SELECT * FROM t"
+        ),
+        "offset 4 stands there twice",
+    ),
+    "rows nobody wrote": ("UPDATE bourse.offsets SET next = 6", "2 rows outside the offsets"),
+    "rows that are not there": ("UPDATE bourse.offsets SET next = 9", "offset 8 is on the topic, and not here"),
+    "a poll without a marker": ("DELETE FROM bourse.polls", "poll 1 has changes here and no marker"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_named(dsn: str, kind: str) -> None:
+    """Whatever was deleted, changed or doubled, with the table and the range."""
+    memory = Memory()
+    for number in range(1, 9):
+        memory.append(trade(sequence=number, volume=10 * number, volume_delta=10, value=0, value_delta=0, **NO_TRADES))
+    memory.append(*(one(PollMarker, poll_sequence=n, outcome="PUBLISHED", opened=1, traded=1) for n in range(1, 9)))
+    run(archived(dsn), memory)
+    run(PostgresArchive(dsn, POLLS, apply_schema=True), memory)
+    memory.append(trade(sequence=9))
+
+    def of_topic(span: Range) -> Any:
+        there = [record for record in memory.records[TRADES_0][span.start : span.next] if record is not None]
+        return to_table([memory.decode(record) for record in there], Places.of(there)) if there else None
+
+    topics = Topics({TRADES_0: 0}, of_topic)
+
+    def faults(**more: Any) -> list[str]:
+        return [fault["what"] for fault in _proof(dsn, topics=topics, **more).faults]
+
+    assert faults() == []
+    query, said = DAMAGE[kind]
+    with psycopg.connect(dsn) as connection:
+        connection.execute(query)
+    found_faults = faults()
+    assert any(said in what for what in found_faults), found_faults
+
+
+def test_one_day_of_a_table(dsn: str) -> None:
+    """The others are left alone."""
+    memory = Memory()
+    memory.append(*events(3), *events(2, trading_day=date(2026, 12, 1)))
+    run(archived(dsn), memory)
+    report = _proof(dsn, topics=None, day=date(2026, 12, 1))
+    assert (report.rows, report.days) == (2, 1)
+    with pytest.raises(ConfigurationError, match="nothing of 2020-01-01"):
+        _proof(dsn, topics=None, day=date(2020, 1, 1))
+    with pytest.raises(ConfigurationError, match="polls has no trading days"):
+        proof.verify(dsn, POLLS, schema="bourse", prefix="bourse", topics=None, day=date(2026, 12, 1))
+
+
+def _proof(dsn: str, **more: Any) -> Any:
+    return proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", **more)

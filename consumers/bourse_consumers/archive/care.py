@@ -19,11 +19,12 @@ from bourse_consumers.archive.files import File, Range, compacted_path, current,
 from bourse_consumers.archive.store import Store, StoreError
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Report", "Topics", "compact", "compare", "prove_sequences", "row_hashes", "verify"]
+__all__ = ["MARKED", "Report", "Topics", "compact", "compare", "prove_polls", "prove_sequences", "row_hashes", "verify"]
 
 FILE_BYTES = 128 << 20
 TOTALS = ("volume", "value", "trade_count")
 COUNTED = {"OPENED": "opened", "TRADED": "traded", "REVISED": "revised", "CANCELLED": "cancelled"}
+MARKED = ["poll_sequence", "outcome", *COUNTED.values()]
 
 
 @dataclass
@@ -87,7 +88,8 @@ def verify(
         if "volume_delta" in rows.columns:
             prove_sequences(rows, report, late=begins > 0 and each == min(by_day))
             if polls is not None:
-                _polls(rows, each, polls, report)
+                kept = current([file for file in (describe(polls, path) for path in polls.paths()) if file.rows])
+                prove_polls(rows, each, pl.DataFrame(read(polls, kept, MARKED)), report)
         elif "day_final" in rows.columns:
             _markers(rows, report)
         report.days += 1
@@ -221,14 +223,8 @@ def _markers(rows: pl.DataFrame, report: Report) -> None:
         report.fault(said, row["_file"], _at(row))
 
 
-def _polls(rows: pl.DataFrame, day: date, polls: Store, report: Report) -> None:
-    """See that every poll's marker is kept, and counts the changes that are here."""
-    columns = ["poll_sequence", "outcome", *COUNTED.values()]
-    sequences = rows["poll_sequence"]
-    found = [file for file in (describe(polls, path) for path in polls.paths()) if file.rows]
-    markers = pl.DataFrame(read(polls, current(found), columns)).filter(
-        pl.col("poll_sequence").is_between(sequences.min(), sequences.max())
-    )
+def prove_polls(rows: pl.DataFrame, day: date, markers: pl.DataFrame, report: Report) -> None:
+    """See that every poll's marker is kept, and counts the changes that are here; `markers` have the columns MARKED."""
     known = {row["poll_sequence"]: row for row in markers.iter_rows(named=True)}
     counted = rows.group_by("poll_sequence", "op").len()
     ops: dict[int, dict[str, int]] = defaultdict(dict)
@@ -237,7 +233,7 @@ def _polls(rows: pl.DataFrame, day: date, polls: Store, report: Report) -> None:
     for sequence, counts in sorted(ops.items()):
         marker = known.get(sequence)
         if marker is None or marker["outcome"] != "PUBLISHED":
-            report.fault(f"{day}: poll {sequence} has changes here and no marker in {polls}")
+            report.fault(f"{day}: poll {sequence} has changes here and no marker")
         elif any(counts.get(name, 0) > marker[name] for name in COUNTED.values()):
             report.fault(f"{day}: poll {sequence} has more changes here than its marker counts")
 

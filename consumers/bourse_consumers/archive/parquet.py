@@ -77,7 +77,7 @@ class ParquetArchive(Consumer):
     to is looked at before a batch is. So a batch that comes again after Retry was not taken over before.
     """
 
-    batch_size = 4000
+    batch_size = 3000
 
     def __init__(  # the command's options
         self,
@@ -85,7 +85,7 @@ class ParquetArchive(Consumer):
         topic: Topic = TRADES,
         *,
         max_rows: int = 50_000,
-        max_bytes: int = 24 << 20,
+        max_bytes: int = 16 << 20,
         max_age_seconds: float = 300.0,
         accept_loss: bool = False,
     ) -> None:

@@ -29,7 +29,7 @@ __all__ = ["archive"]
 @click.option(
     "--max-bytes",
     type=click.IntRange(1),
-    default=24 << 20,
+    default=16 << 20,
     show_default=True,
     help="… or as the largest one when all of them have so many bytes in memory.",
 )

@@ -63,11 +63,12 @@ class Tables:
         self.columns = {field["name"]: _type(field["type"]) for field in fields} | WHERE
         self._optional = {field["name"] for field in fields if isinstance(field["type"], list)}
         self._months = set(BY_MONTH) <= self.columns.keys()
-        self.rows = self._named(topic.name.replace("-", "_"))
-        self.offsets, self.holes = self._named("offsets"), self._named("holes")
+        self.rows = self.beside(topic.name.replace("-", "_"))
+        self.offsets, self.holes = self.beside("offsets"), self.beside("holes")
         self._known_months: set[str] = set()
 
-    def _named(self, name: str) -> sql.Identifier:
+    def beside(self, name: str) -> sql.Identifier:
+        """Return a table of the schema."""
         return sql.Identifier(self._schema, name)
 
     # --- made and looked at -------------------------------------------------------------------------------------------
@@ -80,9 +81,9 @@ class Tables:
             if self._found(connection) or self._version(connection) is not None:
                 self._require_ours(connection)
             meta = sql.SQL("CREATE TABLE IF NOT EXISTS {} (name text PRIMARY KEY, value text NOT NULL)")
-            connection.execute(meta.format(self._named("meta")))
+            connection.execute(meta.format(self.beside("meta")))
             version = sql.SQL("INSERT INTO {} VALUES ('version', %s) ON CONFLICT DO NOTHING")
-            connection.execute(version.format(self._named("meta")), [str(VERSION)])
+            connection.execute(version.format(self.beside("meta")), [str(VERSION)])
             offsets = sql.SQL(
                 "CREATE TABLE IF NOT EXISTS {} (topic text, partition integer, first bigint NOT NULL, "
                 "next bigint NOT NULL, PRIMARY KEY (topic, partition))"
@@ -118,14 +119,14 @@ class Tables:
             "traded_at, open_price, high_price, low_price, last_price, closing_price, previous_close, volume, value, "
             "trade_count FROM {} ORDER BY instrument, trading_day DESC, sequence DESC"
         )
-        connection.execute(last.format(self._named("last_candle"), self.rows))
+        connection.execute(last.format(self.beside("last_candle"), self.rows))
         bars = sql.SQL(
             "CREATE OR REPLACE VIEW {} AS SELECT DISTINCT ON (instrument, trading_day) "
             "instrument, symbol, trading_day, open_price AS open, high_price AS high, low_price AS low, "
             "last_price AS last, closing_price AS close, "
             "volume, value, trade_count FROM {} ORDER BY instrument, trading_day, sequence DESC"
         )
-        connection.execute(bars.format(self._named("daily_bars"), self.rows))
+        connection.execute(bars.format(self.beside("daily_bars"), self.rows))
 
     def _found(self, connection: psycopg.Connection[Any]) -> dict[str, str]:
         found = connection.execute(
@@ -162,7 +163,7 @@ class Tables:
 
     def _version(self, connection: psycopg.Connection[Any]) -> int | None:
         """Return the version of the tables, None where nothing of ours says it."""
-        meta = self._named("meta")
+        meta = self.beside("meta")
         if connection.execute("SELECT to_regclass(%s)", [meta.as_string(connection)]).fetchone() == (None,):
             return None
         row = connection.execute(sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(meta)).fetchone()
@@ -197,7 +198,7 @@ class Tables:
                 continue
             connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
             known = "SELECT 1 FROM pg_inherits WHERE inhparent = to_regclass(%s) AND inhrelid = to_regclass(%s)"
-            each = self._named(month)
+            each = self.beside(month)
             if not connection.execute(known, [part.as_string(connection) for part in (self.rows, each)]).fetchone():
                 # CREATE … PARTITION OF would wait for whoever reads the table, and make all others wait; this does not.
                 connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(each, self.rows))
