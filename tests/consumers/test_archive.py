@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import wait
 from datetime import UTC, date, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -298,3 +304,102 @@ def test_a_server_that_is_away_is_waited_for(bucket: str, monkeypatch: pytest.Mo
     writer.process(batch(memory, 1, 2))
     writer.close()
     assert count_rows(here) == 2
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from bourse_consumers.api import Assignment, Retry
+from bourse_consumers.archive.files import count_rows
+from bourse_consumers.archive.parquet import ParquetArchive
+from bourse_consumers.archive.store import Folder
+from bourse_consumers.testing import Memory
+from tests.consumers.test_archive import TRADES_0, batch, events, settled
+
+memory = Memory()
+memory.append(*events(2))
+store = Folder(Path(sys.argv[1]))
+writer = ParquetArchive(store, max_rows=1)
+writer.open(Assignment({TRADES_0: 0}))
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+writer.process(batch(memory, 0, 1))
+settled(writer)
+try:
+    writer.process(batch(memory, 1, 2))
+except Retry as error:
+    print(error)
+assert store.paths() == [], store.paths()
+assert writer.durable() == {TRADES_0: 0}
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+writer.process(batch(memory, 1, 2))
+writer.close()
+print(count_rows(store))
+"""
+
+
+def test_a_disk_that_takes_no_more_is_waited_for(tmp_path: Path) -> None:
+    """Half a file is never seen, and nothing of it is lost."""
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    said, rows = ran.stdout.splitlines()[-2:]
+    assert said.startswith("cannot write: ")
+    assert "File too large" in said
+    assert rows == "2"
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """Passes requests on to the S3 server, until the credentials have expired."""
+
+    def do_PUT(self) -> None:
+        server: Any = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if server.expired:
+            code = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            answer = httpx.Response(403, content=code)
+        else:
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
+            answer = httpx.request(self.command, f"{server.behind}{self.path}", headers=headers, content=body)
+        self.send_response_only(answer.status_code)
+        for name, value in answer.headers.items():
+            if name.lower() not in {"connection", "content-length", "transfer-encoding"}:
+                self.send_header(name, value)
+        length = answer.headers.get("content-length", "0") if self.command == "HEAD" else len(answer.content)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content)
+
+    do_GET = do_HEAD = do_POST = do_DELETE = do_PUT  # noqa: N815  # the names the base class looks for
+
+
+def test_credentials_that_expire_are_told_and_waited_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start it is the operator's to mend; later it is tried again, and nothing counts as written."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Gate)
+    server.behind, server.expired = os.environ["AWS_ENDPOINT_URL"], False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        memory = Memory()
+        memory.append(*events(2))
+        store = open_store(bucket)
+        writer = ParquetArchive(store, max_rows=1)
+        writer.open(Assignment({TRADES_0: 0}))
+        server.expired = True
+        writer.process(batch(memory, 0, 1))
+        settled(writer)
+        with pytest.raises(Retry, match="ExpiredToken"):
+            writer.process(batch(memory, 1, 2))
+        assert writer.durable() == {TRADES_0: 0}
+        with pytest.raises(ConfigurationError, match=r"--to .*ExpiredToken"):
+            ParquetArchive(open_store(bucket))
+        server.expired = False
+        writer.process(batch(memory, 1, 2))
+        writer.close()
+        assert count_rows(store) == 2
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -592,3 +592,32 @@ def test_one_day_of_a_table(dsn: str) -> None:
 
 def _proof(dsn: str, **more: Any) -> Any:
     return proof.verify(dsn, TRADES, schema="bourse", prefix="bourse", **more)
+
+
+def test_a_database_that_becomes_read_only_is_waited_for(dsn: str) -> None:
+    """After a failover, or on a full disk: nothing is taken for written, and it goes on by itself."""
+    memory = Memory()
+    memory.append(*events(2))
+    writer = archived(dsn)
+    writer.open(Assignment({TRADES_0: 0}))
+    writer.process(batch(memory, 0, 1))
+    name = conninfo_to_dict(dsn)["dbname"]
+    server = make_conninfo(dsn, dbname="postgres")
+
+    def may_write(yes: str) -> None:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {yes}")
+        _terminate(dsn, writer._connection)
+
+    may_write("on")
+    for _ in range(2):
+        with pytest.raises(Retry, match="PostgreSQL"):
+            writer.process(batch(memory, 1, 2))
+    assert writer.durable() == {TRADES_0: 1}
+    with pytest.raises(ConfigurationError, match="may only read"):
+        PostgresArchive(dsn, TRADES)
+    may_write("off")
+    with pytest.raises(Retry):
+        writer.process(batch(memory, 1, 2))
+    writer.process(batch(memory, 1, 2))
+    assert len(rows(dsn)) == 2

@@ -212,9 +212,11 @@ def _seconds(seconds: float) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error of the library says first; the rest shows requests, and what is in them."""
-    text = str(error).strip().partition("\n")[0]
-    return re.sub(r"(?i)(key|secret|token|signature)[^ ]*", r"\1…", text)[:300]
+    """Return the server's code, where there is one, and what the library says first: the rest shows requests."""
+    text = str(error).strip()
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    words = re.sub(r"(?i)(key|secret|token|signature)[^ ]*", r"\1…", text.partition("\n")[0])
+    return f"{code[1]}: {words}"[:300] if code else words[:300]
 
 
 def open_store(to: str) -> Store:
