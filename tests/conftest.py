@@ -6,6 +6,7 @@ Where Kafka's jars cannot be had, the tests that need them are skipped and the s
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -30,6 +31,7 @@ _APICURIO = Artifact(
     158_577_952,
 )
 _unavailable = pytest.StashKey[str]()
+_missing = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -202,8 +204,24 @@ def _loud(config: pytest.Config) -> Iterator[None]:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def demand(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return `demand(program)`: where it is not installed the test is skipped, aloud; with CI=true it fails."""
+
+    def demand(program: str) -> None:
+        if shutil.which(program) is None:
+            reason = f"{program} is not installed: its example in examples/ was not tried"
+            request.config.stash.setdefault(_missing, []).append(reason)
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+    return demand
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say it once more at the end: part of the promises went untested."""
     if reason := config.stash.get(_unavailable, None):
         terminalreporter.write_sep("!", "NOT TESTED on real Kafka", yellow=True, bold=True)
         terminalreporter.write_line(reason, yellow=True)
+    if reasons := config.stash.get(_missing, []):
+        terminalreporter.write_sep("!", "NOT TESTED: a tool chain is missing", yellow=True, bold=True)
+        terminalreporter.write_line("\n".join(sorted(set(reasons))), yellow=True)
