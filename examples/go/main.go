@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"flag"
 	"fmt"
 	"math/big"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/sr"
 )
@@ -107,25 +109,25 @@ func ends(ctx context.Context, admin *kadm.Client, topics []string) (map[place]i
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	starts, err := admin.ListStartOffsets(ctx, topics...)
-	if err == nil {
-		err = starts.Error()
-	}
 	if err != nil {
 		return nil, err
 	}
 	offsets, err := admin.ListCommittedOffsets(ctx, topics...)
+	if err != nil {
+		return nil, err
+	}
+	for _, topic := range topics {
+		if first, found := offsets.Lookup(topic, 0); !found || errors.Is(first.Err, kerr.UnknownTopicOrPartition) {
+			return nil, fmt.Errorf("topic %s is not there", topic)
+		}
+	}
 	behind := map[place]int64{}
 	offsets.Each(func(end kadm.ListedOffset) {
 		if start, _ := starts.Lookup(end.Topic, end.Partition); start.Offset < end.Offset {
 			behind[place{end.Topic, end.Partition}] = end.Offset
 		}
 	})
-	for _, topic := range topics {
-		if err == nil && len(offsets[topic]) == 0 {
-			err = fmt.Errorf("there is no topic %s", topic)
-		}
-	}
-	return behind, err
+	return behind, errors.Join(starts.Error(), offsets.Error())
 }
 
 func (s *subscriber) take(ctx context.Context, record *kgo.Record, isTrade bool) error {

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import struct
 import sys
 from collections import Counter
@@ -50,15 +51,20 @@ def run(options):
         )
         for name, avsc in {"trades": "TradeEvent", "candles": "Candle"}.items()
     }
+    trades = f"{options.topic_prefix}.trades"
+    fields = [field["name"] for field in json.loads((options.schemas / "TradeEvent.avsc").read_text("utf-8"))["fields"]]
     # No group: every start reads all there is. librdkafka writes its own view of errors to stderr unless told.
     settings = {"bootstrap.servers": options.bootstrap_servers, "group.id": "unused", "enable.auto.commit": False}
     settings |= {"isolation.level": "read_committed", "enable.partition.eof": True, "log_level": 0}
     consumer = Consumer(settings)
     behind = set()
     for topic in readers:
-        metadata = consumer.list_topics(topic, timeout=5).topics[topic]
+        try:
+            metadata = consumer.list_topics(topic, timeout=5).topics[topic]
+        except KafkaException as error:
+            raise ValueError(f"Kafka at {options.bootstrap_servers}: {error.args[0].str()}") from error
         if metadata.error:
-            raise KafkaException(metadata.error)
+            raise ValueError(f"{topic} at {options.bootstrap_servers}: {metadata.error.str()}")
         behind |= {(topic, partition) for partition in metadata.partitions}
     consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in behind])
     table, counts, digest, changed = {}, {}, 0, False
@@ -79,12 +85,14 @@ def run(options):
                 context = SerializationContext(message.topic(), MessageField.VALUE)
                 value = readers[message.topic()](message.value(), context)
             except Exception as error:
-                raise ValueError(f"cannot read {at}: {error}") from error
+                raise ValueError(f"cannot read {at} with the registry at {options.registry_url}: {error}") from error
+            if value is None and message.topic() == trades:
+                raise ValueError(f"cannot read {at}: it is empty")
             if value is None:
                 table.pop(message.key().decode(), None)  # a tombstone
-            elif "op" in value:
+            elif message.topic() == trades:
                 counts.setdefault(value["trading_day"], Counter())[value["op"]] += 1
-                line = "\t".join(map(text, value.values())).encode()
+                line = "\t".join(text(value[field]) for field in fields).encode()
                 digest = (digest + int.from_bytes(hashlib.sha256(line).digest(), "big")) % 2**256
             else:
                 table[value["instrument"]] = value
@@ -105,4 +113,4 @@ parser.add_argument("--exit-at-end", action="store_true", help="stop when all th
 try:
     run(parser.parse_args())
 except (KafkaException, ValueError, OSError) as problem:
-    sys.exit(f"error: {problem}")
+    sys.exit(f"error: {' '.join(str(problem).split())}")

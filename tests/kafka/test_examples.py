@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import confluent_kafka
+import fastavro
 import httpx
 import pytest
 
@@ -24,12 +31,15 @@ from bourse_producer.service import Producer, Settings
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
+from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
-from bourse_schemas.codec import avro_schema
+from bourse_schemas.codec import FRAME, avro_schema
 from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.registry import compatible
+from bourse_schemas.topics import TRADES
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -66,12 +76,6 @@ def build(tmp_path_factory: pytest.TempPathFactory, demand: Callable[[str], None
 def _run(command: list[str], folder: Path) -> None:
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-@pytest.fixture(params=LANGUAGES)
-def program(request: pytest.FixtureRequest, build: Callable[[str], list[str]]) -> list[str]:
-    """Return how one language's example is called."""
-    return build(request.param)
 
 
 @pytest.fixture
@@ -183,3 +187,162 @@ def test_the_pinned_client_is_the_tested_one() -> None:
     example = EXAMPLES / "python"
     assert f"=={confluent_kafka.__version__}" in (example / "requirements.txt").read_text("utf-8")
     assert "import bourse" not in (example / "bourse_example.py").read_text("utf-8")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def send(cluster: Cluster, *values: bytes | None, commit: bool = True) -> None:
+    """Put values on the trades in one transaction."""
+    producer = cluster.transactional_producer(f"{cluster.prefix}-other")
+    producer.init_transactions(20)
+    producer.begin_transaction()
+    for value in values:
+        producer.produce(TRADES.full_name(cluster.prefix), value, "IRO1MADN0001")
+    if commit:
+        producer.commit_transaction(20)
+    else:
+        producer.flush(20)
+        producer.abort_transaction(20)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("broker", "127.0.0.1:9"),
+        ("topic", "nosuch.trades"),
+        ("registry", "127.0.0.1:9"),
+        ("record", ".trades ["),
+        ("null", ".trades ["),
+        ("id", "4040404"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(
+    cluster: Cluster, build: Callable[[str], list[str]], mistake: str, says: str
+) -> None:
+    """Within seconds, never a hang: what is wrong, and with which record."""
+    wrong = {
+        "broker": replace(cluster, bootstrap_servers="127.0.0.1:9"),
+        "topic": replace(cluster, prefix="nosuch"),
+        "registry": replace(cluster, registry_url="http://127.0.0.1:9"),
+    }
+    values = {"record": b"somebody else's", "null": None}
+    send(cluster, values.get(mistake, FRAME.pack(0, 4_040_404) + b"x"))
+    programs = [build(language) for language in LANGUAGES]
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda program: example(program, wrong.get(mistake, cluster), 30), programs))
+    for ran in runs:
+        assert ran.returncode == 1, ran
+        assert says in ran.stderr, ran
+        assert ran.stderr.count("\n") == 1, ran
+        assert ran.stderr.startswith("error: "), ran
+        assert ran.stdout == ""
+
+
+def test_kcat_shows_what_is_committed_and_names_mistakes(cluster: Cluster, demand: Callable[[str], None]) -> None:
+    """Keys and offsets of what is there, and a line where there is none."""
+    demand("kcat")
+    send(cluster, b"one", b"two")
+    send(cluster, b"never", commit=False)
+    topic = TRADES.full_name(cluster.prefix)
+    command = [str(EXAMPLES / "kcat.sh"), topic, cluster.bootstrap_servers]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert [(line[1], line[2]) for line in lines] == [("0", "IRO1MADN0001"), ("1", "IRO1MADN0001")]
+    for arguments, says in (("nosuch", cluster.bootstrap_servers), "nosuch"), ((topic, "127.0.0.1:9"), "127.0.0.1:9"):
+        ran = subprocess.run([command[0], *arguments], capture_output=True, text=True, timeout=30, check=False)
+        assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+        assert says in ran.stderr
+
+
+# --- evolution --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["small", "apicurio"])
+def any_registry(request: pytest.FixtureRequest, cluster: Cluster) -> Cluster:
+    """Return the cluster with our registry and with Apicurio."""
+    if request.param == "small":
+        return cluster
+    other = replace(cluster, registry_url=request.getfixturevalue("apicurio_url"))
+    other.registry().register_all(other.prefix)
+    return other
+
+
+def offer(cluster: Cluster, schema: dict[str, Any]) -> httpx.Response:
+    """Ask the registry to take a schema for the trades."""
+    url = f"{cluster.registry_url}/subjects/{TRADES.subject(cluster.prefix)}/versions"
+    return httpx.post(url, json={"schema": json.dumps(schema)})
+
+
+def trade(cluster: Cluster, schema: dict[str, Any], sequence: int, **values: Any) -> bytes:
+    """Return a trade as a producer with this schema writes it."""
+    nothing = {"string": "x", "long": 7, "int": 18_000, "boolean": False}
+    record: dict[str, Any] = {}
+    for field in schema["fields"]:
+        kind = field["type"]["type"] if isinstance(field["type"], dict) else field["type"]
+        record[field["name"]] = None if isinstance(kind, list) else nothing.get(kind)
+    record |= {"op": "TRADED", "instrument": "IRO1MADN0001", "sequence": sequence, "traded_at": 1_566_372_600_123}
+    body = BytesIO()
+    fastavro.schemaless_writer(
+        body, fastavro.parse_schema(schema), record | {"observed_at": 1_566_372_601_001} | values
+    )
+    return FRAME.pack(0, offer(cluster, schema).raise_for_status().json()["id"]) + body.getvalue()
+
+
+def test_who_was_built_for_version_1_reads_version_2_without_a_restart(
+    any_registry: Cluster, build: Callable[[str], list[str]], tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """A new optional field and a new symbol reach running consumers; a forbidden change does not get that far."""
+    cluster = any_registry
+    first = avro_schema(TradeEvent)
+    second, forbidden = deepcopy(first), deepcopy(first)
+    second["fields"].append({"name": "venue", "type": ["null", "string"], "default": None})
+    next(field for field in second["fields"] if field["name"] == "op")["type"]["symbols"].append("SUSPENDED")
+    next(field for field in forbidden["fields"] if field["name"] == "volume")["type"] = "string"
+
+    tail = [sys.executable, "-m", "bourse_schemas", "tail", "trades", "--from-beginning", "--json"]
+    commands = {**{language: build(language) for language in LANGUAGES}, "ours": tail}
+    send(cluster, trade(cluster, first, 1), trade(cluster, first, 2, closing_change_percent=-1.37))
+    with ExitStack() as stack:
+        running = {}
+        for name, command in commands.items():
+            child = spawn([*command, *at(cluster)], stdout=tmp_path / name, stderr=tmp_path / f"{name}.err")
+            running[name] = stack.enter_context(child)
+
+        def all_have_read(number: int) -> bool:
+            for name, child in running.items():
+                assert child.poll() is None, (tmp_path / f"{name}.err").read_text("utf-8")
+            texts = {name: (tmp_path / name).read_text("utf-8") for name in running}
+            said = [f"trades={number} " in text for name, text in texts.items() if name != "ours"]
+            return all(said) and texts["ours"].count("\n") == number
+
+        wait_for(lambda: all_have_read(2), 40)
+        assert offer(cluster, second).is_success
+        send(cluster, trade(cluster, second, 3, op="SUSPENDED", venue="TSE"), trade(cluster, second, 4, venue="IFB"))
+        wait_for(lambda: all_have_read(4), 20)
+        refused = offer(cluster, forbidden)
+        assert refused.status_code == 409, refused.text
+        send(cluster, trade(cluster, first, 5))  # a producer that was not upgraded yet
+        wait_for(lambda: all_have_read(5), 20)
+        for child in running.values():
+            child.send(signal.SIGINT)
+        assert {name: child.wait(20) for name, child in running.items()} == dict.fromkeys(running, 0)
+
+    read = [json.loads(line) for line in (tmp_path / "ours").read_text("utf-8").splitlines()]
+    assert [record["op"] for record in read] == ["TRADED", "TRADED", "UNKNOWN", "TRADED", "TRADED"]
+    *_, counts, digest = expected(read, [])
+    assert counts.endswith("OPENED=0 TRADED=4 REVISED=0 CANCELLED=0 UNKNOWN=1 total=5")
+    for language in LANGUAGES:
+        assert (tmp_path / language).read_text("utf-8").splitlines()[-2:] == [counts, digest], language
+
+
+def test_our_own_side_refuses_a_subject_with_a_forbidden_schema(any_registry: Cluster) -> None:
+    """`register` does not go over it, and a service does not start on it."""
+    cluster = replace(any_registry, prefix=f"{any_registry.prefix}x")
+    other = deepcopy(avro_schema(TradeEvent))
+    next(field for field in other["fields"] if field["name"] == "volume")["type"] = "string"
+    assert offer(cluster, other).is_success
+    with pytest.raises(ConfigurationError, match="has no version equal to this release's schema"):
+        cluster.registry().serializer(TRADES, cluster.prefix)
+    with pytest.raises(SchemaIncompatible, match=TRADES.subject(cluster.prefix)):
+        cluster.registry().register(TRADES, cluster.prefix)

@@ -31,7 +31,7 @@ final class RegistryDecoder<T extends SpecificRecord> {
   }
 
   T decode(byte[] value) throws IOException, InterruptedException {
-    if (value.length < 5 || value[0] != 0) {
+    if (value == null || value.length < 5 || value[0] != 0) {
       throw new IOException("it does not begin with a zero byte and a schema id");
     }
     int id = ByteBuffer.wrap(value).getInt(1);
