@@ -6,10 +6,10 @@ A consumer's life, all calls from one thread:
    memory before is void. After a failed transaction it is called as well.
 2. `process(batch)` with records of those partitions, in order per partition. It may block, half an hour at most; the
    group's membership is kept alive meanwhile. When it returns, the batch is done (`Resume`, `Rebuild`) or taken over
-   (`Own`). When it raises, the batch comes again: nothing of it may have been kept.
+   (`Own`, `Hold`). When it raises, the batch comes again: nothing of it may have been kept.
 3. `idle(now)` at least once a second, batches or not; not while `process` runs or waits for its Retry, nor while state
    is rebuilt.
-4. `durable()` for `Own` only: what is safe so far.
+4. `durable()` for `Own` and `Hold` only: what is safe so far. For `Hold` also `notes()`.
 5. `close()` once, at a clean stop; only `durable()` may be called afterwards.
 """
 
@@ -29,11 +29,14 @@ from bourse_schemas.topics import TRADES, Topic
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from bourse_schemas.monitor import Monitor
+
 __all__ = [
     "Assignment",
     "Batch",
     "Consumer",
     "Emit",
+    "Hold",
     "Offsets",
     "Own",
     "Partition",
@@ -65,15 +68,20 @@ class Assignment(dict[Partition, int]):
 
     `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
     the committed offset: where to rebuild state that lives at most a trading day. `first` is, per partition, the oldest
-    offset that the topic still has.
+    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed.
     """
 
     def __init__(
-        self, committed: Offsets, day_start: Callable[[], Offsets] | None = None, first: Offsets | None = None
+        self,
+        committed: Offsets,
+        day_start: Callable[[], Offsets] | None = None,
+        first: Offsets | None = None,
+        notes: Mapping[Partition, str] | None = None,
     ) -> None:
         super().__init__(committed)
         self._day_start = day_start
         self.first: Offsets = first or {}
+        self.notes: Mapping[Partition, str] = notes or {}
 
     def day_start(self) -> Offsets:
         """Return where the current trading day of each partition begins; may ask the broker."""
@@ -107,7 +115,16 @@ class Own:
     offsets: Offsets
 
 
-Start = Resume | Rebuild | Own
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Begin at the group's committed offsets; what `process` took over is done when `durable()` says so.
+
+    After each call of `process`, `idle` and `close` the runner commits `durable()` and `notes()` as far as they are
+    new, in one transaction with what the call returned. Dead letters of the runner's own may be there twice.
+    """
+
+
+Start = Resume | Rebuild | Own | Hold
 
 
 class Record(NamedTuple):
@@ -246,6 +263,8 @@ class Consumer(ABC):
     """What it publishes, dead letters apart: looked at before it starts, and it may publish nothing else."""
     batch_size: int = 1000
     """Most records it gets at a time, where the operator says nothing else."""
+    monitor: Monitor | None = None
+    """Where it may count, and say that it is not ready: what --http shows. Set before the first call."""
 
     def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
         """Begin with these partitions; called anew at every rebalance."""
@@ -260,8 +279,15 @@ class Consumer(ABC):
         return None
 
     def durable(self) -> Offsets:
-        """Return, for `Own`, the offsets below which everything is safe."""
+        """Return, for `Own` and `Hold`, the offsets below which everything is safe."""
+        return {}
+
+    def notes(self) -> Mapping[Partition, str]:
+        """Return, for `Hold`, what is to be remembered beside the offsets of `durable()`: a short text, 4 kB at most.
+
+        The next member gets it as `Assignment.notes`.
+        """
         return {}
 
     def close(self) -> None:  # noqa: B027  # most consumers hold nothing
-        """Release what is held. For `Own`: make durable what is buffered."""
+        """Release what is held. For `Own` and `Hold`: make durable what is buffered."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
-from bourse_consumers.runner import Poll, StreamBroken
+from bourse_consumers.runner import NO_NOTES, Poll, StreamBroken
 from bourse_schemas import codec
 from bourse_schemas.codec import Deserializer
 from bourse_schemas.errors import BourseError, ConfigurationError
@@ -175,9 +175,9 @@ class KafkaStream:
         self._client.resume(held)
         return not self._changed and not stopped()
 
-    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+    def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
         """Publish emits and commit offsets, in one transaction where there is anything to publish."""
-        positions = [TopicPartition(*partition, at) for partition, at in offsets.items()]
+        positions = [TopicPartition(*place, at, notes.get(place, "")) for place, at in offsets.items()]
         records = [self._serializers[emit.topic](emit.event) for emit in emits]
         try:
             if records:
@@ -296,14 +296,16 @@ class KafkaStream:
         committed: dict[Partition, int | None] = {}
         begin: dict[Partition, int] = {}
         first: dict[Partition, int] = {}
+        notes: dict[Partition, str] = {}
         if self._assigned:
             asked = [TopicPartition(*partition) for partition in self._assigned]
             try:
                 # Waits until transactions that hold offsets of ours are settled.
-                found = {Partition(p.topic, p.partition): p.offset for p in self._client.committed(asked, ASK_SECONDS)}
+                answer = self._client.committed(asked, ASK_SECONDS)
             except KafkaException as error:
                 raise _broken(error.args[0]) from error
-            for partition, at in found.items():
+            for told in answer:
+                partition, at = Partition(told.topic, told.partition), told.offset
                 low, self._ends[partition] = self._watermarks(partition)
                 first[partition] = low
                 fits = low <= at <= self._ends[partition]
@@ -317,9 +319,11 @@ class KafkaStream:
                     )
                 committed[partition] = at if fits else None
                 begin[partition] = at if fits else low
+                if fits and told.metadata:
+                    notes[partition] = told.metadata
         self._next = dict(begin)
         self._assign()
-        return Assignment(begin, lambda: self._day_start(committed), first)
+        return Assignment(begin, lambda: self._day_start(committed), first, notes)
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from bourse_consumers.api import (
@@ -20,6 +21,7 @@ from bourse_consumers.api import (
     Batch,
     Consumer,
     Emit,
+    Hold,
     Offsets,
     Own,
     Partition,
@@ -27,7 +29,6 @@ from bourse_consumers.api import (
     Rebuild,
     Record,
     Reject,
-    Resume,
     Retry,
     Rewind,
 )
@@ -53,6 +54,7 @@ LONGEST_CONNECT_SECONDS = 15.0
 TURN_SECONDS, CALL_SECONDS = 120.0, 1_860.0
 # The share of rejected records is judged over so many records, once so many were rejected.
 JUDGED_RECORDS, FEW_RECORDS = 200, 20
+NO_NOTES: Mapping[Partition, str] = MappingProxyType({})
 # A record may be as large as brokers allow (1 MiB); its letter, which says more, has to pass as well.
 LETTER_BYTES = 900_000
 
@@ -85,8 +87,11 @@ class Stream(Protocol):
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Stay a member without fetching; return False as soon as the assignment changed or `stopped()`."""
 
-    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
-        """Publish emits and commit offsets, all or nothing. Refused where the partitions are no longer ours."""
+    def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
+        """Publish emits and commit offsets with their notes, all or nothing.
+
+        Refused where the partitions are no longer ours.
+        """
 
     def hint(self, offsets: Offsets) -> None:
         """Commit offsets for dashboards, without waiting."""
@@ -142,19 +147,22 @@ class Runner:
         self._name = name
         self._batch_size = batch_size or consumer.batch_size
         self._max_rejected_share = max_rejected_share
-        self._monitor = monitor or Monitor(name)
+        self._monitor = consumer.monitor = monitor or Monitor(name)
         self._now = now
         self._stop = stop or threading.Event()
         self._log = get_logger(consumer=name)
         self._publishes = {*consumer.emits, DEAD_LETTERS}
-        self._opened = self._own = False
+        # Whether the consumer keeps its own offsets, and whether it says when a batch is done.
+        self._opened = self._own = self._hold = False
         self._events: dict[tuple[Partition, int], Any] = {}
         self._committed: dict[Partition, int] = {}
         self._replaying: set[Partition] = set()
-        # Positions beyond the last record. For `Own` also the ends of the records taken over, and what was hinted last.
+        # Positions beyond the last record. For `Own` and `Hold` also the ends of the records taken over, and what was
+        # hinted or noted last.
         self._reached: dict[Partition, int] = {}
         self._taken: dict[Partition, int] = {}
         self._hinted: dict[Partition, int] = {}
+        self._noted: Mapping[Partition, str] = NO_NOTES
         self._settle_due = self._idle_due = 0.0
         self._report_due = time.monotonic() + REPORT_SECONDS
         self._idle_backoff, self._broken_backoff = _Backoff(), _Backoff()
@@ -234,16 +242,17 @@ class Runner:
                 if not self._wait(error, backoff):
                     return
         begin = dict(assigned)
-        if not isinstance(start, Resume):
+        if isinstance(start, Rebuild | Own):
             begin.update((partition, start.offsets[partition]) for partition in assigned if partition in start.offsets)
         if isinstance(start, Rebuild):
             begin = {partition: min(at, assigned[partition]) for partition, at in begin.items()}
         if begin != assigned:
             self._stream.seek(begin)
-        self._own = isinstance(start, Own)
+        self._own, self._hold = isinstance(start, Own), isinstance(start, Hold)
         self._committed = dict(assigned)
         self._replaying = set() if self._own else {p for p, at in begin.items() if at < assigned[p]}
         self._taken, self._reached, self._hinted = begin, {}, {}
+        self._noted = assigned.notes
         self._opened = True
         for subject in ("starting", "starting over", "trying again"):
             self._monitor.unready(subject, None)
@@ -319,7 +328,7 @@ class Runner:
                 self._judge(records, rejected)
                 self._log.warning("dead letters", count=len(found), first=found[0].origin, reason=str(error))
                 letters += [Emit(DEAD_LETTERS, letter) for letter in found]
-                if self._own:
+                if self._own or self._hold:
                     # A sink that keeps its offsets may be past this batch before we could say what it lacks.
                     self._publish(letters, {})
                     letters = []
@@ -331,7 +340,7 @@ class Runner:
         if batch.replay:
             return True
         self._rows += len(batch.records)
-        if self._own:
+        if self._own or self._hold:
             self._taken.update(Places.of(batch.records).ends())
             self._reached.update(batch.next)
         self._publish([*emits, *letters], batch.next)
@@ -369,6 +378,8 @@ class Runner:
         if self._own:
             if emits:
                 self._stream.commit(emits, {})
+        elif self._hold:
+            self._commit_held(emits)
         elif emits or offsets:
             self._stream.commit(emits, offsets or self._committed)
             self._committed.update(offsets)
@@ -450,7 +461,8 @@ class Runner:
         now = time.monotonic()
         # A state that is being rebuilt is not one to judge by.
         if self._opened and not self._replaying and now >= self._idle_due:
-            self._idle_due = now + IDLE_SECONDS
+            # Whoever waited for a commit of what it holds goes on at once.
+            self._idle_due = now + (0 if self._hold else IDLE_SECONDS)
             self._idle(now)
         if self._opened and now >= self._settle_due:
             self._settle_due = now + SETTLE_SECONDS
@@ -484,24 +496,39 @@ class Runner:
         else:
             self._idle_backoff.reset()
             self._monitor.unready("trying again when idle", None)
-            if emits:
-                self._publish(emits, {})
+            if emits or self._hold:
+                self._publish(emits or (), {})
 
     def _settle(self) -> None:
         """Commit positions that no batch brought; for a sink of its own, tell the group how far it is."""
+        if self._hold:
+            self._commit_held(())
+            return
         if not self._own:
             ahead = {partition: at for partition, at in self._reached.items() if at > self._committed[partition]}
             if ahead:
                 self._publish((), ahead)
             return
-        hint = dict(self._consumer.durable())
-        for partition, at in self._reached.items():
-            # Nothing but transaction markers lies between the last record and the position.
-            if hint.get(partition, 0) >= self._taken[partition]:
-                hint[partition] = max(at, hint.get(partition, 0))
+        hint = self._durable()
         if hint != self._hinted:
             self._stream.hint(hint)
             self._hinted = hint
+
+    def _durable(self) -> dict[Partition, int]:
+        done = dict(self._consumer.durable())
+        for partition, at in self._reached.items():
+            # Nothing but transaction markers lies between the last record and the position.
+            if done.get(partition, 0) >= self._taken[partition]:
+                done[partition] = max(at, done.get(partition, 0))
+        return done
+
+    def _commit_held(self, emits: Sequence[Emit]) -> None:
+        """Commit what is done by now, with what is remembered beside it and what is to be published."""
+        done, notes = self._durable(), self._consumer.notes()
+        if emits or notes != self._noted or any(at > self._committed[each] for each, at in done.items()):
+            self._stream.commit(emits, {**self._committed, **done}, notes)
+            self._committed.update(done)
+            self._noted = dict(notes)
 
 
 class _Unreadable(Reject):

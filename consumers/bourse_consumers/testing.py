@@ -11,7 +11,7 @@ restarts, kills, rebalances, failed transactions and any size of batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from msgspec import structs
 
 from bourse_consumers.api import Assignment, Consumer, Emit, Offsets, Partition, Record
-from bourse_consumers.runner import Poll, Runner, StreamBroken
+from bourse_consumers.runner import NO_NOTES, Poll, Runner, StreamBroken
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.events import DeadLetter, Event, Op, TradeEvent
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic, event_id, topic_of
@@ -86,6 +86,7 @@ class Memory:
         self.markers = markers
         self.records: dict[Partition, list[Record | None]] = {}
         self.committed: dict[Partition, int] = {}
+        self.notes: dict[Partition, str] = {}
         self.emitted: list[Emit] = []
 
     def append(self, *events: Event, partition: int = 0) -> None:
@@ -131,7 +132,8 @@ class MemoryStream:
         if self._changed:
             self._changed = False
             self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
-            return Poll(assigned=Assignment(self._next, lambda: dict.fromkeys(self._partitions, 0)))
+            start = dict.fromkeys(self._partitions, 0)
+            return Poll(assigned=Assignment(self._next, lambda: start, notes=dict(self._memory.notes)))
         records: list[Record] = []
         positions: dict[Partition, int] = {}
         for partition in self._partitions:
@@ -155,7 +157,7 @@ class MemoryStream:
             raise AssertionError(f"the consumer has asked to wait {PATIENCE} times: does it ever get on?")
         return not self._changed and not stopped()
 
-    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+    def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
         """Publish and commit, at once."""
         if self.failing:
             self.failing -= 1
@@ -164,6 +166,7 @@ class MemoryStream:
             SERIALIZERS[topic.event](event)  # what cannot be encoded could not be published
         self._memory.emitted += emits
         self._memory.committed.update(offsets)
+        self._memory.notes.update({partition: notes.get(partition, "") for partition in offsets})
 
     def hint(self, offsets: Offsets) -> None:
         """Commit for dashboards."""

@@ -56,6 +56,12 @@ DEAD_LETTERS_TOTAL = Metric("bourse_consumer_dead_letters_total", "counter", "Re
 RETRIES = Metric("bourse_consumer_retries_total", "counter", "Batches that had to wait.", ("consumer",))
 LAG = Metric("bourse_consumer_lag", "gauge", "Offsets between a consumer and the end.", ("consumer",))
 BATCH_SECONDS = Metric("bourse_consumer_batch_seconds", "histogram", "Time a batch took.", ("consumer",))
+NOTIFICATIONS = Metric(
+    "bourse_notifications_total", "counter", "Messages to a channel: sent, failed, given_up.", ("channel", "outcome")
+)
+NOTIFY_SECONDS = Metric(
+    "bourse_notify_seconds", "histogram", "From reading an alert to its being with its channel.", ("channel",)
+)
 KAFKA_QUEUE = Metric("bourse_kafka_queued_messages", "gauge", "Messages waiting in librdkafka.", ("client",))
 KAFKA_SENT = Metric("bourse_kafka_sent_messages", "gauge", "Messages sent to the brokers.", ("client",))
 KAFKA_RECEIVED = Metric("bourse_kafka_received_messages", "gauge", "Messages received from the brokers.", ("client",))

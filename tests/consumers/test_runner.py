@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from bourse_consumers.api import (
     Batch,
     Consumer,
     Emit,
+    Hold,
     Offsets,
     Own,
     Partition,
@@ -28,7 +29,7 @@ from bourse_consumers.api import (
     Rewind,
     Start,
 )
-from bourse_consumers.runner import Runner, StreamBroken, patiently
+from bourse_consumers.runner import NO_NOTES, Runner, StreamBroken, patiently
 from bourse_consumers.testing import ConsumerContract, Memory, MemoryStream, run, trade
 from bourse_schemas.errors import BourseError, Unreachable
 from bourse_schemas.events import Reason, Stage, TradeEvent
@@ -376,8 +377,8 @@ def test_a_broken_transaction_starts_over_and_loses_nothing() -> None:
     """After any error of a transaction everything since the last commit is void and comes again."""
 
     class Until(MemoryStream):
-        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
-            super().commit(emits, offsets)
+        def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
+            super().commit(emits, offsets, notes)
             if memory.committed[TRADES_0] == 3:
                 runner.stop()
 
@@ -709,8 +710,8 @@ def test_a_broken_transaction_is_told_until_the_partitions_are_back() -> None:
             seen.append(monitor.reasons())
             return super().wait(seconds, stopped)
 
-        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
-            super().commit(emits, offsets)
+        def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
+            super().commit(emits, offsets, notes)
             seen.append(monitor.reasons())
             runner.stop()
 
@@ -762,9 +763,9 @@ def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
             return super().process(batch)
 
     class Waiting(MemoryStream):
-        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+        def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
             at_call.append(promised[-1])
-            super().commit(emits, offsets)
+            super().commit(emits, offsets, notes)
 
         def reset(self) -> None:
             at_call.append(promised[-1])
@@ -799,3 +800,83 @@ def test_waiting_for_a_broker_at_the_start_is_told(wait_for: Callable[..., Any])
     stop.set()
     thread.join(5)
     assert not thread.is_alive()
+
+
+class Later(Consumer):
+    """Takes records over and is done with them one at a time, at its leisure; it notes which it has looked at."""
+
+    emits: Sequence[Topic] = (TRADES,)
+
+    def __init__(self) -> None:
+        self.waiting: list[TradeEvent] = []
+        self.at = 0
+        self.noted: Mapping[Partition, str] = {}
+
+    def open(self, assigned: Assignment) -> Hold:
+        self.waiting, self.at, self.noted = [], assigned[TRADES_0], assigned.notes
+        return Hold()
+
+    def process(self, batch: Batch) -> None:
+        self.waiting += batch.events
+
+    def idle(self, now: datetime) -> list[Emit]:
+        if not self.waiting:
+            return []
+        self.at = self.waiting[0].sequence
+        return [Emit(TRADES, self.waiting.pop(0))]
+
+    def durable(self) -> Offsets:
+        return {TRADES_0: self.at}
+
+    def notes(self) -> Mapping[Partition, str]:
+        return {TRADES_0: f"{len(self.waiting)} wait"} if self.waiting else {}
+
+
+def test_what_is_held_is_committed_as_far_as_it_is_done() -> None:
+    """With what was published and noted for it; a successor begins there, and knows what was noted."""
+    memory = Memory()
+    memory.append(*some(3))
+    runner = Runner(Later(), MemoryStream(memory, [TRADES]), memory.decode, name="test")
+    runner.step()
+    runner.step()
+    assert (memory.committed, memory.notes, len(memory.emitted)) == ({TRADES_0: 1}, {TRADES_0: "2 wait"}, 1)
+    runner.step()
+    assert (memory.committed, memory.notes, len(memory.emitted)) == ({TRADES_0: 2}, {TRADES_0: "1 wait"}, 2)
+    successor = Later()
+    runner = Runner(successor, MemoryStream(memory, [TRADES]), memory.decode, name="test")
+    runner.step()
+    assert successor.noted == {TRADES_0: "1 wait"}
+    for _ in range(3):
+        runner.step()
+    assert (memory.committed, memory.notes) == ({TRADES_0: 3}, {TRADES_0: ""})
+    assert [emit.event.sequence for emit in memory.emitted] == [1, 2, 3]  # type: ignore[attr-defined]
+
+
+def test_what_is_held_comes_again_after_a_broken_transaction() -> None:
+    """What could not be committed was not published."""
+    memory = Memory()
+    memory.append(*some(3))
+    stream = MemoryStream(memory, [TRADES])
+    stream.failing = 1
+    consumer = Later()
+    runner = Runner(consumer, stream, memory.decode, name="test")
+    runner.step()
+    with pytest.raises(StreamBroken):
+        runner.step()
+    assert memory.emitted == []
+    runner._start_over(StreamBroken("told to fail"))
+    for _ in range(6):
+        runner.step()
+    assert [emit.event.sequence for emit in memory.emitted] == [1, 2, 3]  # type: ignore[attr-defined]
+    assert memory.committed == {TRADES_0: 3}
+
+
+def test_markers_after_what_is_held_are_committed_too() -> None:
+    """Nothing is left to read when all is done: the lag is 0."""
+    memory = Memory(markers=True)
+    memory.append(*some(1))
+    stream = MemoryStream(memory, [TRADES])
+    runner = Runner(Later(), stream, memory.decode, name="test")
+    for _ in range(4):
+        runner.step()
+    assert memory.committed == {TRADES_0: 2}

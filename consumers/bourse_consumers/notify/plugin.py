@@ -1,0 +1,56 @@
+"""`bourse consume notify`."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from bourse_consumers.api import Consumer
+
+__all__ = ["channels_option", "notify"]
+
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+class _Span(click.ParamType[timedelta]):
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Return a duration such as 30s, 5m, 1h or 2d."""
+        if isinstance(value, timedelta):
+            return value
+        found = re.fullmatch(r"(\d{1,6})([smhd])", str(value).strip())
+        if found is None or not int(found[1]):
+            self.fail(f"{value!r} is no duration such as 30s, 5m or 1h", param, ctx)
+        return timedelta(**{UNITS[found[2]]: int(found[1])})
+
+
+SPAN = _Span()
+channels_option = click.option(
+    "--channels", required=True, type=click.Path(path_type=Path), help="YAML file with the channels."
+)
+
+
+@click.command
+@channels_option
+@click.option(
+    "--max-age", type=SPAN, default="1h", show_default=True, help="Alerts older than this when read are summed up."
+)
+@click.option(
+    "--give-up",
+    type=SPAN,
+    default="15m",
+    show_default=True,
+    help="How long a message is tried on a channel that fails.",
+)
+def notify(channels: Path, *, max_age: timedelta, give_up: timedelta) -> Consumer:
+    """Send alerts to people: Telegram, mail, ntfy, webhooks and what else Apprise knows."""
+    from bourse_consumers.notify.channels import load
+    from bourse_consumers.notify.consumer import Notify
+
+    return Notify(load(channels), max_age=max_age, patience=give_up)
