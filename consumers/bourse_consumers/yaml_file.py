@@ -46,10 +46,30 @@ def read(path: Path, model: type[M], what: str, version: int = 1) -> tuple[M, An
     if isinstance(found := data.get("version"), int) and found > version:
         line, _ = place(node, ["version"])
         raise ConfigurationError(f"{path}:{line}: version: {found} is newer than this release reads ({version})")
+    mistakes = [f"{path}:{line}: {key}: is there twice" for line, key in _twice(node, set())]
     try:
-        return model.model_validate(data), node
+        contents = model.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError("\n".join(_mistakes(path, node, model, error))) from error
+        raise ConfigurationError("\n".join([*mistakes, *_mistakes(path, node, model, error)])) from error
+    if mistakes:
+        raise ConfigurationError("\n".join(mistakes))
+    return contents, node
+
+
+def _twice(node: Any, seen: set[int]) -> Iterator[tuple[int, str]]:
+    """Return line and name of each key that its mapping has already: YAML would take the last one in silence."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (key, value) in enumerate(node.value):
+            if key.value in keys[:index]:
+                yield key.start_mark.line + 1, key.value
+            yield from _twice(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _twice(value, seen)
 
 
 def _mistakes(path: Path, node: Any, model: type[Strict], error: ValidationError) -> Iterator[str]:
@@ -67,10 +87,10 @@ def _mistakes(path: Path, node: Any, model: type[Strict], error: ValidationError
 def _known_keys(model: type[Strict], location: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the model at a location has."""
     for part in location:
-        field = model.model_fields.get(str(part))
+        field = next((field for name, field in model.model_fields.items() if part in {name, field.alias}), None)
         if field is not None:  # else an index, or the key of a mapping whose values are the model
             model = next(_models(field.annotation), model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models(annotation: Any) -> Iterator[type[Strict]]:

@@ -32,7 +32,17 @@ from bourse_consumers.testing import Memory, MemoryStream
 from bourse_sandbox.kafka import free_port
 from bourse_schemas.cli import bourse
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import AlertState, DeadLetter, PriceAlert, Reason, Severity, Stage, Unit
+from bourse_schemas.events import (
+    AlertKind,
+    AlertState,
+    DeadLetter,
+    PriceAlert,
+    Reason,
+    ResolvedBy,
+    Severity,
+    Stage,
+    Unit,
+)
 from bourse_schemas.monitor import Monitor
 from tests.web import Web, serving
 
@@ -101,6 +111,20 @@ def test_the_authors_own_message_is_the_text() -> None:
     assert plain(text.body).startswith("🔵 ومعادن fast-move: همین حالا ببین، ۱۲:۰۰:۰۰")
 
 
+def test_the_end_of_an_alert() -> None:
+    """Says that it is one, and so does that of a rule that is gone."""
+    over = alert(state=AlertState.RESOLVED, resolved_by=ResolvedBy.CONDITION)
+    assert plain(words.group([over], FA).body).startswith("✅ پایان: ومعادن fast-move: تغییر")
+    gone = structs.replace(over, resolved_by=ResolvedBy.RULE_REMOVED)
+    assert "the rule was removed" in words.group([gone], EN).body
+
+
+def test_an_alert_of_the_feed_says_what_is_wrong() -> None:
+    """Nothing is measured there; the rule's condition stands for it, in a Persian line too."""
+    feed = alert(kind=AlertKind.FEED, symbol=None, instrument=None, observed=None, price=None, condition="feed is DOWN")
+    assert plain(words.group([feed], FA).body).startswith("🔵 sample fast-move: جریان داده (feed is DOWN)، ۱۲:۰۰:۰۰")
+
+
 def test_a_channels_template() -> None:
     """It says the line, in the channel's digits; what it may name is checked when it is read."""
     manner = Manner("en", "en", "gregorian", template="{symbol} at {price} ({day})")
@@ -116,7 +140,7 @@ def test_every_alert_can_be_written(manner: Manner) -> None:
     bare = dict.fromkeys(
         ("instrument", "symbol", "title", "event_id", "poll_sequence", "observed", "threshold", "price")
     )
-    for kind in type(alert().kind):
+    for kind in AlertKind:
         for unit in Unit:
             for state in AlertState:
                 for fields in ({}, bare):
@@ -486,7 +510,8 @@ channels:
   plain:
     url: tgram://123456789:secret/1
   both: {url: {env: DESK}, webhook: {env: HOOK}}
-  none: {limit: 0}
+  few: {limit: 0}
+  none: {}
   words:
     url: {env: DESK}
     severity: urgent
@@ -494,6 +519,7 @@ channels:
     quiet: {from: "25:00", to: 07:00}
     address: example.ir
   "a b": {url: {env: DESK}}
+  none: {url: {env: DESK}, quiet: {from: 1:00, too: 2:00}}
 """,
         )
     said = str(caught.value)
@@ -501,12 +527,14 @@ channels:
         "channels.yaml:2: defaults.langauge: unknown key; did you mean language?",
         "channels.yaml:5: channels.plain.url: this is a secret: say {env: NAME}",
         "channels.yaml:6: channels.both: give either url",
-        "channels.yaml:7: channels.none.limit: Input should be greater",
-        "channels.yaml:10: channels.words.severity[1]: Input should be 'info', 'warning' or 'critical'",
-        "channels.yaml:11: channels.words.template: {simbol} is unknown",
-        "channels.yaml:12: channels.words.quiet.from: give a time of day",
-        "channels.yaml:13: channels.words.address: give an address",
-        "channels.yaml:14: channels.a b",
+        "channels.yaml:7: channels.few.limit: Input should be greater",
+        "channels.yaml:16: none: is there twice",
+        "channels.none.quiet.too: unknown key; did you mean to?",
+        "channels.yaml:11: channels.words.severity[1]: Input should be 'info', 'warning' or 'critical'",
+        "channels.yaml:12: channels.words.template: {simbol} is unknown",
+        "channels.yaml:13: channels.words.quiet.from: give a time of day",
+        "channels.yaml:14: channels.words.address: give an address",
+        "channels.yaml:15: channels.a b",
     ):
         assert expected in said
     assert "secret/1" not in said

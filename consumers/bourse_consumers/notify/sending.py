@@ -71,8 +71,9 @@ class _Session(requests.Session):
         way = _way.get()
         if way.address is not None and request.url is not None:
             base, asked = urlsplit(way.address), urlsplit(request.url)
-            path = base.path.rstrip("/") + asked.path
-            request.url = urlunsplit((base.scheme, base.netloc, path, asked.query, ""))
+            if asked.netloc != base.netloc:  # else a redirection, which is there already
+                path = base.path.rstrip("/") + asked.path
+                request.url = urlunsplit((base.scheme, base.netloc, path, asked.query, ""))
         if way.proxy is not None:
             options["proxies"] = {"http": way.proxy, "https": way.proxy}
         return super().send(request, **options)

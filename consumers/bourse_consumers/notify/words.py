@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 from persiantools import digits
 from persiantools.jdatetime import JalaliDate
 
-from bourse_schemas.events import AlertKind, AlertState, PriceAlert, Severity, Unit
+from bourse_schemas.events import AlertKind, AlertState, PriceAlert, ResolvedBy, Severity, Unit
 
 __all__ = [
     "TEHRAN",
@@ -58,6 +58,7 @@ FA = {
     "alerts": "{} هشدار",
     "ended": "{} پایان‌یافته",
     "over": "پایان: ",
+    "removed": "پایان (قاعده برداشته یا عوض شد): ",
     "threshold": " (آستانه {})",
     "price": "قیمت {}",
     "more": "… و {} مورد دیگر",
@@ -78,6 +79,7 @@ EN = {
     "alerts": "{} alerts",
     "ended": "{} over",
     "over": "over: ",
+    "removed": "over (the rule was removed or changed): ",
     "threshold": " (threshold {})",
     "price": "price {}",
     "more": "… and {} more",
@@ -240,7 +242,9 @@ def _line(alert: PriceAlert, manner: Manner) -> str:
     value = _fields(alert, manner)
     if manner.template is not None:
         return " ".join(manner.template.format_map(value).split("\n"))
-    over = manner.words["over"] if alert.state is AlertState.RESOLVED else ""
+    over = "" if alert.state is not AlertState.RESOLVED else manner.words["over"]
+    if alert.resolved_by is ResolvedBy.RULE_REMOVED:
+        over = manner.words["removed"]
     head = f"{value['mark']} {over}{value['symbol']} {value['rule']}"
     if alert.message:
         said = " ".join(value["message"].split("\n"))
@@ -250,7 +254,7 @@ def _line(alert: PriceAlert, manner: Manner) -> str:
         limit = manner.say("threshold", value["threshold"]) if value["threshold"] else ""
         parts.append(f"{value['kind']} {value['observed']}{limit}")
     else:
-        parts.append(value["condition"] if manner.language == "en" else value["kind"])
+        parts.append(f"{value['kind']} ({value['condition']})")
     if value["price"] and not (alert.unit is Unit.RIAL and alert.observed == alert.price):
         parts.append(manner.say("price", value["price"]))
     return f"{head}: " + manner.words["comma"].join((*parts, value["time"]))
