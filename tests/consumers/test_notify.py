@@ -18,6 +18,8 @@ import pytest
 from aiosmtpd.controller import Controller
 from bidi import get_display
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec import structs
 
 from bourse_consumers.api import Partition, Record
@@ -180,6 +182,7 @@ class Desk:
         self.lane = Lane(policy or Policy("desk"), frozenset({"desk", "mail"}), {ALERTS_0: 0, ALERTS_1: 0}, max_age)
         self.now = NOON
         self.offsets = {ALERTS_0: 0, ALERTS_1: 0}
+        self.lane._behind = False  # as after its first message
 
     def take(self, *alerts: PriceAlert, partition: Partition = ALERTS_0) -> None:
         for each in alerts:
@@ -238,6 +241,31 @@ def test_what_was_told_before_is_passed_over() -> None:
     message = lane.due(NOON + timedelta(seconds=1))
     assert message
     assert [each.alert_id for each in message.alerts] == ["alert-2"]
+
+
+def test_what_a_lane_finds_at_its_start_is_one_message() -> None:
+    """What its predecessor had in hand comes again with whatever was read since; then all is as ever."""
+    desk = Desk()
+    desk.lane = Lane(Policy("desk"), frozenset({"desk"}), {ALERTS_0: 0, ALERTS_1: 0}, None)
+    desk.take(alert(1, 1), alert(2, 2))
+    assert desk.due(0.2) is None
+    desk.take(alert(3, 1), partition=ALERTS_1)
+    assert desk.due(0.2) is None, "there was more to read a moment ago"
+    assert desk.told(0.1) == (Kind.DIGEST, ["alert-1", "alert-2", "alert-3"])
+    desk.take(alert(4, 4), alert(5, 5))
+    assert desk.told() == (Kind.ALERTS, ["alert-4"])
+
+
+def test_a_digest_does_not_wait_for_ever() -> None:
+    """Alerts that never stop coming do not hold it back."""
+    desk = Desk()
+    desk.lane = Lane(Policy("desk"), frozenset({"desk"}), {ALERTS_0: 0, ALERTS_1: 0}, None)
+    for number in range(12):
+        desk.take(alert(number, number))
+        if message := desk.due(0.2):
+            break
+    assert message
+    assert 5 < len(message.alerts) < 10
 
 
 def test_the_limit_of_a_minute_and_the_digest_of_the_rest() -> None:
@@ -314,6 +342,56 @@ def test_a_channel_that_was_late_gets_the_rest_in_a_digest() -> None:
     assert desk.due()
     desk.lane.done(late=True)
     assert desk.told() == (Kind.DIGEST, ["alert-1", "alert-2", "alert-3"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    alerts=st.lists(
+        st.tuples(st.sampled_from([ALERTS_0, ALERTS_1]), st.integers(1, 4), st.sampled_from([False, False, True])),
+        min_size=5,
+        max_size=25,
+    ),
+    steps=st.lists(st.sampled_from(["take", "take", "take", "wait", "long", "late", "kill"]), min_size=10, max_size=60),
+    limit=st.integers(1, 3),
+    hours=st.sampled_from([None, Quiet(time(12, 1), time(12, 3))]),
+)
+def test_whatever_happens_none_is_left_out_and_a_kill_repeats_one_message(
+    alerts: list[tuple[Partition, int, bool]], steps: list[str], limit: int, hours: Quiet | None
+) -> None:
+    """Alerts in any order of polls, old ones among them; what counts is how far a lane was when it was killed."""
+    policy = Policy("desk", limit=limit, quiet=hours)
+    desk, log = Desk(policy), dict[Partition, list[PriceAlert]]({ALERTS_0: [], ALERTS_1: []})
+    told, in_hand, kills = list[list[str]](), False, 0
+    for number, (partition, poll, old) in enumerate(alerts):
+        raised = NOON - timedelta(days=1) if old else NOON + timedelta(hours=1)
+        log[partition].append(alert(number, poll, raised_at=raised))
+    for step in [*steps, *["take"] * len(alerts), *["done", "wait"] * 100]:
+        if step == "take":
+            for partition, offset in desk.offsets.items():
+                desk.take(*log[partition][offset : offset + 1], partition=partition)
+        elif step == "kill":
+            # What was in hand had been handed over, and nobody knows.
+            start, read = desk.lane.progress(), dict(desk.offsets)
+            desk.lane = Lane(policy, frozenset({"desk"}), start, timedelta(hours=1))
+            desk.offsets, in_hand, kills = dict(start), False, kills + 1
+            # A successor reads what is there before it tells any of it.
+            for partition, end in read.items():
+                desk.take(*log[partition][start[partition] : end], partition=partition)
+        elif step in {"wait", "long"}:
+            if (message := desk.due(20 if step == "wait" else 120)) is not None:
+                assert not in_hand
+                told.append([each.alert_id for each in message.alerts])
+                in_hand = True
+        elif in_hand:
+            desk.lane.done(late=step == "late")
+            in_hand = False
+    assert {each for ids in told for each in ids} == {f"alert-{number}" for number in range(len(alerts))}
+    seen, repeated = set[str](), set[int]()
+    for index, ids in enumerate(told):
+        repeated.update([index] if not seen.isdisjoint(ids) else [])
+        seen.update(ids)
+    assert len(repeated) <= kills
+    assert desk.lane.progress() == {partition: len(each) for partition, each in log.items()}
 
 
 @pytest.mark.parametrize(
@@ -689,7 +767,9 @@ def test_a_channel_that_fails_holds_up_no_other(wait_for: Callable[..., Any]) ->
     memory = Memory()
     house = House(memory)
     house.phones["mail"].works.clear()
-    memory.append(alert(1, 1, channels=BOTH), alert(2, 2, channels=BOTH))
+    memory.append(alert(1, 1, channels=BOTH))
+    house.until(wait_for, lambda: house.phones["desk"].ids() == [["alert-1"]])
+    memory.append(alert(2, 2, channels=BOTH))
     house.until(wait_for, lambda: house.phones["desk"].ids() == [["alert-1"], ["alert-2"]])
     house.until(wait_for, lambda: memory.notes.get(ALERTS_0) == '{"desk":2}')
     assert memory.committed[ALERTS_0] == 0
@@ -706,21 +786,23 @@ def test_a_channel_that_fails_holds_up_no_other(wait_for: Callable[..., Any]) ->
 
 def test_the_next_message_waits_for_the_commit_of_the_last(wait_for: Callable[..., Any]) -> None:
     """Killed at any point, no channel is told more than one message twice."""
+
+    class Watching(Phone):
+        def send(self, text: Text, message: Message | None = None) -> None:
+            uncommitted.append(len(self.got) - _progress(memory, "desk"))
+            super().send(text, message)
+
+    uncommitted: list[int] = []
     memory = Memory()
-    memory.append(*[alert(number, number, channels=BOTH) for number in range(1, 6)])
+    memory.append(alert(1, 1))
     house = House(memory)
-    for rounds in range(200):
-        before = {name: len(phone.got) for name, phone in house.phones.items()}
-        done = {name: _progress(memory, name) for name in house.phones}
-        house.runner.step(0)
-        for name in house.phones:
-            assert before[name] <= done[name] + 1, rounds
-        if memory.committed.get(ALERTS_0) == 5:
-            break
-        wait_for(lambda: not any(each._thread.is_alive() for each in house.consumer._deliveries.values()))
-    else:
-        pytest.fail("it does not get on")
-    assert house.phones["desk"].ids() == house.phones["mail"].ids() == [[f"alert-{each}"] for each in range(1, 6)]
+    house.phones["desk"] = Watching()
+    house.start()
+    house.until(wait_for, lambda: memory.committed.get(ALERTS_0) == 1)
+    memory.append(*[alert(number, number) for number in range(2, 8)])
+    house.until(wait_for, lambda: memory.committed[ALERTS_0] == 7)
+    assert house.phones["desk"].ids() == [[f"alert-{each}"] for each in range(1, 8)]
+    assert uncommitted == [0] * 7
 
 
 def _progress(memory: Memory, name: str) -> int:

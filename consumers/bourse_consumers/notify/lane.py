@@ -22,6 +22,8 @@ __all__ = ["Entry", "Kind", "Lane", "Message", "Policy", "Quiet"]
 
 # How long the rest of a poll's alerts is waited for: they come in one transaction, or in a few right after another.
 LINGER = timedelta(seconds=0.25)
+# How long a digest waits at most for an end of what comes.
+PATIENCE = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
 
 
@@ -124,8 +126,9 @@ class Lane:
         self._pending: list[Entry] = []
         self._sent: list[datetime] = []
         self._in_hand: Message | None = None
-        # Alerts had to wait: what has piled up is told in one digest.
-        self._behind = False
+        # Alerts had to wait: what has piled up is told in one digest. So is what a lane finds at its start: what was in
+        # hand when its predecessor died then comes again in one message, whatever came after it.
+        self._behind = True
 
     def take(self, record: Record, alert: PriceAlert, now: datetime) -> None:
         """Take a record that was read; what the channel has been told before, or does not want, is passed over."""
@@ -163,7 +166,7 @@ class Lane:
             kind, waits_since = Kind.STALE, chosen[-1].seen  # a backlog is read first, then summed up
         elif self._behind:
             chosen = self._in_turn(lambda entry: not entry.stale)
-            kind, waits_since = Kind.DIGEST, first.seen
+            kind, waits_since = Kind.DIGEST, min(chosen[-1].seen, first.seen + PATIENCE)
             if len({_poll(entry.alert) for entry in chosen}) == 1:
                 kind = Kind.ALERTS
         else:
