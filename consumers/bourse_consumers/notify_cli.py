@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bourse_consumers.notify.plugin import channels_option
+from bourse_consumers.notify.plugin import channels_option, read_channels
 from bourse_schemas.errors import BourseError, ConfigurationError
 
 __all__ = ["notify"]
@@ -23,11 +23,10 @@ def notify() -> None:
 @channels_option
 def test(*, channel: str, channels: Path) -> None:
     """Send a sample to a channel: in its language, on its way. Exit 1 where it does not take it."""
+    found = read_channels(channels)
     from bourse_consumers.notify import words
-    from bourse_consumers.notify.channels import load
     from bourse_consumers.notify.sending import NotSent
 
-    found = load(channels)
     if channel not in found:
         raise ConfigurationError(f"{channels} has no channel {channel!r}: there are {', '.join(found)}")
     text = words.sample(channel, words.example(datetime.now(UTC)), found[channel].policy.manner)

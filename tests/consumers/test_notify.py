@@ -6,6 +6,8 @@ import base64
 import hmac
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, time, timedelta
@@ -677,10 +679,29 @@ def test_a_file_that_is_none_is_an_operators_mistake(tmp_path: Path, text: str |
         assert said in str(error)
 
 
-def test_the_example_is_a_channels_file() -> None:
-    """As it stands, with the variables that it names."""
-    path = Path(__file__).parents[2] / "examples" / "channels.yaml"
-    names = re.findall(r"env: (\w+)", path.read_text("utf-8"))
+def test_without_apprise_it_says_what_to_install(tmp_path: Path) -> None:
+    """Exit code 2 and the extra's name; the other commands work."""
+    program = "import sys; sys.modules['apprise'] = None; from bourse_schemas.cli import main; main()"
+    command = [sys.executable, "-c", program, "notify", "test", "desk", "--channels", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: notifications need the module apprise: pip install 'bourse-stream[notify]'\n"
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["examples/channels.yaml", "docs/notify.md"])
+def test_the_examples_are_channels_files(page: str, tmp_path: Path) -> None:
+    """As they stand, with the variables and files that they name."""
+    text = (ROOT / page).read_text("utf-8")
+    if page.endswith(".md"):
+        (text,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "channels.yaml"
+    path.write_text(text, "utf-8")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "mail").write_text("mailtos://me:pw@example.ir", "utf-8")
+    names = re.findall(r"env: (\w+)", text)
     addresses = dict.fromkeys(names, f"tgram://{TOKEN}/4242") | {
         "HOOK_URL": "https://example.ir/x", "HOOK_KEY": "whsec_YQ==", "PROXY": "http://127.0.0.1:8118",
         "MAIL_URL": "mailtos://me:pw@example.ir",

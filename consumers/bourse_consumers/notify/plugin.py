@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bourse_schemas.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
+    from bourse_consumers.notify.channels import Channel
 
-__all__ = ["channels_option", "notify"]
+__all__ = ["channels_option", "notify", "read_channels"]
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -36,6 +39,17 @@ channels_option = click.option(
 )
 
 
+def read_channels(path: Path) -> dict[str, Channel]:
+    """Return the channels of a file; raise ConfigurationError where they, or what sends to them, are not there."""
+    try:
+        from bourse_consumers.notify.channels import load
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"notifications need the module {error.name}: pip install 'bourse-stream[notify]'"
+        ) from error
+    return load(path)
+
+
 @click.command
 @channels_option
 @click.option(
@@ -50,7 +64,7 @@ channels_option = click.option(
 )
 def notify(channels: Path, *, max_age: timedelta, give_up: timedelta) -> Consumer:
     """Send alerts to people: Telegram, mail, ntfy, webhooks and what else Apprise knows."""
-    from bourse_consumers.notify.channels import load
+    found = read_channels(channels)
     from bourse_consumers.notify.consumer import Notify
 
-    return Notify(load(channels), max_age=max_age, patience=give_up)
+    return Notify(found, max_age=max_age, patience=give_up)
