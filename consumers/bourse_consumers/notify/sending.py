@@ -91,7 +91,15 @@ class Apprised:
     """A channel of Apprise's. `address` and `proxy` are for those that speak HTTP."""
 
     def __init__(self, url: str, proxy: str | None = None, address: str | None = None) -> None:
-        asset = AppriseAsset(app_id="bourse", app_desc="bourse-stream", async_mode=False, secure_logging=True)
+        asset = AppriseAsset(
+            app_id="bourse",
+            app_desc="bourse-stream",
+            # No pictures of Apprise's, from a host that may be blocked.
+            image_url_mask="",
+            image_url_logo="",
+            async_mode=False,
+            secure_logging=True,
+        )
         service = Apprise.instantiate(url, asset=asset)
         if service is None:
             scheme = re.match(r"[a-z0-9+]{1,20}://", url)

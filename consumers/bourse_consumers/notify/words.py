@@ -237,27 +237,35 @@ def _fields(alert: PriceAlert, manner: Manner) -> dict[str, str]:
     }
 
 
-def _line(alert: PriceAlert, manner: Manner) -> str:
-    """Return an alert in a line: the channel's template, or what the rule's author wrote, or what was measured."""
+def _head(alert: PriceAlert, manner: Manner) -> str:
+    """Return which alert it is, in few words."""
     value = _fields(alert, manner)
-    if manner.template is not None:
-        return " ".join(manner.template.format_map(value).split("\n"))
     over = "" if alert.state is not AlertState.RESOLVED else manner.words["over"]
     if alert.resolved_by is ResolvedBy.RULE_REMOVED:
         over = manner.words["removed"]
-    head = f"{value['mark']} {over}{value['symbol']} {value['rule']}"
+    return f"{value['mark']} {over}{value['symbol']} {value['rule']}"
+
+
+def _said(alert: PriceAlert, manner: Manner) -> str:
+    """Return what it says: what the rule's author wrote, or what was measured."""
+    value = _fields(alert, manner)
     if alert.message:
-        said = " ".join(value["message"].split("\n"))
-        return manner.words["comma"].join((f"{head}: {said}", value["time"]))
-    parts = []
-    if value["observed"]:
+        parts = [" ".join(value["message"].split("\n"))]
+    elif value["observed"]:
         limit = manner.say("threshold", value["threshold"]) if value["threshold"] else ""
-        parts.append(f"{value['kind']} {value['observed']}{limit}")
+        parts = [f"{value['kind']} {value['observed']}{limit}"]
     else:
-        parts.append(f"{value['kind']} ({value['condition']})")
-    if value["price"] and not (alert.unit is Unit.RIAL and alert.observed == alert.price):
+        parts = [f"{value['kind']} ({value['condition']})"]
+    if not alert.message and value["price"] and not (alert.unit is Unit.RIAL and alert.observed == alert.price):
         parts.append(manner.say("price", value["price"]))
-    return f"{head}: " + manner.words["comma"].join((*parts, value["time"]))
+    return manner.words["comma"].join((*parts, value["time"]))
+
+
+def _line(alert: PriceAlert, manner: Manner) -> str:
+    """Return an alert in a line: by the channel's template, where it has one."""
+    if manner.template is not None:
+        return " ".join(manner.template.format_map(_fields(alert, manner)).split("\n"))
+    return f"{_head(alert, manner)}: {_said(alert, manner)}"
 
 
 def _urgent_first(alerts: Sequence[PriceAlert]) -> list[PriceAlert]:
@@ -289,13 +297,13 @@ def group(alerts: Sequence[PriceAlert], manner: Manner) -> Text:
     ordered = _urgent_first(alerts)
     first = _fields(ordered[0], manner)
     if len(alerts) == 1:
-        title = f"{first['mark']} {first['symbol']} {first['rule']}"
-    else:
-        ended = sum(alert.state is AlertState.RESOLVED for alert in alerts)
-        fired = len(alerts) - ended
-        parts = [manner.say("alerts", manner.number(fired))] if fired else []
-        parts += [manner.say("ended", manner.number(ended))] if ended else []
-        title = f"{first['mark']} " + manner.words["comma"].join(parts)
+        said = _said(ordered[0], manner) if manner.template is None else _line(ordered[0], manner)
+        return Text(manner.lines(_head(ordered[0], manner)), manner.lines(said, first["day"]))
+    ended = sum(alert.state is AlertState.RESOLVED for alert in alerts)
+    fired = len(alerts) - ended
+    parts = [manner.say("alerts", manner.number(fired))] if fired else []
+    parts += [manner.say("ended", manner.number(ended))] if ended else []
+    title = f"{first['mark']} " + manner.words["comma"].join(parts)
     lines = _listed(ordered, manner, LINES)
     if len(alerts) > LINES:
         lines += ["", *_counts(alerts, manner)]
