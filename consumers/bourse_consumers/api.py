@@ -76,6 +76,7 @@ class Assignment(dict[Partition, int]):
         committed: Offsets,
         day_start: Callable[[], Offsets] | None = None,
         first: Offsets | None = None,
+        *,
         notes: Mapping[Partition, str] | None = None,
     ) -> None:
         super().__init__(committed)

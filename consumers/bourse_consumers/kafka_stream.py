@@ -323,7 +323,7 @@ class KafkaStream:
                     notes[partition] = told.metadata
         self._next = dict(begin)
         self._assign()
-        return Assignment(begin, lambda: self._day_start(committed), first, notes)
+        return Assignment(begin, lambda: self._day_start(committed), first, notes=notes)
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:

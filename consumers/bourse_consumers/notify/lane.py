@@ -20,10 +20,9 @@ from bourse_schemas.events import AlertState, PriceAlert, Severity
 
 __all__ = ["Entry", "Kind", "Lane", "Message", "Policy", "Quiet"]
 
-# How long the rest of a poll's alerts is waited for: they come in one transaction, or in a few right after another.
-LINGER = timedelta(seconds=0.25)
-# How long a digest waits at most for an end of what comes.
-PATIENCE = timedelta(seconds=1)
+# How long the rest of a poll's alerts is waited for after each (they come in one transaction, or in a few right after
+# another, from several partitions), and how long after the first at most.
+LINGER, PATIENCE = timedelta(seconds=0.25), timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
 
 
@@ -162,18 +161,16 @@ class Lane:
             self._behind = True
             return None
         if first.stale:
-            chosen = self._in_turn(lambda entry: entry.stale)
-            kind, waits_since = Kind.STALE, chosen[-1].seen  # a backlog is read first, then summed up
+            chosen, kind = self._in_turn(lambda entry: entry.stale), Kind.STALE
         elif self._behind:
             chosen = self._in_turn(lambda entry: not entry.stale)
-            kind, waits_since = Kind.DIGEST, min(chosen[-1].seen, first.seen + PATIENCE)
-            if len({_poll(entry.alert) for entry in chosen}) == 1:
-                kind = Kind.ALERTS
+            kind = Kind.DIGEST if len({_poll(entry.alert) for entry in chosen}) > 1 else Kind.ALERTS
         else:
             poll = _poll(first.alert)
-            chosen = self._in_turn(lambda entry: not entry.stale and _poll(entry.alert) == poll)
-            kind, waits_since = Kind.ALERTS, first.seen
-        if now - waits_since < LINGER:
+            chosen, kind = self._in_turn(lambda entry: not entry.stale and _poll(entry.alert) == poll), Kind.ALERTS
+        waited = now - chosen[-1].seen >= LINGER
+        # A backlog of old ones is read to its end before it is summed up.
+        if not waited and (kind is Kind.STALE or now - first.seen < PATIENCE):
             return None
         self._behind = self._behind and kind is Kind.STALE
         self._sent.append(now)
