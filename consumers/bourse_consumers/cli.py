@@ -82,7 +82,7 @@ class Consumers(LazyGroup):
 
 @click.group(cls=Consumers, entry_point_group="bourse.consumers")
 def consume() -> None:
-    """Run a consumer: alerts, archive, or any plug-in that is installed."""
+    """Run a consumer: alerts, notify, archive, or any plug-in that is installed."""
 
 
 def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, http: str | None, **limits: Any) -> None:

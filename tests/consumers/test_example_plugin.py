@@ -60,7 +60,7 @@ def test_an_unknown_consumer_names_those_there_are(environment: dict[str, str]) 
     ran = bourse(environment, "consume", "turnovers")
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.splitlines() == [
-        "Error: no consumer 'turnovers' is installed: there are alerts, archive, archive-postgres, turnover"
+        "Error: no consumer 'turnovers' is installed: there are alerts, archive, archive-postgres, notify, turnover"
     ]
 
 
