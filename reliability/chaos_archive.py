@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -43,7 +43,7 @@ from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES
 
-__all__ = ["Options", "main", "run"]
+__all__ = ["Members", "Options", "feed", "main", "run"]
 
 CONSUME = [sys.executable, "-m", "bourse_schemas", "consume"]
 FREEZE_SHARE = 0.2
@@ -96,9 +96,11 @@ def postgres_server() -> Iterator[str]:
 class _Files:
     """An archive of files."""
 
+    alone = True
+
     def __init__(self, to: str, folder: Path) -> None:
         self._store, self._staging = open_store(to), folder / "archive" / STAGING
-        self.command = ["archive", "--to", to]
+        self.command: Sequence[str] = ["archive", "--to", to]
 
     def limits(self, chance: random.Random, *, last: bool) -> list[str]:
         rows, age = (5_000, 0.5) if last else (chance.choice([20, 200, 2_000]), chance.uniform(0.2, 2))
@@ -118,9 +120,11 @@ class _Files:
 class _Database:
     """An archive in PostgreSQL."""
 
+    alone = True
+
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
-        self.command = ["archive-postgres", "--dsn", dsn]
+        self.command: Sequence[str] = ["archive-postgres", "--dsn", dsn]
         with connect(dsn) as connection:
             Tables(TRADES, "bourse").apply(connection)
 
@@ -142,12 +146,22 @@ class _Database:
         return 0
 
 
-class _Members:
+class _Sink(Protocol):
+    """What members do: a command of `bourse consume`, and its options by chance.
+
+    Where they may be alone, some of them join a group of their own.
+    """
+
+    command: Sequence[str]
+    alone: bool
+
+    def limits(self, chance: random.Random, *, last: bool) -> list[str]: ...
+
+
+class Members:
     """The consumers: always as many as there should be, whatever is done to them."""
 
-    def __init__(
-        self, sink: _Files | _Database, environment: dict[str, str], folder: Path, chance: random.Random
-    ) -> None:
+    def __init__(self, sink: _Sink, environment: dict[str, str], folder: Path, chance: random.Random) -> None:
         self._sink, self._environment, self._folder, self._chance = sink, environment, folder, chance
         self._children: list[tuple[Child, ExitStack]] = []
         self._number = 0
@@ -158,7 +172,7 @@ class _Members:
         self._number += 1
         log = self._folder / f"member-{self._number}.log"
         limits = self._sink.limits(self._chance, last=group is not None)
-        group = group or self._chance.choice(["common", f"own-{self._number}"])
+        group = group or (self._chance.choice(["common", f"own-{self._number}"]) if self._sink.alone else "common")
         stack = ExitStack()
         child = stack.enter_context(
             spawn(
@@ -234,11 +248,11 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             environment |= reach
             os.environ.update(reach)
             sink = _Files("s3://lake/archive" if reach else str(folder / "archive"), folder)
-        members = _Members(sink, environment, folder, chance)
+        members = Members(sink, environment, folder, chance)
         stack.callback(members.stop)
         fed = threading.Event()
         seconds = options.kills * SECONDS_A_KILL
-        feeder = threading.Thread(target=_feed, args=(cluster, replay.events, seconds, fed), daemon=True)
+        feeder = threading.Thread(target=feed, args=(cluster, replay.events, seconds, fed), daemon=True)
         feeder.start()
         for _ in range(options.members):
             members.start()
@@ -272,7 +286,7 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def _feed(cluster: Cluster, events: Sequence[TradeEvent], seconds: float, fed: threading.Event) -> None:
+def feed(cluster: Cluster, events: Sequence[TradeEvent], seconds: float, fed: threading.Event) -> None:
     """Publish the day, a transaction a poll, in about so many seconds."""
     serializer = cluster.registry().serializer(TRADES, cluster.prefix)
     producer = cluster.transactional_producer(f"{cluster.prefix}-feeder")

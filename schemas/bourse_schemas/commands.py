@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -256,6 +257,79 @@ def show(topic: str) -> None:
     from bourse_schemas.codec import schema_text
 
     click.echo(schema_text(_declared(topic, None).event), nl=False)
+
+
+@schemas.command
+@click.option("--bootstrap-servers", default="127.0.0.1:9092", show_default=True, help="What stands under `servers`.")
+@click.option("--registry-url", default="http://127.0.0.1:8081", show_default=True, help="The registry beside it.")
+def asyncapi(bootstrap_servers: str, registry_url: str) -> None:
+    """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas."""
+    import yaml
+
+    from bourse_schemas.published import asyncapi as document
+
+    found = document(bootstrap_servers, registry_url)
+    click.echo(yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=120), nl=False)
+
+
+@schemas.command
+def contract() -> None:
+    """Print docs/contract.md: every topic, field, symbol and header in tables."""
+    from bourse_schemas.published import contract as page
+
+    click.echo(page(), nl=False)
+
+
+@schemas.command
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The folder.")
+def export(to: Path) -> None:
+    """Write the schemas into a folder, with manifest.json: subjects and fingerprints."""
+    from bourse_schemas.published import export as write
+
+    for file in write(to):
+        click.echo(str(file))
+
+
+@schemas.command
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@click.pass_context
+def diff(ctx: click.Context, old: str, new: str) -> None:
+    """Say in words what differs between two schemas: .avsc files, or topics as this release has them.
+
+    Exit 1 where NEW may not follow OLD.
+    """
+    from bourse_schemas.published import differences
+    from bourse_schemas.registry import WAY_OUT, gate
+
+    then, now = _schema_of(old), _schema_of(new)
+    for line in differences(then, now):
+        click.echo(line)
+    faults = gate(now, [then])
+    for fault in faults:
+        click.echo(f"FAULT {fault}")
+    if faults:
+        click.echo(WAY_OUT)
+    ctx.exit(1 if faults else 0)
+
+
+def _schema_of(name: str) -> dict[str, Any]:
+    import fastavro
+
+    from bourse_schemas.codec import avro_schema
+
+    if not name.endswith(".avsc"):
+        return avro_schema(_declared(name, None).event)
+    try:
+        found = json.loads(Path(name).read_text("utf-8"))
+        fastavro.parse_schema(found)
+        if found["type"] != "record":
+            raise ValueError("no record")
+    except OSError as error:
+        raise ConfigurationError(f"{name}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, fastavro.schema.SchemaParseException) as error:
+        raise ConfigurationError(f"{name}: no Avro record schema: {error}") from error
+    return dict(found)
 
 
 def _declared(name: str, prefix: str | None) -> Topic:

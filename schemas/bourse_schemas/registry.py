@@ -17,7 +17,7 @@ from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undeco
 from bourse_schemas.events import Event
 from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["COMPATIBILITY", "Registry", "compatible"]
+__all__ = ["COMPATIBILITY", "Registry", "compatible", "gate"]
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
@@ -87,6 +87,8 @@ class Registry:
         Raises SchemaIncompatible when the registry refuses the schema beside the versions it has.
         """
         subject = topic.subject(prefix)
+        if faults := gate(avro_schema(topic.event), self._released(subject)):
+            raise SchemaIncompatible(f"{subject}: {'; '.join(faults)}. {WAY_OUT}")
         try:
             self._ask(lambda: self._client.set_config(subject, ServerConfig(compatibility=COMPATIBILITY)))
             return self._ask(lambda: self._client.register_schema(subject, _schema(topic.event)))
@@ -102,6 +104,24 @@ class Registry:
     def check(self, topic: Topic, prefix: str) -> str | None:
         """Return None when the topic's schema is registered, or may be; else what is wrong, in one line."""
         subject = topic.subject(prefix)
+        released = self._released(subject)
+        if not released:
+            return f"{subject} is not registered: run `bourse schemas register`"
+        if faults := gate(avro_schema(topic.event), released):
+            return f"{subject}: {'; '.join(faults)}. {WAY_OUT}"
+        for version in range(1, len(released) + 1):
+            if not self._compatible(topic, subject, version):
+                return f"{subject}: the registry finds this release's schema not compatible with version {version}"
+        try:
+            level = self._ask(lambda: self._client.get_config(subject)).compatibility_level
+        except SchemaRegistryError:
+            level = None
+        if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
+            return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
+        return None
+
+    def _released(self, subject: str) -> list[dict[str, Any]]:
+        """Return the versions of a subject, none where it is not there."""
         try:
             versions = self._ask(lambda: list(self._client.get_versions(subject)))
         except SchemaRegistryError as error:
@@ -110,17 +130,14 @@ class Registry:
             if not 40400 <= (error.error_code or 0) < 40500:
                 said = f"{self.url} does not answer like a schema registry: is --registry-url right?"
                 raise ConfigurationError(said) from error
-            return f"{subject} is not registered: run `bourse schemas register`"
-        for version in versions:
-            if not self._compatible(topic, subject, version):
-                return f"{subject}: this release's schema is not compatible with version {version}"
-        try:
-            level = self._ask(lambda: self._client.get_config(subject)).compatibility_level
-        except SchemaRegistryError:
-            level = None
-        if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
-            return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
-        return None
+            return []
+        return [self._version(subject, number) for number in versions]
+
+    def _version(self, subject: str, number: int) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
+            return dict(json.loads(self._client.get_version(subject, number).schema.schema_str or ""))
+
+        return self._ask(ask)
 
     def _compatible(self, topic: Topic, subject: str, version: int) -> bool:
         return self._ask(lambda: self._client.test_compatibility(subject, _schema(topic.event), str(version)))
@@ -166,6 +183,7 @@ def _schema(event: type[Event]) -> Schema:
 
 # --- compatibility, offline -------------------------------------------------------------------------------------------
 
+WAY_OUT = "Leave what is released as it is: a new field needs a default, and another meaning another field or topic"
 _PROMOTED = {
     "int": {"long", "float", "double"},
     "long": {"float", "double"},
@@ -187,6 +205,34 @@ def compatible(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
         faults += [f"version {version} cannot read it: {why}" for why in _unreadable(expand(new), expand(old), "")]
         faults += [f"it cannot read version {version}: {why}" for why in _unreadable(expand(old), expand(new), "")]
     return faults
+
+
+def gate(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
+    """Return what keeps a schema from following every older one, one line a fault.
+
+    What is not compatible, and what readers would take for something else: a field that is gone, another default of a
+    field or an enum, fields in another order, a field that nothing explains.
+    """
+    faults = [f"{field['name']} has no doc" for field in new["fields"] if not field.get("doc")]
+    for version, old in enumerate(olds, 1):
+        faults += [f"beside version {version}: {why}" for why in _changed(old, new)]
+    return compatible(new, olds) + faults
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Yield what resolves, and means something else."""
+    before, after = ({field["name"]: field for field in schema["fields"]} for schema in (old, new))
+    shared = [name for name in before if name in after]
+    if shared != [name for name in after if name in before]:
+        yield "the fields stand in another order"
+    yield from (f"{name} is gone" for name in before if name not in after)
+    for name in shared:
+        pairs = [("default", before[name], after[name])]
+        if all(isinstance(each[name]["type"], dict) for each in (before, after)):
+            pairs.append(("the enum's default", before[name]["type"], after[name]["type"]))
+        for what, then, now in pairs:
+            if then.get("default", ...) != now.get("default", ...):
+                yield f"{what} of {name} is {now.get('default', 'none')!r}, was {then.get('default', 'none')!r}"
 
 
 def _unreadable(writer: Any, reader: Any, at: str) -> Iterator[str]:

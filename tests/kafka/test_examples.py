@@ -39,7 +39,7 @@ from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.registry import compatible
-from bourse_schemas.topics import TRADES
+from bourse_schemas.topics import TOPICS, TRADES
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -346,3 +346,49 @@ def test_our_own_side_refuses_a_subject_with_a_forbidden_schema(any_registry: Cl
         cluster.registry().serializer(TRADES, cluster.prefix)
     with pytest.raises(SchemaIncompatible, match=TRADES.subject(cluster.prefix)):
         cluster.registry().register(TRADES, cluster.prefix)
+
+
+def test_golden_bytes_are_read_by_javas_avro(build: Callable[[str], list[str]], tmp_path: Path) -> None:
+    """Every release's bytes with today's schema and today's with every release's, and with one that has grown."""
+    golden = ROOT / "tests" / "golden"
+    lines, expected = [], []
+    for topic in TOPICS:
+        grown = deepcopy(avro_schema(topic.event))
+        grown["fields"].append({"name": "venue", "type": ["null", "string"], "default": None})
+        for each in grown["fields"]:
+            if isinstance(each["type"], dict) and each["type"]["type"] == "enum":
+                each["type"]["symbols"].append("LATER")
+        later = tmp_path / f"{topic.event.__name__}.later.avsc"
+        later.write_text(json.dumps(grown), "utf-8")
+        today = SCHEMAS / f"{topic.event.__name__}.avsc"
+        releases = sorted(golden.glob(f"{topic.event.__name__}.v*.avsc"))
+        latest = releases[-1].with_suffix(".hex").read_text().splitlines()
+        for release in releases:
+            lines += [(release, today, body) for body in release.with_suffix(".hex").read_text().splitlines()]
+            lines += [(today, release, body) for body in latest]
+        lines += [(today, later, body) for body in latest]
+        for body in latest:
+            full: Any = fastavro.schemaless_reader(BytesIO(bytes.fromhex(body)), avro_schema(topic.event), grown)
+            lines.append((later, today, _encoded(grown, {**full, "venue": "x"})))
+    for writer, reader, body in lines:
+        schemas = [json.loads(path.read_text("utf-8")) for path in (writer, reader)]
+        found = fastavro.schemaless_reader(BytesIO(bytes.fromhex(body)), *schemas)
+        expected.append(found)
+    jar = build("java")[-1]
+    told = "".join(f"{writer} {reader} {body}\n" for writer, reader, body in lines)
+    command = ["java", "-cp", jar, str(Path(__file__).with_name("Golden.java"))]
+    ran = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    read = zip(lines, ran.stdout.splitlines(), strict=True)
+    schemas = [json.loads(reader.read_text("utf-8")) for _, reader, _ in lines]
+    # Decoded again: the entries of a map have no order.
+    assert [
+        fastavro.schemaless_reader(BytesIO(bytes.fromhex(body)), schema)
+        for (_, body), schema in zip(read, schemas, strict=True)
+    ] == expected
+
+
+def _encoded(schema: dict[str, Any], record: Any) -> str:
+    out = BytesIO()
+    fastavro.schemaless_writer(out, schema, record)
+    return out.getvalue().hex()

@@ -1,0 +1,171 @@
+"""What others take of the contract: it is derived, valid, and says what changed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from bourse_schemas.cli import bourse
+from bourse_schemas.codec import avro_schema
+from bourse_schemas.events import TradeEvent
+from bourse_schemas.registry import gate
+from bourse_schemas.topics import TOPICS
+
+ROOT = Path(__file__).parents[2]
+ASYNCAPI = Path(__file__).with_name("asyncapi-3.0.0.json.gz")
+
+
+def said(*words: str, code: int = 0) -> str:
+    """Return what a command prints."""
+    ran = CliRunner().invoke(bourse, ["schemas", *words], catch_exceptions=False)
+    assert ran.exit_code == code, ran.output
+    return ran.output
+
+
+def test_asyncapi_is_what_the_command_prints_and_valid() -> None:
+    """By AsyncAPI's own JSON Schema; a release cannot forget it."""
+    text = (ROOT / "asyncapi.yaml").read_text("utf-8")
+    assert text == said("asyncapi"), "run `bourse schemas asyncapi > asyncapi.yaml`"
+    document = yaml.safe_load(text)
+    rules = json.loads(gzip.decompress(ASYNCAPI.read_bytes()))
+    jsonschema.Draft7Validator(rules).validate(document)
+    assert [channel["address"] for channel in document["channels"].values()] == [t.full_name() for t in TOPICS]
+    for topic in TOPICS:
+        message = document["components"]["messages"][topic.event.__name__]
+        assert fastavro.parse_schema(message["payload"]["schema"])
+        assert message["payload"]["schema"] == avro_schema(topic.event)
+
+
+def test_the_validation_would_notice() -> None:
+    """A channel whose address is a number, an unknown key."""
+    rules = json.loads(gzip.decompress(ASYNCAPI.read_bytes()))
+    document = yaml.safe_load(said("asyncapi"))
+    spoils: list[Callable[[Any], object]] = [
+        lambda found: found["channels"]["trades"].update(address=7),
+        lambda found: found.update(chanels={}),
+        lambda found: found["components"]["messages"]["Candle"].update(headers="none"),
+    ]
+    for spoil in spoils:
+        spoilt = deepcopy(document)
+        spoil(spoilt)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft7Validator(rules).validate(spoilt)
+
+
+def test_the_tables_are_what_the_command_prints() -> None:
+    """Every topic, field, symbol and header is in them."""
+    text = (ROOT / "docs" / "contract.md").read_text("utf-8")
+    assert text == said("contract"), "run `bourse schemas contract > docs/contract.md`"
+    for topic in TOPICS:
+        assert f"`{topic.full_name()}`" in text
+        for field in avro_schema(topic.event)["fields"]:
+            assert f"| `{field['name']}` |" in text
+
+
+def test_the_bundle_has_its_fingerprints(tmp_path: Path) -> None:
+    """sha256 of the files as they lie there, Rabin's as Avro's libraries compute it."""
+    said("export", "--to", str(tmp_path / "bundle"))
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text("utf-8"))["schemas"]
+    assert len(manifest) == len(TOPICS)
+    for name, about in manifest.items():
+        content = (tmp_path / "bundle" / name).read_bytes()
+        assert about["sha256"] == sha256(content).hexdigest()
+        canonical = fastavro.schema.to_parsing_canonical_form(json.loads(content))
+        assert about["rabin"] == fastavro.schema.fingerprint(canonical, "CRC-64-AVRO")
+    (tmp_path / "file").write_text("")
+    ran = CliRunner().invoke(bourse, ["schemas", "export", "--to", str(tmp_path / "file")])
+    assert "cannot write there" in str(ran.exception or ran.output)
+
+
+def field(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a field of a schema."""
+    found: dict[str, Any] = next(each for each in schema["fields"] if each["name"] == name)
+    return found
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str, str | None]] = {
+    "a field with a default": (
+        lambda s: s["fields"].append({"name": "venue", "type": ["null", "string"], "default": None, "doc": "Where."}),
+        "new: venue, string, or null, null where it is not written: Where.",
+        None,
+    ),
+    "a symbol": (
+        lambda s: field(s, "op")["type"]["symbols"].insert(4, "SUSPENDED"),
+        "op may also be SUSPENDED",
+        None,
+    ),
+    "another doc": (lambda s: field(s, "volume").update(doc="Shares."), "volume: its doc is now: Shares.", None),
+    "a field without a default": (
+        lambda s: s["fields"].append({"name": "venue", "type": "string", "doc": "Where."}),
+        "new: venue, string, without default: Where.",
+        "venue is not written and has no default",
+    ),
+    "a field gone": (
+        lambda s: s["fields"].remove(field(s, "volume")),
+        "gone: volume, long",
+        "version 1 cannot read it: volume is not written and has no default",
+    ),
+    "an optional field gone": (
+        lambda s: s["fields"].remove(field(s, "exchange_type")),
+        "gone: exchange_type, string, or null",
+        "exchange_type is gone",
+    ),
+    "another type": (
+        lambda s: field(s, "volume").update(type="string"),
+        "volume is string, was long",
+        "volume is",
+    ),
+    "another logical type": (
+        lambda s: field(s, "trading_day").update(type="int"),
+        "trading_day is int, was date",
+        "logicalType of trading_day is",
+    ),
+    "the enum's default": (
+        lambda s: field(s, "op")["type"].update(default="TRADED"),
+        "",
+        "the enum's default of op is 'TRADED', was 'UNKNOWN'",
+    ),
+    "another default": (
+        lambda s: field(s, "open_price").update(type=["null", "long"], default=0),
+        "open_price: the default is 0, was null",
+        "default of open_price is 0, was None",
+    ),
+    "another order": (
+        lambda s: s["fields"].reverse(),
+        "the fields stand in another order",
+        "the fields stand in another order",
+    ),
+    "no doc": (lambda s: field(s, "volume").pop("doc"), "volume: its doc is now: None", "volume has no doc"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_changed_is_said_and_what_may_not_is_refused(tmp_path: Path, kind: str) -> None:
+    """In words, the field and the rule named, and the way out."""
+    change, words, fault = CHANGES[kind]
+    changed = deepcopy(avro_schema(TradeEvent))
+    change(changed)
+    assert bool(gate(changed, [avro_schema(TradeEvent)])) == (fault is not None)
+    file = tmp_path / "new.avsc"
+    file.write_text(json.dumps(changed), "utf-8")
+    output = said("diff", "trades", str(file), code=0 if fault is None else 1)
+    assert words in output
+    if fault is not None:
+        assert fault in output
+        assert "Leave what is released as it is: a new field needs a default" in output
+
+
+def test_nothing_changed_is_nothing_said() -> None:
+    """A schema beside itself."""
+    assert not said("diff", "trades", "trades")
