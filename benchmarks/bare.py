@@ -1,7 +1,8 @@
-"""Our transaction and a bare one of as many bytes, in turn: BOOTSTRAP REGISTRY PREFIX ROUNDS; prints both's seconds.
+"""Our transaction and a bare one of as many bytes, in turn: BOOTSTRAP REGISTRY PREFIX ROUNDS; prints their seconds.
 
 Both have the same records and settings. The bare one is what the client's documentation shows: produce and commit,
-without headers or timestamps, their bytes in the value instead.
+without headers or timestamps, their bytes in the value instead. A third one has the timestamps and nothing instead of
+the headers: what these cost. Printed too: a record's bytes, and its headers'.
 """
 
 from __future__ import annotations
@@ -65,13 +66,20 @@ def main(bootstrap_servers: str, registry: str, prefix: str, rounds: str) -> Non
             bare.produce(topic, value, key)
         bare.commit_transaction(30)
 
+    def headless() -> None:
+        bare.begin_transaction()
+        for record in ready:
+            bare.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
+        bare.commit_transaction(30)
+
     def lap(work: Callable[[], None]) -> float:
         began = time.perf_counter()
         work()
         return time.perf_counter() - began
 
-    laps = [(lap(ours), lap(theirs)) for _ in range(10 + int(rounds))][10:]
-    print(json.dumps(list(zip(*laps, strict=True))))
+    laps = [(lap(ours), lap(theirs), lap(headless)) for _ in range(10 + int(rounds))][10:]
+    sizes = sum(len(record.value) + len(record.key) for record in ready) / len(ready), sum(weights) / len(ready)
+    print(json.dumps([*zip(*laps, strict=True), sizes]))
 
 
 if __name__ == "__main__":

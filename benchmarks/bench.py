@@ -148,7 +148,7 @@ def main() -> None:
     measures: dict[str, Callable[[], Iterable[Figure]]] = {
         "publishing": lambda: (publishing(kind, options.polls) for kind in ("mock", "kafka")),
         "growth": lambda: [growth()],
-        "transaction": lambda: (transaction(kind) for kind in ("mock", "kafka")),
+        "transaction": lambda: (figure for kind in ("mock", "kafka") for figure in transaction(kind)),
         "reading": lambda: reading(options.events, options.rounds),
         "memory": lambda: [memory()],
         "start": lambda: [start()],

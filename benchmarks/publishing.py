@@ -150,8 +150,8 @@ def growth(polls: int = 4) -> Figure:
     return Figure(what, found, target, ratio <= 1.2, {"us_per_row": medians, "ratio": ratio})
 
 
-def transaction(kind: str, rounds: int = 200) -> Figure:
-    """Return our transaction's rate and p99 beside those of a bare one of as many bytes."""
+def transaction(kind: str, rounds: int = 200) -> Iterator[Figure]:
+    """Yield our transaction's rate and p99 beside those of a bare one of as many bytes, and what the headers cost."""
     what, target = (
         f"Transaction of 4,001 records with headers, of a bare one's rate, {BROKERS[kind]}",
         "≥ 0.85, p99 ≤ 1.3 ×",
@@ -162,8 +162,10 @@ def transaction(kind: str, rounds: int = 200) -> Figure:
             worker = [sys.executable, "-m", "benchmarks.bare", *where]
             ran = subprocess.run(worker, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     except KafkaUnavailable as error:
-        return Figure(what, None, target, None, {"reason": str(error)})
-    ours, bare = (sorted(1000 * seconds for seconds in laps) for laps in json.loads(ran.stdout))
+        yield Figure(what, None, target, None, {"reason": str(error)})
+        return
+    *timed, (size, weight) = json.loads(ran.stdout)
+    ours, bare, headless = (sorted(1000 * seconds for seconds in laps) for laps in timed)
     rate = statistics.median(bare) / statistics.median(ours)
     slow = int(len(ours) * 0.99)
     tail = ours[slow] / bare[slow]
@@ -171,4 +173,8 @@ def transaction(kind: str, rounds: int = 200) -> Figure:
         f"**{rate:.2f}**, p99 **{tail:.2f} ×**: p50 {statistics.median(ours):.1f} and {statistics.median(bare):.1f}, "
         f"p99 {ours[slow]:.1f} and {bare[slow]:.1f} ms"
     )
-    return Figure(what, found, target, rate >= 0.85 and tail <= 1.3, {"rate": rate, "p99": tail, "rounds": rounds})
+    yield Figure(what, found, target, rate >= 0.85 and tail <= 1.3, {"rate": rate, "p99": tail, "rounds": rounds})
+    price = (statistics.median(ours) - statistics.median(headless)) * 1000 / 4001
+    what = f"Price of a record's CloudEvents headers, {BROKERS[kind]}"
+    found = f"{weight:.0f} bytes beside {size:.0f} of key and value, {price:.1f} µs"
+    yield Figure(what, found, "—", None, {"bytes": weight, "us": price})

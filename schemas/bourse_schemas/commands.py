@@ -305,7 +305,7 @@ def diff(ctx: click.Context, old: str, new: str) -> None:
     then, now = _schema_of(old), _schema_of(new)
     for line in differences(then, now):
         click.echo(line)
-    faults = gate(now, [then])
+    faults = gate(now, {1: then})
     for fault in faults:
         click.echo(f"FAULT {fault}")
     if faults:

@@ -189,6 +189,7 @@ def export(folder: Path, prefix: str = DEFAULT_PREFIX) -> list[Path]:
             manifest["schemas"][files[-1].name] = {
                 "topic": topic.full_name(prefix),
                 "subject": topic.subject(prefix),
+                "type": topic.cloudevents_type,
                 "sha256": sha256(text.encode()).hexdigest(),
                 "rabin": fastavro.schema.fingerprint(canonical, "CRC-64-AVRO"),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -59,6 +60,8 @@ class Registry:
             raise ConfigurationError(
                 f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url}`"
             ) from error
+        if faults := gate(avro_schema(topic.event), self._released(subject)):
+            raise ConfigurationError(f"subject {subject} at {self.url}: {_refusal(faults)}")
         return Serializer(topic, cast("int", schema_id), prefix)
 
     def deserializer(self, event: type[E]) -> Deserializer[E]:
@@ -88,7 +91,7 @@ class Registry:
         """
         subject = topic.subject(prefix)
         if faults := gate(avro_schema(topic.event), self._released(subject)):
-            raise SchemaIncompatible(f"{subject}: {'; '.join(faults)}. {WAY_OUT}")
+            raise SchemaIncompatible(f"{subject}: {_refusal(faults)}")
         try:
             self._ask(lambda: self._client.set_config(subject, ServerConfig(compatibility=COMPATIBILITY)))
             return self._ask(lambda: self._client.register_schema(subject, _schema(topic.event)))
@@ -108,8 +111,8 @@ class Registry:
         if not released:
             return f"{subject} is not registered: run `bourse schemas register`"
         if faults := gate(avro_schema(topic.event), released):
-            return f"{subject}: {'; '.join(faults)}. {WAY_OUT}"
-        for version in range(1, len(released) + 1):
+            return f"{subject}: {_refusal(faults)}"
+        for version in released:
             if not self._compatible(topic, subject, version):
                 return f"{subject}: the registry finds this release's schema not compatible with version {version}"
         try:
@@ -120,8 +123,8 @@ class Registry:
             return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
         return None
 
-    def _released(self, subject: str) -> list[dict[str, Any]]:
-        """Return the versions of a subject, none where it is not there."""
+    def _released(self, subject: str) -> dict[int, Any]:
+        """Return the schemas of a subject by version, none where it is not there."""
         try:
             versions = self._ask(lambda: list(self._client.get_versions(subject)))
         except SchemaRegistryError as error:
@@ -130,14 +133,11 @@ class Registry:
             if not 40400 <= (error.error_code or 0) < 40500:
                 said = f"{self.url} does not answer like a schema registry: is --registry-url right?"
                 raise ConfigurationError(said) from error
-            return []
-        return [self._version(subject, number) for number in versions]
+            return {}
+        return {number: self._version(subject, number) for number in versions}
 
-    def _version(self, subject: str, number: int) -> dict[str, Any]:
-        def ask() -> dict[str, Any]:
-            return dict(json.loads(self._client.get_version(subject, number).schema.schema_str or ""))
-
-        return self._ask(ask)
+    def _version(self, subject: str, number: int) -> Any:
+        return self._ask(lambda: json.loads(self._client.get_version(subject, number).schema.schema_str or ""))
 
     def _compatible(self, topic: Topic, subject: str, version: int) -> bool:
         return self._ask(lambda: self._client.test_compatibility(subject, _schema(topic.event), str(version)))
@@ -173,6 +173,11 @@ class Registry:
             raise
 
 
+def _refusal(faults: list[str]) -> str:
+    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return f"{'; '.join(faults[:3])}{more}. {WAY_OUT}"
+
+
 def _is_number(setting: str) -> bool:
     return setting == "timeout" or setting.startswith(("cache.", "max.retries", "retries."))
 
@@ -184,6 +189,7 @@ def _schema(event: type[Event]) -> Schema:
 # --- compatibility, offline -------------------------------------------------------------------------------------------
 
 WAY_OUT = "Leave what is released as it is: a new field needs a default, and another meaning another field or topic"
+UNITS = re.compile(r"\b(?:rial|toman|percent|shares|lots|milliseconds|seconds|minutes|UTC)\b")
 _PROMOTED = {
     "int": {"long", "float", "double"},
     "long": {"float", "double"},
@@ -199,24 +205,35 @@ def compatible(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
     Avro's own rules of resolution, both ways; and a changed logical type, precision, scale or unit is a fault, which
     Avro would let pass.
     """
+    return [fault for version, old in enumerate(olds, 1) for fault in _incompatible(new, old, version)]
+
+
+def _incompatible(new: Any, old: Any, version: int) -> Iterator[str]:
     expand = fastavro.schema.expand_schema
-    faults = []
-    for version, old in enumerate(olds, 1):
-        faults += [f"version {version} cannot read it: {why}" for why in _unreadable(expand(new), expand(old), "")]
-        faults += [f"it cannot read version {version}: {why}" for why in _unreadable(expand(old), expand(new), "")]
-    return faults
+    yield from (f"version {version} cannot read it: {why}" for why in _unreadable(expand(new), expand(old), ""))
+    yield from (f"it cannot read version {version}: {why}" for why in _unreadable(expand(old), expand(new), ""))
 
 
-def gate(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
-    """Return what keeps a schema from following every older one, one line a fault.
+def gate(new: dict[str, Any], released: Mapping[int, Any]) -> list[str]:
+    """Return what keeps a schema from following the released ones, by their versions; one line a fault.
 
-    What is not compatible, and what readers would take for something else: a field that is gone, another default of a
-    field or an enum, fields in another order, a field that nothing explains.
+    What is not compatible, and what readers would take for something else: a field or a symbol that is gone, another
+    default of a field or an enum, another unit in a doc, fields in another order; and what nothing explains.
     """
-    faults = [f"{field['name']} has no doc" for field in new["fields"] if not field.get("doc")]
-    for version, old in enumerate(olds, 1):
-        faults += [f"beside version {version}: {why}" for why in _changed(old, new)]
-    return compatible(new, olds) + faults
+    faults: list[str] = []
+    try:
+        for version, old in released.items():
+            if old == new:
+                break  # what came later was judged when it came
+            faults += _incompatible(new, old, version)
+            if isinstance(old, dict) and "fields" in old:
+                faults += [f"beside version {version}: {why}" for why in _changed(old, new)]
+    except fastavro.schema.SchemaParseException as error:
+        return [f"it is no Avro schema: {error}"]
+    explained = [(new["name"], new)]
+    for field in new["fields"]:
+        explained += [(field["name"], field), *((each["name"], each) for each in _enums(field))]
+    return faults + [f"{name} has no doc" for name, part in explained if not part.get("doc")]
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -227,12 +244,25 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield "the fields stand in another order"
     yield from (f"{name} is gone" for name in before if name not in after)
     for name in shared:
-        pairs = [("default", before[name], after[name])]
-        if all(isinstance(each[name]["type"], dict) for each in (before, after)):
-            pairs.append(("the enum's default", before[name]["type"], after[name]["type"]))
-        for what, then, now in pairs:
-            if then.get("default", ...) != now.get("default", ...):
-                yield f"{what} of {name} is {now.get('default', 'none')!r}, was {then.get('default', 'none')!r}"
+        then, now = before[name], after[name]
+        yield from _another("default", name, then, now)
+        units = [sorted(set(UNITS.findall(field.get("doc", "")))) for field in (then, now)]
+        if units[0] != units[1]:
+            yield f"the doc of {name} speaks of {units[1] or 'no unit'}, was {units[0] or 'none'}"
+        for was, is_ in zip(_enums(then), _enums(now), strict=False):
+            yield from _another("the enum's default", name, was, is_)
+            if gone := [symbol for symbol in was["symbols"] if symbol not in is_["symbols"]]:
+                yield f"{name} is no longer {', '.join(gone)}"
+
+
+def _another(what: str, name: str, then: Any, now: Any) -> Iterator[str]:
+    if then.get("default", ...) != now.get("default", ...):
+        yield f"{what} of {name} is {now.get('default', 'none')!r}, was {then.get('default', 'none')!r}"
+
+
+def _enums(field: Any) -> list[Any]:
+    branches = field["type"] if isinstance(field["type"], list) else [field["type"]]
+    return [branch for branch in branches if isinstance(branch, dict) and branch.get("type") == "enum"]
 
 
 def _unreadable(writer: Any, reader: Any, at: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from bourse_schemas.cli import bourse
 from bourse_schemas.codec import avro_schema
-from bourse_schemas.events import TradeEvent
+from bourse_schemas.events import PriceAlert, TradeEvent
 from bourse_schemas.registry import gate
 from bourse_schemas.topics import TOPICS
 
@@ -105,7 +105,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str, str | None]] =
         "op may also be SUSPENDED",
         None,
     ),
-    "another doc": (lambda s: field(s, "volume").update(doc="Shares."), "volume: its doc is now: Shares.", None),
+    "another doc": (lambda s: field(s, "title").update(doc="Its name."), "title: its doc is now: Its name.", None),
     "a field without a default": (
         lambda s: s["fields"].append({"name": "venue", "type": "string", "doc": "Where."}),
         "new: venue, string, without default: Where.",
@@ -146,6 +146,17 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str, str | None]] =
         "the fields stand in another order",
         "the fields stand in another order",
     ),
+    "a symbol gone": (
+        lambda s: field(s, "op")["type"]["symbols"].remove("REVISED"),
+        "op is no longer REVISED",
+        "op is no longer REVISED",
+    ),
+    "another unit": (
+        lambda s: field(s, "last_price").update(doc="Price of the last trade, toman."),
+        "last_price: its doc is now: Price of the last trade, toman.",
+        "the doc of last_price speaks of ['toman'], was ['rial']",
+    ),
+    "an enum without doc": (lambda s: field(s, "op")["type"].pop("doc"), "", "Op has no doc"),
     "no doc": (lambda s: field(s, "volume").pop("doc"), "volume: its doc is now: None", "volume has no doc"),
 }
 
@@ -156,7 +167,7 @@ def test_what_changed_is_said_and_what_may_not_is_refused(tmp_path: Path, kind: 
     change, words, fault = CHANGES[kind]
     changed = deepcopy(avro_schema(TradeEvent))
     change(changed)
-    assert bool(gate(changed, [avro_schema(TradeEvent)])) == (fault is not None)
+    assert bool(gate(changed, {1: avro_schema(TradeEvent)})) == (fault is not None)
     file = tmp_path / "new.avsc"
     file.write_text(json.dumps(changed), "utf-8")
     output = said("diff", "trades", str(file), code=0 if fault is None else 1)
@@ -169,3 +180,29 @@ def test_what_changed_is_said_and_what_may_not_is_refused(tmp_path: Path, kind: 
 def test_nothing_changed_is_nothing_said() -> None:
     """A schema beside itself."""
     assert not said("diff", "trades", "trades")
+
+
+def test_an_enum_in_a_union_is_looked_at_too() -> None:
+    """`resolved_by` of an alert may be null."""
+    changed = deepcopy(avro_schema(PriceAlert))
+    field(changed, "resolved_by")["type"][1]["default"] = "CONDITION"
+    assert gate(changed, {3: avro_schema(PriceAlert)}) == [
+        "beside version 3: the enum's default of resolved_by is 'CONDITION', was 'UNKNOWN'"
+    ]
+
+
+@pytest.mark.parametrize("old", ["string", {"type": "enum", "name": "E", "symbols": ["A"]}])
+def test_a_subject_that_holds_something_else(old: Any) -> None:
+    """Is a fault, and no crash; so is a schema of ours that Avro does not take."""
+    assert gate(avro_schema(TradeEvent), {1: old})
+    broken = deepcopy(avro_schema(TradeEvent))
+    field(broken, "open_price")["type"] = "long"
+    assert any("open_price" in fault or "no Avro" in fault for fault in gate(broken, {1: avro_schema(TradeEvent)}))
+
+
+def test_an_older_release_goes_on_beside_a_newer_one() -> None:
+    """While some have been upgraded and others have not."""
+    ours, later = avro_schema(TradeEvent), deepcopy(avro_schema(TradeEvent))
+    later["fields"].append({"name": "venue", "type": ["null", "string"], "default": None, "doc": "Where."})
+    assert gate(ours, {1: ours, 2: later}) == []
+    assert gate(ours, {1: later})
