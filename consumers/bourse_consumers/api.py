@@ -16,7 +16,7 @@ A consumer's life, all calls from one thread:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -45,6 +45,7 @@ __all__ = [
     "Record",
     "Records",
     "Reject",
+    "Reopen",
     "Resume",
     "Retry",
     "Rewind",
@@ -68,7 +69,8 @@ class Assignment(dict[Partition, int]):
 
     `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
     the committed offset: where to rebuild state that lives at most a trading day. `first` is, per partition, the oldest
-    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed.
+    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed; `fresh` are those
+    of which the group has committed nothing yet.
     """
 
     def __init__(
@@ -78,15 +80,27 @@ class Assignment(dict[Partition, int]):
         first: Offsets | None = None,
         *,
         notes: Mapping[Partition, str] | None = None,
+        fresh: Collection[Partition] = (),
+        read: Callable[[Topic], Iterable[Event]] = lambda _: (),
     ) -> None:
         super().__init__(committed)
         self._day_start = day_start
+        self._read = read
         self.first: Offsets = first or {}
         self.notes: Mapping[Partition, str] = notes or {}
+        self.fresh = fresh
 
     def day_start(self) -> Offsets:
         """Return where the current trading day of each partition begins; may ask the broker."""
         return self._day_start() if self._day_start else dict.fromkeys(self, 0)
+
+    def read(self, topic: Topic) -> Iterable[Event]:
+        """Yield what is committed on another topic, with all that this group committed before it was assigned these.
+
+        Of a compacted topic all of it; else, per partition, the trading day of its last record. What cannot be decoded
+        is left out.
+        """
+        return self._read(topic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ class Rebuild:
     """Begin earlier, to fold records into memory again.
 
     Batches below the committed offsets have `replay=True`: what `process` returns for them is dropped and nothing is
-    committed. No batch straddles the committed offset.
+    committed. No batch straddles the committed offset. Where nothing is committed yet, it all counts as new.
     """
 
     offsets: Offsets
@@ -244,6 +258,10 @@ class Reject(BourseError):
         self.record = record
 
 
+class Reopen(BourseError):
+    """What it is made of has changed: begin anew, with `open`, from what is committed. Not for `Own`."""
+
+
 class Rewind(BourseError):
     """`Own` only: someone else got there first; go on from these offsets.
 
@@ -256,7 +274,7 @@ class Rewind(BourseError):
 
 
 class Consumer(ABC):
-    """A consumer of the bus. Any error but Retry, Reject and Rewind ends the process; uncommitted work comes again."""
+    """A consumer of the bus. Errors but those above end the process; uncommitted work comes again."""
 
     topics: Sequence[Topic] = (TRADES,)
     """What it reads."""
@@ -277,6 +295,10 @@ class Consumer(ABC):
 
     def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
         """Do what is due by time: timers, closing files by age. `now` is the wall clock, in UTC."""
+        return None
+
+    def trouble(self) -> str | None:
+        """Return what an operator should mend though it goes on, None where all is well; asked as often as `idle`."""
         return None
 
     def durable(self) -> Offsets:

@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
 
-from confluent_kafka import OFFSET_END, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_END, IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka import Consumer as Client
-from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import NO_NOTES, Poll, StreamBroken
 from bourse_schemas import codec
 from bourse_schemas.codec import Deserializer
-from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS, Topic
@@ -44,6 +45,8 @@ TRANSACTION_MS = 10_000
 COMMIT_SECONDS = 12.0
 # Short enough to stop within five seconds; whatever takes longer is asked for again.
 ASK_SECONDS = 3.0
+# Another topic, to its end; a transaction that is open there ends within TRANSACTION_MS.
+READ_SECONDS = 15.0
 # How far before an offset the last record is looked for at first: transaction markers lie between.
 LOOK_BACK = 100
 
@@ -323,7 +326,10 @@ class KafkaStream:
                     notes[partition] = told.metadata
         self._next = dict(begin)
         self._assign()
-        return Assignment(begin, lambda: self._day_start(committed), first, notes=notes)
+        fresh = [partition for partition, at in committed.items() if at is None]
+        return Assignment(
+            begin, lambda: self._day_start(committed), first, notes=notes, fresh=fresh, read=self._read
+        )
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:
@@ -331,6 +337,49 @@ class KafkaStream:
         except KafkaException as error:
             raise _broken(error.args[0]) from error
         return low, high
+
+    # --- other topics -------------------------------------------------------------------------------------------------
+
+    def _read(self, topic: Topic) -> Iterator[Any]:
+        """Yield what is committed on a topic; see Assignment.read."""
+        name = topic.full_name(self._cluster.prefix)
+        decode = self._cluster.registry().deserializer(topic.event)
+        client = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+        try:
+            places = [Partition(name, number) for number in range(self._cluster.require_topics([name])[name])]
+            # With what is still in a transaction: ours may be committed for the group and not yet on this topic.
+            asked = {TopicPartition(*place): OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
+            found = self._cluster.admin().list_offsets(
+                asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_SECONDS
+            )
+            ends = {Partition(each.topic, each.partition): future.result().offset for each, future in found.items()}
+            begins = {
+                place: self._day_start_of(client, place, None)
+                if topic.cleanup == "delete"
+                else client.get_watermark_offsets(TopicPartition(*place), ASK_SECONDS)[0]
+                for place in places
+            }
+            reached = dict(begins)
+            client.assign([TopicPartition(*place, at) for place, at in begins.items()])
+            deadline = time.monotonic() + READ_SECONDS
+            while any(reached[place] < ends[place] for place in places):
+                if time.monotonic() > deadline:
+                    raise StreamBroken(f"{name} could not be read in {READ_SECONDS:.0f} s")
+                for message in client.consume(1000, 0.1):
+                    place = _partition(message.topic(), message.partition())
+                    error = message.error()
+                    if error is None:
+                        reached[place] = int(message.offset() or 0) + 1
+                        with suppress(Undecodable):
+                            yield decode(message.value())
+                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                        reached[place] = max(reached[place], int(message.offset() or 0))
+                    elif error.code() in REFUSED:
+                        raise _broken(error)
+        except KafkaException as error:
+            raise _broken(error.args[0]) from error
+        finally:
+            client.close()
 
     # --- the trading day ----------------------------------------------------------------------------------------------
 

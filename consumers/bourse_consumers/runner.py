@@ -29,12 +29,13 @@ from bourse_consumers.api import (
     Rebuild,
     Record,
     Reject,
+    Reopen,
     Retry,
     Rewind,
 )
 from bourse_schemas.errors import BourseError, Undecodable, Unreachable
 from bourse_schemas.events import DeadLetter, Reason, Stage
-from bourse_schemas.monitor import BATCH_SECONDS, DEAD_LETTERS_TOTAL, EMITTED, LAG, RETRIES, ROWS, Monitor
+from bourse_schemas.monitor import BATCH_SECONDS, DEAD_LETTERS_TOTAL, EMITTED, LAG, RETRIES, ROWS, TROUBLE, Monitor
 from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS
 
@@ -245,8 +246,10 @@ class Runner:
         if isinstance(start, Rebuild | Own):
             begin.update((partition, start.offsets[partition]) for partition in assigned if partition in start.offsets)
         if isinstance(start, Rebuild):
+            # What nobody has seen yet is new, from there on.
+            assigned.update((partition, begin[partition]) for partition in assigned.fresh)
             begin = {partition: min(at, assigned[partition]) for partition, at in begin.items()}
-        if begin != assigned:
+        if begin != assigned or (isinstance(start, Rebuild) and assigned.fresh):
             self._stream.seek(begin)
         self._own, self._hold = isinstance(start, Own), isinstance(start, Hold)
         self._committed = dict(assigned)
@@ -332,6 +335,10 @@ class Runner:
                     # A sink that keeps its offsets may be past this batch before we could say what it lacks.
                     self._publish(letters, {})
                     letters = []
+            except Reopen as error:
+                self._log.info("beginning anew", reason=str(error))
+                self._stream.reset()
+                return False
             except Rewind as error:
                 first = {record.partition: record.offset for record in reversed(batch.records)}
                 self._rewind(error, first)
@@ -483,6 +490,9 @@ class Runner:
 
     def _idle(self, now: float) -> None:
         self._monitor.beat(CALL_SECONDS)
+        trouble = self._consumer.trouble()
+        self._monitor.unready("trouble", trouble)
+        self._monitor.set(TROUBLE, trouble is not None, consumer=self._name)
         try:
             emits = self._consumer.idle(self._now())
         except Retry as error:
@@ -491,6 +501,9 @@ class Runner:
             self._monitor.count(RETRIES, consumer=self._name)
             self._monitor.unready("trying again when idle", str(error))
             self._idle_due = now + seconds
+        except Reopen as error:
+            self._log.info("beginning anew", reason=str(error))
+            self._stream.reset()
         except Rewind as error:
             self._rewind(error, {})
         else:

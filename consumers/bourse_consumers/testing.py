@@ -11,7 +11,7 @@ restarts, kills, rebalances, failed transactions and any size of batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -106,6 +106,13 @@ class Memory:
         if self.markers:
             log.append(None)
 
+    def read(self, topic: Topic) -> Iterator[Event]:
+        """Yield the events of a topic: those appended, and those published."""
+        for place, log in self.records.items():
+            if place.topic == topic.full_name():
+                yield from (self.decode(record) for record in log if record is not None)
+        yield from (emit.event for emit in self.emitted if emit.topic == topic)
+
     @staticmethod
     def decode(record: Record) -> Any:
         """Return the record's event; raises Undecodable."""
@@ -132,8 +139,11 @@ class MemoryStream:
         if self._changed:
             self._changed = False
             self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
+            fresh = [partition for partition in self._partitions if partition not in self._memory.committed]
             start = dict.fromkeys(self._partitions, 0)
-            return Poll(assigned=Assignment(self._next, lambda: start, notes=dict(self._memory.notes)))
+            notes = dict(self._memory.notes)
+            assigned = Assignment(self._next, lambda: start, notes=notes, fresh=fresh, read=self._memory.read)
+            return Poll(assigned=assigned)
         records: list[Record] = []
         positions: dict[Partition, int] = {}
         for partition in self._partitions:

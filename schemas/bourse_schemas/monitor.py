@@ -54,6 +54,7 @@ ROWS = Metric("bourse_consumer_rows_total", "counter", "Records a consumer is do
 EMITTED = Metric("bourse_consumer_emitted_total", "counter", "Events a consumer published.", ("consumer",))
 DEAD_LETTERS_TOTAL = Metric("bourse_consumer_dead_letters_total", "counter", "Records put aside.", ("consumer",))
 RETRIES = Metric("bourse_consumer_retries_total", "counter", "Batches that had to wait.", ("consumer",))
+TROUBLE = Metric("bourse_consumer_trouble", "gauge", "1 while an operator has to mend something.", ("consumer",))
 LAG = Metric("bourse_consumer_lag", "gauge", "Offsets between a consumer and the end.", ("consumer",))
 BATCH_SECONDS = Metric("bourse_consumer_batch_seconds", "histogram", "Time a batch took.", ("consumer",))
 NOTIFICATIONS = Metric(

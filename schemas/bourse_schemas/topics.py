@@ -22,6 +22,7 @@ __all__ = [
     "TRADES",
     "Topic",
     "event_id",
+    "partition_of",
     "topic_of",
 ]
 
@@ -170,3 +171,17 @@ TOPICS = (TRADES, CANDLES, POLLS, ALERTS, DEAD_LETTERS)
 def topic_of(event: type[Event]) -> Topic:
     """Return the topic that holds events of this type."""
     return next(topic for topic in TOPICS if topic.event is event)
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition a key goes to: Kafka's murmur2, as `partitioner=murmur2_random` and Java's clients do it."""
+    data, mask, mix = key.encode(), 0xFFFFFFFF, 0x5BD1E995
+    result = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for at in range(0, whole, 4):
+        word = int.from_bytes(data[at : at + 4], "little") * mix & mask
+        result = (result * mix & mask) ^ ((word ^ word >> 24) * mix & mask)
+    if rest := data[whole:]:
+        result = (result ^ int.from_bytes(rest, "little")) * mix & mask
+    result = (result ^ result >> 13) * mix & mask
+    return ((result ^ result >> 15) & 0x7FFFFFFF) % partitions
