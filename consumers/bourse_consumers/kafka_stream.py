@@ -349,7 +349,8 @@ class KafkaStream:
             places = [Partition(name, number) for number in range(self._cluster.require_topics([name])[name])]
             # With what is still in a transaction: ours may be committed for the group and not yet on this topic.
             asked = {TopicPartition(*place): OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
-            found = self._cluster.admin().list_offsets(
+            admin = self._cluster.admin()  # kept until it has answered
+            found = admin.list_offsets(
                 asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_SECONDS
             )
             ends = {Partition(each.topic, each.partition): future.result().offset for each, future in found.items()}
