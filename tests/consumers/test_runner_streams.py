@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import pytest
@@ -141,7 +142,10 @@ def totals(bus: Bus) -> list[tuple[int, int]]:
 
 
 def some(count: int, first: int = 1) -> list[TradeEvent]:
-    return [trade(sequence=sequence) for sequence in range(first, first + count)]
+    """Return events of one day: a new group begins with the last."""
+    start = datetime(2026, 11, 23, 5, 30, tzinfo=UTC)
+    numbers = range(first, first + count)
+    return [trade(sequence=number, observed_at=start + timedelta(seconds=number)) for number in numbers]
 
 
 def until(runner: Runner, condition: Callable[[], Any], wait_for: WaitFor) -> None:
