@@ -17,6 +17,8 @@ from bourse_consumers.alerts.consumer import Alerts
 from bourse_consumers.alerts.rules import Engine
 from bourse_consumers.alerts.ruleset import load, schema, strangers
 from bourse_consumers.api import Emit
+from bourse_consumers.archive.parquet import ParquetArchive
+from bourse_consumers.archive.store import Folder
 from bourse_consumers.testing import Memory, MemoryStream, run, trade
 from bourse_producer.replay import Replay
 from bourse_sandbox.market import REAL_DAY
@@ -324,3 +326,19 @@ def test_a_restart_at_the_end_of_a_day_is_quick(day: list[Any]) -> None:
     assert datetime.now(UTC) - began < timedelta(seconds=2)
     assert memory.emitted == before
     assert {alert.trading_day for alert in published(memory)} == {date(2019, 8, 21)}
+
+
+def test_an_archive_is_tried_like_its_events(day: list[Any], tmp_path: Path) -> None:
+    """The same rows from Parquet give the same alerts; a day that is not there is the operator's mistake."""
+    memory, archive = Memory(6), tmp_path / "archive"
+    for event in day:
+        memory.append(event, partition=partition_of(event.instrument, 6))
+    run(Alerts(RULES), memory)
+    run(ParquetArchive(Folder(archive)), memory)
+    arguments = ["alerts", "test", str(RULES), "--archive", str(archive), "--json", "--days"]
+    done = CliRunner().invoke(bourse, [*arguments, "2019-08-01..2019-08-31"])
+    assert done.exit_code == 0, done.output
+    expected = [to_json(asdict(alert)) for alert in published(memory)]
+    assert sorted(done.stdout.splitlines()) == sorted(expected)
+    with pytest.raises(ConfigurationError, match="nothing of these days"):
+        CliRunner().invoke(bourse, [*arguments, "2019-09-01"], catch_exceptions=False)
