@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench chaos chaos-archive fuzz soak mutants format lock clean
+.PHONY: help demo test lint check bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -41,6 +41,9 @@ SINK ?= parquet
 
 chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet, s3 or postgres
 	@$(BIN)/python -m reliability.chaos_archive --kills $(KILLS) --seed $(SEED) --sink $(SINK) $(ARGS)
+
+chaos-alerts: .venv/.installed ## alerts whose consumers die while a day is produced: KILLS=200 SEED=1
+	@$(BIN)/python -m reliability.chaos_alerts --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 fuzz: .venv/.installed ## mutated responses against the oracle: N=10000 SEED=1
 	@$(BIN)/python -m reliability.fuzz --n $(N) --seed $(SEED) $(ARGS)

@@ -69,8 +69,8 @@ class Assignment(dict[Partition, int]):
 
     `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
     the committed offset: where to rebuild state that lives at most a trading day. `first` is, per partition, the oldest
-    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed; `fresh` are those
-    of which the group has committed nothing yet.
+    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed; `fresh` are
+    those of which the group has committed nothing yet.
     """
 
     def __init__(

@@ -327,9 +327,7 @@ class KafkaStream:
         self._next = dict(begin)
         self._assign()
         fresh = [partition for partition, at in committed.items() if at is None]
-        return Assignment(
-            begin, lambda: self._day_start(committed), first, notes=notes, fresh=fresh, read=self._read
-        )
+        return Assignment(begin, lambda: self._day_start(committed), first, notes=notes, fresh=fresh, read=self._read)
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         try:

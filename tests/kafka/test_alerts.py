@@ -27,6 +27,7 @@ from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, Event, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import partition_of, topic_of
+from reliability.chaos_alerts import run
 
 pytestmark = pytest.mark.kafka
 
@@ -156,3 +157,18 @@ def test_check_knows_the_instruments_and_partitions_are_the_brokers(place: Place
     shown = [json.loads(line) for line in CliRunner().invoke(bourse, arguments).stdout.splitlines()]
     assert [each["_partition"] for each in shown] == [partition_of(each["_key"], 6) for each in shown]
     assert len(shown) == 20
+
+
+@pytest.mark.timeout(300)
+def test_ten_strikes_change_nothing(kafka: Kafka, tmp_path: Path) -> None:
+    """Killed and frozen while the real day is produced, a group says what it says undisturbed."""
+    assert kafka.bootstrap_servers
+    result = run(10, 1, 3, tmp_path)
+    assert result["kills"] + result["freezes"] == 10
+    assert result["expected"] > 100
+    assert {name: result[name] for name in ("found", "lost", "twice", "wrong")} == {
+        "found": result["expected"],
+        "lost": 0,
+        "twice": 0,
+        "wrong": 0,
+    }

@@ -1,0 +1,141 @@
+"""Alerts whose consumers are killed and frozen while a day is produced: `make chaos-alerts KILLS=200 SEED=1`.
+
+What is on the topic of alerts afterwards is compared with what the same rules say of the same events undisturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import TopicPartition
+from msgspec.structs import asdict
+
+from bourse_consumers.alerts.ruleset import load
+from bourse_consumers.alerts.trial import Trial
+from bourse_producer.publisher import committed
+from bourse_producer.replay import Replay
+from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.market import REAL_DAY
+from bourse_sandbox.registry import serve_registry
+from bourse_schemas.codec import to_json
+from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.events import PriceAlert
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import ALERTS, TRADES
+from reliability.chaos_archive import SECONDS_A_KILL, SETTLE_SECONDS, Members, feed
+
+__all__ = ["main", "run"]
+
+RULES = Path(__file__).parent.parent / "examples" / "rules.yaml"
+
+
+class _Alerts:
+    """The consumers of one group: what they say is kept on the topic of alerts."""
+
+    command: Sequence[str] = ("alerts", "--rules", str(RULES))
+    alone = False
+
+    @staticmethod
+    def limits(chance: random.Random, *, last: bool) -> list[str]:
+        return [f"--batch-size={1_000 if last else chance.choice([5, 50, 500])}"]
+
+
+def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
+    """Do it; return what was found."""
+    replay = Replay()
+    replay.day(REAL_DAY)
+    rules = load(RULES)
+    trial = Trial(rules)
+    expected = Counter(_said(alert) for event in replay.events for alert in trial.take(event))
+    chance = random.Random(seed)  # repeatable on purpose
+    done: Counter[str] = Counter(kills=0, freezes=0)
+    with ExitStack() as stack:
+        broker = stack.enter_context(Kafka())
+        cluster = Cluster(broker.bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos")
+        apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+        cluster.registry().register_all(cluster.prefix)
+        environment = {
+            **os.environ,
+            "BOURSE_BOOTSTRAP_SERVERS": cluster.bootstrap_servers,
+            "BOURSE_REGISTRY_URL": cluster.registry_url,
+            "BOURSE_TOPIC_PREFIX": cluster.prefix,
+        }
+        group = Members(_Alerts(), environment, folder, chance)
+        stack.callback(group.stop)
+        fed = threading.Event()
+        about = cluster, replay.events, kills * SECONDS_A_KILL, fed
+        feeder = threading.Thread(target=feed, args=about, daemon=True)
+        feeder.start()
+        for _ in range(members):
+            group.start()
+        while done.total() < kills:
+            time.sleep(chance.uniform(0.2, 2 * SECONDS_A_KILL))
+            group.thaw()
+            done[group.strike()] += 1
+            if died := group.died():
+                raise SystemExit(f"a member ended by itself:\n{died[0]}")
+        feeder.join()
+        if not fed.is_set():
+            raise SystemExit("the day could not be produced")
+        group.stop()
+        group.start("common")
+        until = time.monotonic() + SETTLE_SECONDS
+        while _behind(cluster) and time.monotonic() < until:
+            time.sleep(0.5)
+        group.stop()
+        decode = cluster.registry().deserializer(PriceAlert)
+        found = Counter(_said(decode(payload)) for payload in committed(cluster, ALERTS.full_name(cluster.prefix)))
+    return {
+        "kills": done["kills"],
+        "freezes": done["freezes"],
+        "expected": expected.total(),
+        "found": found.total(),
+        "lost": (expected - found).total(),
+        "twice": found.total() - len(found),
+        "wrong": len(found.keys() - expected.keys()),
+    }
+
+
+def _said(alert: PriceAlert) -> str:
+    return to_json(asdict(alert))
+
+
+def _behind(cluster: Cluster) -> bool:
+    """Say whether the group has not committed all there is."""
+    name = TRADES.full_name(cluster.prefix)
+    client = cluster.consumer("common")
+    try:
+        places = [TopicPartition(name, number) for number in range(TRADES.partitions)]
+        ends = {place.partition: client.get_watermark_offsets(place, 10)[1] for place in places}
+        return any(place.offset < ends[place.partition] for place in client.committed(places, 10))
+    finally:
+        client.close()
+
+
+def main() -> int:
+    """Read the command line, do it, print one line of JSON; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--members", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bourse-chaos-alerts-") as folder:
+        result = run(given.kills, given.seed, given.members, Path(folder))
+    print(json.dumps(result))
+    return int(bool(result["lost"] or result["twice"] or result["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
