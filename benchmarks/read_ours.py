@@ -14,12 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from confluent_kafka import TopicPartition
+
 from benchmarks.peak import peak_mb
 from bourse_consumers.api import Batch, Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.telemetry import configure_logging
+from bourse_schemas.topics import TRADES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -58,6 +61,14 @@ def executemany(sink: PostgresArchive, rows: pl.DataFrame) -> None:
         cursor.executemany(into, rows.iter_rows())
 
 
+def begin(cluster: Cluster, group: str) -> None:
+    """Commit the topic's start: who has committed nothing begins with the day under way."""
+    client = cluster.consumer(group)
+    name = TRADES.full_name(cluster.prefix)
+    client.commit(offsets=[TopicPartition(name, number, 0) for number in range(TRADES.partitions)], asynchronous=False)
+    client.close()
+
+
 def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: str) -> None:
     """Run one consumer once."""
     configure_logging("warning")
@@ -81,7 +92,10 @@ def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: st
         ended = time.perf_counter()
 
     consumer.process, consumer.close = timed, closed  # type: ignore[method-assign]  # nothing else is changed
-    stream = KafkaStream(cluster, f"bench-{uuid4().hex}", consumer.topics, consumer.emits)
+    group = f"bench-{uuid4().hex}"
+    if kind == "alerts":
+        begin(cluster, group)
+    stream = KafkaStream(cluster, group, consumer.topics, consumer.emits)
     runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name=kind)
     runner.run()
     print(json.dumps({"seconds": ended - began, "peak_mb": peak_mb()}))
