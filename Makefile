@@ -5,6 +5,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint check bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
+.PHONY: help demo test lint check docs bench chaos chaos-archive fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -24,6 +25,9 @@ lint: .venv/.installed ## format, style, types, and who imports whom
 	@$(BIN)/lint-imports
 
 check: lint test ## all of lint, then the tests
+
+docs: .venv/.installed ## the site of docs/, in build/site; a dead link is an error
+	@$(BIN)/properdocs build --strict
 
 bench: .venv/.installed .venv/bench/.installed ## the numbers of docs/benchmarks.md, measured on this machine
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
