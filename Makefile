@@ -4,8 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
-.PHONY: help demo test lint check docs bench chaos chaos-archive fuzz soak mutants format lock clean
+.PHONY: help demo test lint check docs bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
