@@ -18,6 +18,7 @@ from fnmatch import translate
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heappop, heappush
+from math import ceil, floor
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from uuid import UUID, uuid5
 from zoneinfo import ZoneInfo
@@ -386,12 +387,13 @@ class _ChangeWatch(_Watch):
 
 
 class _CrossingWatch(_Watch):
-    __slots__ = ("level", "margin", "near")
+    __slots__ = ("back", "level", "near")
 
     def __init__(self, number: int, rule: Rule, direction: Direction, state: _State, now: int) -> None:
         super().__init__(number, rule, direction, state, now)
         test: Any = rule.test
-        self.level, self.margin = test.level, test.margin
+        # Prices are whole: so is what they are compared with.
+        self.level, self.back = test.level, min(0, ceil(-test.margin))
         # Whether the price was last on the side it has to come from; None while that is unknown.
         self.near: bool | None = None
 
@@ -409,7 +411,7 @@ class _CrossingWatch(_Watch):
         if beyond >= 0:
             came, self.near = self.near, False
             return True if came else None
-        if self.near is None or beyond < -self.margin or not self.margin:
+        if self.near is None or beyond < self.back:
             self.near = True
         return False if self.near else None
 
@@ -418,12 +420,14 @@ class _CrossingWatch(_Watch):
 
 
 class _BandWatch(_Watch):
-    __slots__ = ("high", "low", "margin", "outside")
+    __slots__ = ("high", "low", "outside", "over_high", "over_low")
 
     def __init__(self, number: int, rule: Rule, direction: Direction, state: _State, now: int) -> None:
         super().__init__(number, rule, direction, state, now)
         test: Any = rule.test
-        self.low, self.high, self.outside, self.margin = test.low, test.high, test.outside, test.margin
+        self.low, self.high, self.outside = test.low, test.high, test.outside
+        margin = test.margin if self.outside else -test.margin
+        self.over_low, self.over_high = ceil(self.low + margin), floor(self.high - margin)
 
     def look(self, trade: Any, now: int) -> bool | None:  # noqa: ARG002
         price: int | None = trade[self.column]
@@ -433,11 +437,8 @@ class _BandWatch(_Watch):
         inside = self.low <= price <= self.high
         if inside is not self.outside:
             return True
-        if self.outside:
-            over = self.low + self.margin <= price <= self.high - self.margin
-        else:
-            over = price < self.low - self.margin or price > self.high + self.margin
-        return False if over else None
+        over = self.over_low <= price <= self.over_high
+        return False if over is self.outside else None
 
     def observed(self, at: int) -> tuple[float | None, float | None, Unit]:  # noqa: ARG002
         price = self.price() or 0
