@@ -110,7 +110,7 @@ class Capture:
     def restored(self, state: State) -> None:
         """Keep what the next polls start from."""
         self._pending.write(_state(state.candles, state.poll_sequence))
-        self._sync()
+        self._sync(anew=self._file is None)
 
     def response(self, received: Received) -> None:
         """Keep an answer of the exchange; it is durable with the poll it belongs to."""
@@ -124,13 +124,13 @@ class Capture:
             for each in contexts
         ]
         self._pending.write(_record(Head("poll", poll_sequence=poll_sequence, calls=calls)))
-        full = self._file is not None and os.fstat(self._file).st_size >= self._most_bytes
-        if self._file is None or full or self._day != datetime.now(UTC).date():
+        full = self._file is None or os.fstat(self._file).st_size >= self._most_bytes
+        anew = full or self._day != datetime.now(UTC).date()
+        if anew:
             rest = self._pending.getvalue()
             self._pending = BytesIO()
             self._pending.write(_state(known, poll_sequence - 1) + rest)
-            self._try(self._open)
-        self._sync()
+        self._sync(anew=anew)
 
     def committed(self, poll_sequence: int, outcome: Outcome) -> None:
         """Note that the poll is published; durable with the next one."""
@@ -164,11 +164,25 @@ class Capture:
             with suppress(OSError):
                 os.close(file)
 
-    def _sync(self) -> None:
-        """Append what is pending as one gzip member: whatever happens to the next one, this one can be read."""
+    def _sync(self, *, anew: bool = False) -> None:
+        """Append what is pending as one gzip member: whatever happens to the next one, this one can be read.
+
+        Where it cannot, it is dropped: the next file begins with a state of its own.
+        """
         pending = self._pending.getvalue()
         self._pending = BytesIO()
-        self._try(lambda: self._append(pending))
+        try:
+            if anew:
+                self._open()
+            self._append(pending)
+        except OSError as error:
+            self._on_error()
+            self._shut()
+            if not self._failed:
+                self._failed = True
+                self._log.error("responses are not captured", error=error.strerror, required=self._required)
+            if self._required:
+                raise PublishError(f"responses cannot be captured in {self._folder}: {error.strerror}") from error
 
     def _append(self, pending: bytes) -> None:
         if self._file is None:
@@ -181,19 +195,6 @@ class Capture:
             if self._failed:
                 self._failed = False
                 self._log.info("capturing again")
-
-    def _try(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except OSError as error:
-            self._on_error()
-            # The next file begins with a state of its own.
-            self._shut()
-            if not self._failed:
-                self._failed = True
-                self._log.error("responses are not captured", error=error.strerror, required=self._required)
-            if self._required:
-                raise PublishError(f"responses cannot be captured in {self._folder}: {error.strerror}") from error
 
 
 def _record(head: Head, body: bytes = b"") -> bytes:

@@ -152,6 +152,11 @@ class _Attempt:
         """Return the first call's error, if any."""
         return next(iter(self.errors.values()), None)
 
+    @property
+    def rejected(self) -> list[RejectedRow]:
+        """Return the rows that could not be used, and the sample of those of a refused response."""
+        return [*self.suspects, *(row for part in self.parts for row in part.rejected)]
+
 
 class _Stopped(BaseException):
     """A signal came where nothing is lost by stopping at once."""
@@ -213,7 +218,7 @@ class Producer:
         try:
             self._interruptible = True
             while not self._stop.is_set():
-                self._monitor.beat(self._interval(self._now()) + 2 * LONGEST_WAIT_SECONDS)
+                self._give_sign_of_life()
                 if self._leads() and self._is_due() and self._recoverable(self._poll_once):
                     self._sleep(self._next_beat() - time.time())
         except _Stopped:
@@ -224,6 +229,9 @@ class Producer:
             if self._leadership is not None:
                 self._leadership.close()
         self._log.info("stopped")
+
+    def _give_sign_of_life(self) -> None:
+        self._monitor.beat(self._interval(self._now()) + 2 * LONGEST_WAIT_SECONDS)
 
     def run_once(self) -> PollMarker:
         """Poll once; raise what goes wrong."""
@@ -272,6 +280,9 @@ class Producer:
         if self._term is not None:
             self._close()
             self._term = None
+            # What it saw of them last is the next leader's to judge.
+            self._monitor.unready("exchange", None)
+            self._monitor.unready("feed", None)
         if term is None and self._leadership is not None:
             # Warm: whatever can be wrong is said now, and all but the state is at hand.
             self._recoverable(lambda: None, lead=False)
@@ -296,6 +307,8 @@ class Producer:
         while not self._stop.is_set():
             if lead and self._leadership is not None and self._leadership.term() != self._term:
                 return False
+            # Waiting for brokers is no reason to be started again.
+            self._give_sign_of_life()
             try:
                 self._prepare()
                 if lead:
@@ -333,6 +346,9 @@ class Producer:
             return
         began = time.perf_counter()
         state = self._publication.restore()
+        if state.poll_sequence != self._sequence:
+            # Another instance polled meanwhile: its last marker tells since when nothing was asked, not our own poll.
+            self._polled_at = None
         self._known, self._sequence = state.candles, state.poll_sequence
         self._freshness, self._last_good_at = self._settings.freshness, None
         self._last = state.markers[-1] if state.markers else None
@@ -606,8 +622,9 @@ class Producer:
 
     def _letters(self, attempt: _Attempt, marker: PollMarker) -> list[DeadLetter]:
         """Return the dead letters of rejected rows: the same bad row once a run and day, not every minute."""
-        rejected = [*attempt.suspects, *(row for part in attempt.parts for row in part.rejected)]
-        fresh = {row.identity: row for row in rejected if (marker.session_day, row.identity) not in self._lettered}
+        fresh = {
+            row.identity: row for row in attempt.rejected if (marker.session_day, row.identity) not in self._lettered
+        }
         return [
             DeadLetter(
                 reason=row.reason,
@@ -725,8 +742,8 @@ class Producer:
         if derived is not None:
             self._last_good_at = marker.received_at
             self._known.update((candle.instrument, candle) for candle in derived.changes.candles)
-        rejected = [*attempt.suspects, *(row for part in attempt.parts for row in part.rejected)]
-        self._lettered.update((marker.session_day, row.identity) for row in rejected)
+        today = {told for told in self._lettered if told[0] == marker.session_day}
+        self._lettered = today | {(marker.session_day, row.identity) for row in attempt.rejected}
         if self._capture is not None:
             self._capture.committed(marker.poll_sequence, marker.outcome)
 

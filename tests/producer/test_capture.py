@@ -197,6 +197,33 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: 
     assert alone.events == service.events[-2:]
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_with_room_again_a_restart_captures_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: bool
+) -> None:
+    """After the transaction that the full disk stopped comes the restored state: it begins a file of its own."""
+    service = Service(Capture(tmp_path, required=required))
+    service.poll(1)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        if required:
+            with pytest.raises(PublishError, match="No space left"):
+                service.poll(2)
+            with pytest.raises(PublishError, match="No space left"):
+                service.capture.restored(State(dict(service.known), service.sequence))
+        else:
+            service.poll(2)
+    service.capture.restored(State(dict(service.known), service.sequence))
+    service.poll(3)
+    service.capture.close()
+    alone = derived([files(tmp_path)[-1]])
+    assert (alone.events, alone.said) == (service.events[-1:], Counter())
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """Is told before anything is published."""
     (tmp_path / "file").write_text("")

@@ -31,6 +31,7 @@ from bourse_schemas.errors import (
     Unreachable,
 )
 from bourse_schemas.events import Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
+from bourse_schemas.monitor import Monitor
 
 DAY = date(2026, 11, 21)
 ALL_DAYS = Calendar(holiday=lambda day: None)
@@ -833,6 +834,61 @@ def test_a_fenced_leader_says_so_and_stands_again() -> None:
     assert producer._leads()
     assert producer._recoverable(producer._poll_once)
     assert [m.poll_sequence for m in log.markers] == [1, 2]
+
+
+def test_what_another_leader_polled_was_not_missed(clock: Time) -> None:
+    """Elected again, an instance counts from the last poll of the source, not from its own."""
+    log, office = Log(), Office(1)
+    first = Producer(ByTheClock(clock), log, settings(response_clock=False), leadership=office)
+    assert first._leads()
+    beat(first, clock, 2)
+    office.terms = [None]
+    assert not first._leads()
+    beat(served(clock, log)[0], clock, 5)
+    office.terms = [2]
+    assert first._leads()
+    beat(first, clock, 2)
+    assert outcomes(log) == ["P"] * 9
+    assert {m.gap_from for m in log.markers} == {None}
+
+
+def test_who_no_longer_leads_has_nothing_to_say_of_the_feed(clock: Time) -> None:
+    """A standby is ready: what it last saw of exchange and market is its successor's to judge now."""
+    log, office, monitor = Log(), Office(1), Monitor("producer")
+    exchange = ByTheClock(clock, ExchangeUnavailable("network", "gone"))
+    exchange.moves = False
+    producer = Producer(exchange, log, settings(response_clock=False), leadership=office, monitor=monitor)
+    assert producer._leads()
+    beat(producer, clock, 1)
+    assert list(monitor.reasons()) == ["exchange"]
+    beat(producer, clock, 5)
+    assert list(monitor.reasons()) == ["feed"]
+    office.terms = [None]
+    assert not producer._leads()
+    assert monitor.reasons() == {}
+
+
+def test_waiting_for_kafka_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long brokers are away, a restart would not bring them back: the service is alive, and not ready."""
+    signs: list[float] = []
+    monitor = Monitor("producer")
+    monkeypatch.setattr(monitor, "beat", signs.append)
+    producer = Producer(
+        FakeExchange([(at("09:31:00"), [row()])]), Log(opening=[Unreachable("away")] * 4), settings(), monitor=monitor
+    )
+    waited: list[float] = []
+    monkeypatch.setattr(producer, "_sleep", waited.append)
+    assert producer._recoverable(producer._poll_once)
+    assert len(signs) == 5
+    assert all(sign > wait + 60 for sign, wait in zip(signs, waited, strict=False))
+
+
+def test_bad_rows_of_other_days_are_forgotten() -> None:
+    """What was told once is kept for the day: a service runs for years."""
+    bad = [row(f"IRO1AAAA{n:04}", MaxPrice=1.5) for n in range(10)]
+    days = [at("09:31:00", DAY + timedelta(days=n)) for n in range(5)]
+    producer = polled(FakeExchange([(day, bad) for day in days]), log := Log(), 5)
+    assert (len(log.letters), len(producer._lettered)) == (50, 10)
 
 
 def test_once_beside_a_leader_is_refused() -> None:
