@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -179,6 +180,8 @@ class Runner:
 
     def run(self) -> None:
         """Run until stopped. An error of the consumer ends it; what is uncommitted is delivered again."""
+        # What a batch makes is freed by reference counts; the collector would look through it again and again.
+        gc.set_threshold(20_000, 20)
         try:
             while not self._stop.is_set():
                 try:

@@ -42,6 +42,7 @@ class Alerts(Consumer):
 
     topics: Sequence[Topic] = (TRADES, POLLS)
     emits: Sequence[Topic] = (ALERTS,)
+    batch_size = 5000  # a transaction each, while it catches up
 
     def __init__(self, rules: Sequence[Rule] | Path) -> None:
         self._path = rules if isinstance(rules, Path) else None
