@@ -41,7 +41,7 @@ PROBE_SECONDS = 3.0
 START_SECONDS = 5.0
 CATCH_UP_SECONDS = 10.0
 SUMMARY_SECONDS = 10.0
-GROUPS = "bourse-"
+LATE_SECONDS = 120.0
 # Per partition, how many records before its end to begin with; candles are read from their beginning. The markers'
 # number covers a session of polls every second, so that the day's totals are right however late the view joins.
 BACKLOG = {TRADES.name: 50, POLLS.name: 50_000, ALERTS.name: 1_000, DEAD_LETTERS.name: 10_000}
@@ -57,8 +57,14 @@ ALLOWED = {LRM, "\u200c"}  # and the zero-width non-joiner, which Persian words 
 Partition = tuple[str, int]
 
 
+class Gone(NamedTuple):
+    """A tombstone on the candles: an operator took the instrument out."""
+
+    instrument: str
+
+
 class Group(NamedTuple):
-    """A consumer group: has it members, and how many offsets is it behind."""
+    """A consumer group of ours, without the prefix: has it members, and how many offsets is it behind."""
 
     name: str
     alive: bool
@@ -134,6 +140,8 @@ class View:
                 self.alert_counts[event.trading_day, event.state] += 1
                 if self.live_since is not None:
                     self.news.append(_alert_line(event))
+            case Gone():
+                self.candles.pop(event.instrument, None)
             case DeadLetter():
                 self.dead_letters += 1
                 self.last_letter = event
@@ -175,10 +183,11 @@ class View:
 
     def silent(self, now: float) -> float | None:
         """Return for how many seconds no marker has come, where one was due long ago; None where all is well."""
-        if self.live_since is None or (self.marker and self.marker.day_final):
+        if self.live_since is None:
             return None
-        seconds = now - max(self.marker_at, self.live_since)
-        return seconds if seconds > 2 * self._interval() + 5 else None
+        seconds, interval = now - max(self.marker_at, self.live_since), self._interval()
+        # The next one may be due tomorrow; who waits a night for it need not wait another.
+        return seconds if seconds > interval + min(interval, LATE_SECONDS) + 5 else None
 
     def tell_silence(self, now: float) -> None:
         """Add a line to the news when the producer has fallen silent."""
@@ -300,7 +309,7 @@ def _poll_line(view: View, marker: PollMarker) -> str:
     parts = [
         f"{at:%Y-%m-%d %H:%M:%S} {marker.phase} {marker.feed_state} poll {marker.poll_sequence} {marker.outcome}",
         ", ".join([f"{marker.rows} rows", *(f"{count} {op.lower()}" for op, count in _counts(marker).items())]),
-        *(["lag " + ", ".join(f"{_name(group)} {group.lag}" for group in view.groups)] if view.groups else []),
+        *(["lag " + ", ".join(f"{_clean(group.name)} {group.lag}" for group in view.groups)] if view.groups else []),
         *([f"{view.dead_letters} dead letters"] if view.dead_letters else []),
         *([f"{view.undecodable} undecodable"] if view.undecodable else []),
         *([f"error {_error(marker)}"] if marker.error_kind else []),
@@ -318,10 +327,6 @@ def _observed(alert: PriceAlert) -> str:
     if alert.observed is None:
         return f"{alert.price:,}" if alert.price is not None else ""
     return f"{alert.observed:+.2f} %" if alert.unit is Unit.PERCENT else f"{alert.observed:,.10g}"
-
-
-def _name(group: Group) -> str:
-    return _clean(group.name.removeprefix(GROUPS))
 
 
 # --- screen -----------------------------------------------------------------------------------------------------------
@@ -423,7 +428,7 @@ def _header(view: View, width: int, now: float) -> list[Text]:
     counts: list[Cell] = [f"{op.lower()} {view.totals[op]:,}" for op in OPS]
     lines += _flow([*counts, (f"{view.rate(now):,.1f} events/s", "bold"), letters], width)
     groups: list[Cell] = [
-        (f"{_name(group)} {group.lag:,}{'' if group.alive else ' (stopped)'}", "" if group.alive else "yellow")
+        (f"{_clean(group.name)} {group.lag:,}{'' if group.alive else ' (stopped)'}", "" if group.alive else "yellow")
         for group in view.groups or ()
     ]
     if view.undecodable:
@@ -580,8 +585,10 @@ class _Feed:
                     error = message.error()
                     if error is None:
                         self._ends[name, number] = offset + 1
+                        if name == candles and message.value() is None:
+                            events.append(Gone(_text(message.key())))
                         # A live candle says nothing that its event has not said.
-                        if behind or name != candles:
+                        elif behind or name != candles:
                             event = self._event(message)
                             events.append(event)
                             undecodable += event is None
@@ -641,6 +648,7 @@ class _Feed:
     def _groups(self) -> list[Group]:
         from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
 
+        prefix = f"{self._cluster.prefix}-"
         ends = dict(self._ends)  # as they are before the groups are asked: who keeps up has no lag
         listed = self._admin.list_consumer_groups(request_timeout=PROBE_SECONDS).result()
         if listed.errors and not listed.valid:
@@ -649,7 +657,7 @@ class _Feed:
         asked = {
             name: self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)])[name]
             for name in sorted(alive)
-            if name.startswith(GROUPS)
+            if name.startswith(prefix)
         }
         groups = []
         for name, answer in asked.items():
@@ -657,8 +665,12 @@ class _Feed:
             partitions = answer.result(PROBE_SECONDS).topic_partitions
             behind = lag({(p.topic, p.partition): p.offset for p in partitions if p.offset >= 0}, ends)
             if behind is not None:
-                groups.append(Group(name, alive[name], behind))
+                groups.append(Group(name.removeprefix(prefix), alive[name], behind))
         return groups
+
+
+def _text(key: str | bytes | None) -> str:
+    return key.decode(errors="replace") if isinstance(key, bytes) else key or ""
 
 
 def _trouble(what: str, text: str | None) -> Change:

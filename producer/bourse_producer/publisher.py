@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Publisher", "State", "committed"]
 
 E = TypeVar("E", bound=Event)
+Place = tuple[int, bytes | None]  # a record's partition and key
 
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
@@ -40,7 +41,7 @@ COMMIT_SECONDS = 25.0
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is committed for a source: each instrument's candle, the last poll's sequence, the latest markers."""
+    """What is committed: each instrument's candle; of one source the last poll's sequence and the latest markers."""
 
     candles: dict[InstrumentCode, Candle]
     poll_sequence: int
@@ -73,15 +74,23 @@ class Publisher:
         it was read. Raises PublishError.
         """
         self._initialise()
-        latest = {candle.instrument: candle for candle in self._committed(CANDLES, Candle)}
-        candles = {code: candle for code, candle in latest.items() if candle.source == self._source}
-        markers = deque(
-            (marker for marker in self._committed(POLLS, PollMarker, tail=True) if marker.source == self._source),
-            MOST_MARKERS,
-        )
+        # Whichever source saw it: where one follows another, the instrument's sequence goes on.
+        candles: dict[InstrumentCode, Candle] = {}
+        for candle in self._committed(CANDLES, Candle):
+            known = candles.get(candle.instrument)
+            # In a topic that has grown an instrument's candles lie in two partitions, which are read in any order.
+            if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
+                candles[candle.instrument] = candle
+        # Behind ten thousand of another source's there may be ours all the same.
+        markers = self._markers(TAIL) or self._markers(None)
         # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
-        sequences = [*(candle.poll_sequence for candle in candles.values()), *(each.poll_sequence for each in markers)]
-        return State(candles, max(sequences, default=0), markers)
+        seen = [candle.poll_sequence for candle in candles.values() if candle.source == self._source]
+        seen += [marker.poll_sequence for marker in markers]
+        return State(candles, max(seen, default=0), markers)
+
+    def _markers(self, tail: int | None) -> Sequence[PollMarker]:
+        found = self._committed(POLLS, PollMarker, tail)
+        return deque((marker for marker in found if marker.source == self._source), MOST_MARKERS)
 
     def _initialise(self) -> None:
         """Initialise in short steps: a signal's handler cannot run while librdkafka waits."""
@@ -154,11 +163,11 @@ class Publisher:
         except KafkaException as error:
             raise _publish_error(error.args[0]) from error
 
-    def _committed(self, topic: Topic, event: type[E], *, tail: bool = False) -> Iterable[E]:
-        """Yield the committed events of a topic, in order per partition; with `tail` only the last ones."""
+    def _committed(self, topic: Topic, event: type[E], tail: int | None = None) -> Iterable[E]:
+        """Yield the committed events of a topic, in order per partition; of the last `tail` offsets, if given."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._cluster.registry().deserializer(event)
-        records = _records(self._cluster, name, TAIL if tail else None)
+        records = _records(self._cluster, name, tail)
         # Of a compacted topic only the last value of a key counts; how much of the others is still there is chance.
         found = dict(records).values() if topic.cleanup == "compact" else (value for _, value in records)
         try:
@@ -178,16 +187,25 @@ def committed(cluster: Cluster, name: str, *, tail: int | None = None) -> Iterab
     return (value for _, value in _records(cluster, name, tail) if value is not None)
 
 
-def _records(cluster: Cluster, name: str, tail: int | None) -> Iterator[tuple[bytes | None, bytes | None]]:
+def _records(cluster: Cluster, name: str, tail: int | None) -> Iterator[tuple[Place, bytes | None]]:
+    from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # not in its __all__
+
     consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
     try:
         found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
         if found.error is not None or not found.partitions:
             # Nothing read is not the same as nothing there: the whole market would be published again.
             raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
-        partitions = list(found.partitions)
-        consumer.assign([_start(consumer, name, number, tail) for number in partitions])
-        yield from _until_end(consumer, len(partitions))
+        # The true ends: what the consumer itself is told stops where a transaction is open.
+        latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        asked = dict.fromkeys((TopicPartition(name, number) for number in found.partitions), latest)
+        admin = cluster.admin()
+        answers = admin.list_offsets(asked, request_timeout=RESTORE_SECONDS)
+        ends = {place.partition: answer.result().offset for place, answer in answers.items()}
+        # Where a tail begins before all that is left, `auto.offset.reset` passes it over.
+        starts = [TopicPartition(name, n, 0 if tail is None else max(0, end - tail)) for n, end in ends.items()]
+        consumer.assign(starts)
+        yield from _until(consumer, ends)
     except KafkaException as error:
         raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
     finally:
@@ -216,30 +234,27 @@ def _span(millis: int) -> timedelta:
     return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
 
 
-def _start(consumer: Consumer, topic: str, partition: int, tail: int | None) -> TopicPartition:
-    if tail is None:
-        return TopicPartition(topic, partition, OFFSET_BEGINNING)
-    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), RESTORE_SECONDS)
-    # Of the last marker of each source, commit markers and aborted records between them included.
-    return TopicPartition(topic, partition, max(low, high - tail))
-
-
-def _until_end(consumer: Consumer, partitions: int) -> Iterator[tuple[bytes | None, bytes | None]]:
-    ended: set[int | None] = set()
+def _until(consumer: Consumer, ends: Mapping[int, int]) -> Iterator[tuple[Place, bytes | None]]:
+    """Yield what is committed below these offsets, and what is found beyond."""
+    ended: set[int] = set()
     deadline = time.monotonic() + RESTORE_SECONDS
-    while len(ended) < partitions:
+    while len(ended) < len(ends):
         # `consume` waits for the whole batch or the whole time: the time is what the end costs.
         for message in consumer.consume(1000, 0.02):
             deadline = time.monotonic() + RESTORE_SECONDS
-            error = message.error()
+            error, partition = message.error(), message.partition() or 0
             if error is None:
-                yield _bytes(message.key()), _bytes(message.value())
+                yield (partition, _bytes(message.key())), _bytes(message.value())
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
-                ended.add(message.partition())
+                # A transaction that somebody else has open hides what was committed after it began: it is waited for.
+                if (message.offset() or 0) >= ends[partition]:
+                    ended.add(partition)
             elif not error.retriable():
                 raise KafkaException(error)
         if time.monotonic() > deadline:
-            raise PublishError(f"reading the state back: no record for {RESTORE_SECONDS:.0f} s")
+            raise PublishError(
+                f"reading the state back: no record for {RESTORE_SECONDS:.0f} s; is a transaction open there?"
+            )
 
 
 def _bytes(value: str | bytes | None) -> bytes | None:

@@ -44,7 +44,7 @@ from bourse_schemas.events import (
     Unit,
 )
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import POLLS, TOPICS, TRADES
+from bourse_schemas.topics import CANDLES, POLLS, TOPICS, TRADES
 
 Publish = Callable[..., None]
 DAY = date(2019, 8, 24)
@@ -161,7 +161,7 @@ def live_view() -> View:
     view.add(alert(state=AlertState.RESOLVED, instrument=None, symbol=None), 1.0)
     view.add(letter(), 1.0)
     view.add(marker(2), 1.0)
-    view.groups = [Group("bourse-alerts", True, 0), Group("bourse-archive", False, 12_345)]
+    view.groups = [Group("alerts", True, 0), Group("archive", False, 12_345)]
     return view
 
 
@@ -236,8 +236,9 @@ def test_silence_is_measured_by_our_clock_and_the_markers_own_interval() -> None
     view.tell_silence(400.0)
     view.tell_silence(401.0)
     assert len([line for line in view.news if line.startswith("no poll for")]) == 1
-    view.add(marker(3, day_final=True), 500.0)
-    assert view.silent(5000.0) is None
+    view.add(marker(3, day_final=True, next_poll_at=AT + timedelta(hours=15)), 500.0)
+    assert view.silent(53_000.0) is None
+    assert "no poll for 15 h" in screen(view, now=500.0 + 15 * 3600)
 
 
 def test_the_header_tells_freshness_lag_totals_and_errors() -> None:
@@ -455,17 +456,21 @@ def test_without_a_terminal_polls_and_alerts_are_lines(
 def test_a_terminal_gets_a_screen_and_is_left_clean(
     publish: Publish, cluster: Cluster, command: list[str], wait_for: Callable[..., Any]
 ) -> None:
-    """On a terminal of 100 columns: state, movers, a group without lag, an undecodable record; Ctrl-C leaves."""
+    """On a terminal of 100 columns: state, movers, a group without lag, an undecodable record; Ctrl-C leaves.
+
+    A tombstone, which takes an instrument out of the candles, is none.
+    """
     publish(event(), marker(1), alert(), letter())
     publish(event(sequence=2), marker(2))
-    _read_all(cluster, "bourse-alerts")
-    _read_all(cluster, "bourse-archive")
+    _read_all(cluster, f"{cluster.prefix}-alerts")
+    _read_all(cluster, f"{cluster.prefix}-archive")
     publish(event(sequence=3), event(sequence=4), marker(3))
-    _read_all(cluster, "bourse-alerts")
+    _read_all(cluster, f"{cluster.prefix}-alerts")
     producer = cluster.transactional_producer(f"{cluster.prefix}-bad")
     producer.init_transactions(30)
     producer.begin_transaction()
     producer.produce(POLLS.full_name(cluster.prefix), b"no Avro")
+    producer.produce(CANDLES.full_name(cluster.prefix), None, b"IRO1MADN0001")
     producer.commit_transaction()
     terminal, theirs = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
@@ -480,6 +485,7 @@ def test_a_terminal_gets_a_screen_and_is_left_clean(
             return all(part in seen for part in parts)
 
         wait_for(lambda: shows("poll 3 PUBLISHED", "alerts 0 (stopped)  archive 3 (stopped)", "undecodable 1"), 20)
+        assert "undecodable 2" not in seen
         process.send_signal(signal.SIGINT)
         wait_for(lambda: shows("\x1b[?1049h", "\x1b[?25h\x1b[?1049l"))
         assert "\x1b[3" not in seen, "colour in spite of NO_COLOR"

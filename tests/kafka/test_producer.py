@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from confluent_kafka import KafkaError, Message
+from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
 from msgspec import structs
 
 from bourse_producer.diff import Changes
@@ -477,6 +479,86 @@ def test_state_that_cannot_be_read_is_no_empty_state(cluster: Cluster) -> None:
     with pytest.raises(PublishError, match="cannot be read"):
         publisher.restore()
     publisher.close()
+
+
+def test_an_open_transaction_of_somebody_else_hides_nothing(cluster: Cluster) -> None:
+    """What was committed after it began cannot be read yet: the state is complete, or it is waited for."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 1)
+        stranger = cluster.transactional_producer(f"{cluster.prefix}-stranger")
+        stranger.init_transactions(30)
+        stranger.begin_transaction()
+        for partition in range(CANDLES.partitions):
+            stranger.produce(CANDLES.full_name(cluster.prefix), b"never committed", b"key", partition)
+        stranger.flush()
+        producer = in_process(cluster, server.url, client)
+        with ThreadPoolExecutor(1) as pool:
+            restored = pool.submit(producer._recoverable, lambda: None)
+            with pytest.raises(TimeoutError):
+                restored.result(4)
+            stranger.abort_transaction()
+            assert restored.result(30)
+        known = {code: candle.sequence for code, candle in producer._known.items()}
+        poll(producer, 3)
+    check(cluster)
+    assert known
+    assert set(known.values()) == {1}
+
+
+def test_a_topic_that_has_grown_gives_the_newest_candles(cluster: Cluster) -> None:
+    """An instrument's older candle stays in the partition where its key was before; no event comes twice."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 3)
+        admin = cluster.admin()
+        for done in admin.create_partitions([NewPartitions(CANDLES.full_name(cluster.prefix), 13)]).values():
+            done.result(10)
+        poll(in_process(cluster, server.url, client), 5)
+        before = in_process(cluster, server.url, client)
+        before._recoverable(lambda: None)
+        newest = {code: candle.sequence for code, candle in before._known.items()}
+        before._close()
+        poll(in_process(cluster, server.url, client), 5)
+    events = read(cluster, TRADES).events
+    assert len({event.event_id for event in events}) == len(events)
+    assert max(newest.values()) > 3
+    sequences: dict[str, set[int]] = defaultdict(set)
+    for event in events:
+        sequences[event.instrument].add(event.sequence)
+    assert all(found == set(range(1, len(found) + 1)) for found in sequences.values())
+
+
+def test_one_source_follows_another(cluster: Cluster) -> None:
+    """Another profile goes on where the first one stopped: the day's sequences continue, those of polls are its own."""
+    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+        poll(in_process(cluster, server.url, client), 2)
+        finnotech = Finnotech(client, server.url, PRACTICE)
+        changed = Settings(source="another", poll_seconds=0, always=True, response_clock=True)
+        poll(Producer(finnotech, lambda: Publisher(cluster, "another"), changed), 2)
+    events = read(cluster, TRADES).events
+    assert len({event.event_id for event in events}) == len(events)
+    markers = read(cluster, POLLS).events
+    assert [(marker.source == SOURCE, marker.poll_sequence) for marker in markers] == [
+        *((True, 1), (True, 2)),
+        *((False, 1), (False, 2)),
+    ]
+
+
+def test_a_sequence_goes_on_behind_a_busier_source(cluster: Cluster) -> None:
+    """However many markers of another one came after ours."""
+    counts = ("rows", "opened", "traded", "revised", "cancelled", "stale_rows", "rejected_rows", "duplicate_rows")
+    fields: dict[str, Any] = dict.fromkeys((*counts, "backfilled_rows"), 0)
+    fields |= {"outcome": "UNCHANGED", "phase": "OPEN", "feed_state": "FRESH", "day_final": False}
+    marker = PollMarker(poll_sequence=7, source=SOURCE, requested_at=datetime(2026, 11, 21, 6, tzinfo=UTC), **fields)
+    for source, sequences in ((SOURCE, range(7, 8)), ("busy", range(1, 10_002))):
+        publisher = Publisher(cluster, source)
+        publisher.restore()
+        found = (structs.replace(marker, source=source, poll_sequence=number) for number in sequences)
+        publisher.publish(Changes([], [], 0), [], found)
+        publisher.close()
+    publisher = Publisher(cluster, SOURCE)
+    state = publisher.restore()
+    publisher.close()
+    assert (state.poll_sequence, list(state.markers)) == (7, [marker])
 
 
 def test_polls_without_changes_are_told_from_polls_that_failed(cluster: Cluster) -> None:
