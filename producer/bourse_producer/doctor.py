@@ -412,7 +412,7 @@ def _last_poll(cluster: Cluster, source: str, *, response_clock: bool) -> Check:
     decode = cluster.registry().deserializer(PollMarker)
     last: PollMarker | None = None
     try:
-        for payload in committed(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL):
+        for payload in committed(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL, seconds=STEP_SECONDS):
             marker = decode(payload)
             last = marker if marker.source == source else last
     except BourseError as error:

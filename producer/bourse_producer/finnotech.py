@@ -575,6 +575,7 @@ class Finnotech:
             if status != 200 or (len(body) < SHORT and b"DONE" not in body):
                 raise _refusal(status, body, track_id, headers.get("retry-after"))
         except ExchangeError as error:
+            self._conceal(error, token)
             self._on_call(error.kind)
             if error.kind == "token":
                 raise _TokenRefused(status, error) from error
@@ -615,6 +616,11 @@ class Finnotech:
             return {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": old.refresh}
         return {"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": self._profile.scope}
 
+    def _conceal(self, error: ExchangeError, token: str) -> None:
+        """Take our secrets out of what the exchange says of them: its words are logged and published."""
+        for secret in filter(None, (self._credentials.secret, self._credentials.nid, token)):
+            error.args = (str(error).replace(secret, "…"),)
+
     def _must_wait(self) -> bool:
         return time.monotonic() < self._minted_at + self._mint_seconds
 
@@ -628,6 +634,7 @@ class Finnotech:
             if token is None:
                 raise _no_token(status, body, headers.get("retry-after"))
         except ExchangeError as error:
+            self._conceal(error, grant.get("refresh_token", ""))
             self._on_call(f"token_{error.kind}")
             self._refused = error
             raise
@@ -751,7 +758,7 @@ class Finnotech:
 
 def _is_token(value: Any) -> bool:
     """Tell what can stand in a header: the client would show anything else in its own error message."""
-    return isinstance(value, str) and value.isascii() and value.isprintable()
+    return isinstance(value, str) and re.fullmatch("[!-~]+", value) is not None
 
 
 def _granted(body: bytes, asked: float) -> _Token | None:

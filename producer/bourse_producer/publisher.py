@@ -179,20 +179,24 @@ class Publisher:
             raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
 
 
-def committed(cluster: Cluster, name: str, *, tail: int | None = None) -> Iterable[bytes]:
+def committed(
+    cluster: Cluster, name: str, *, tail: int | None = None, seconds: float = RESTORE_SECONDS
+) -> Iterable[bytes]:
     """Yield the committed values of a topic to its end, in order per partition; of the last `tail` offsets, if given.
 
-    Raises PublishError where it cannot be read.
+    Raises PublishError where it cannot be read, or nothing comes for so many seconds.
     """
-    return (value for _, value in _records(cluster, name, tail) if value is not None)
+    return (value for _, value in _records(cluster, name, tail, seconds) if value is not None)
 
 
-def _records(cluster: Cluster, name: str, tail: int | None) -> Iterator[tuple[Place, bytes | None]]:
+def _records(
+    cluster: Cluster, name: str, tail: int | None, seconds: float = RESTORE_SECONDS
+) -> Iterator[tuple[Place, bytes | None]]:
     from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # not in its __all__
 
     consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
     try:
-        found = consumer.list_topics(name, RESTORE_SECONDS).topics[name]
+        found = consumer.list_topics(name, seconds).topics[name]
         if found.error is not None or not found.partitions:
             # Nothing read is not the same as nothing there: the whole market would be published again.
             raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
@@ -200,12 +204,12 @@ def _records(cluster: Cluster, name: str, tail: int | None) -> Iterator[tuple[Pl
         latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         asked = dict.fromkeys((TopicPartition(name, number) for number in found.partitions), latest)
         admin = cluster.admin()
-        answers = admin.list_offsets(asked, request_timeout=RESTORE_SECONDS)
+        answers = admin.list_offsets(asked, request_timeout=seconds)
         ends = {place.partition: answer.result().offset for place, answer in answers.items()}
         # Where a tail begins before all that is left, `auto.offset.reset` passes it over.
         starts = [TopicPartition(name, n, 0 if tail is None else max(0, end - tail)) for n, end in ends.items()]
         consumer.assign(starts)
-        yield from _until(consumer, ends)
+        yield from _until(consumer, ends, seconds)
     except KafkaException as error:
         raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
     finally:
@@ -234,14 +238,14 @@ def _span(millis: int) -> timedelta:
     return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
 
 
-def _until(consumer: Consumer, ends: Mapping[int, int]) -> Iterator[tuple[Place, bytes | None]]:
+def _until(consumer: Consumer, ends: Mapping[int, int], seconds: float) -> Iterator[tuple[Place, bytes | None]]:
     """Yield what is committed below these offsets, and what is found beyond."""
     ended: set[int] = set()
-    deadline = time.monotonic() + RESTORE_SECONDS
+    deadline = time.monotonic() + seconds
     while len(ended) < len(ends):
         # `consume` waits for the whole batch or the whole time: the time is what the end costs.
         for message in consumer.consume(1000, 0.02):
-            deadline = time.monotonic() + RESTORE_SECONDS
+            deadline = time.monotonic() + seconds
             error, partition = message.error(), message.partition() or 0
             if error is None:
                 yield (partition, _bytes(message.key())), _bytes(message.value())
@@ -252,9 +256,7 @@ def _until(consumer: Consumer, ends: Mapping[int, int]) -> Iterator[tuple[Place,
             elif not error.retriable():
                 raise KafkaException(error)
         if time.monotonic() > deadline:
-            raise PublishError(
-                f"reading the state back: no record for {RESTORE_SECONDS:.0f} s; is a transaction open there?"
-            )
+            raise PublishError(f"reading the state back: no record for {seconds:.0f} s; is a transaction open there?")
 
 
 def _bytes(value: str | bytes | None) -> bytes | None:

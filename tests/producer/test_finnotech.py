@@ -353,6 +353,29 @@ def test_secrets_are_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     assert not [word for word in (SECRET, NID, "tok3n-value", "r3fresh-value") if word in text]
 
 
+@pytest.mark.parametrize("value", ["tok3n-value ", " tok3n-value", "tok3n value", "tok3n\tvalue", ""])
+def test_a_token_that_no_header_can_hold_is_none(value: str) -> None:
+    """The HTTP client would quote it in its own complaint, which is logged and published."""
+    granted = {"result": {"value": value, "lifeTime": 864_000_000}, "status": "DONE"}
+    script = Script((200, DONE), tokens=[(200, json.dumps(granted).encode())])
+    with against(script, mint_seconds=60) as exchange:
+        error = refused(exchange)
+    assert ("tok3n" in str(error), script.calls) == (False, [])
+
+
+def test_an_exchange_that_quotes_secrets() -> None:
+    """Its words go to logs and to a topic, our secrets do not."""
+
+    def quoting(*words: str) -> tuple[int, bytes]:
+        return 400, json.dumps({"error": {"code": "E", "message": f"no good: {', '.join(words)}"}}).encode()
+
+    with against(Script((200, DONE), tokens=[quoting(SECRET, NID)]), mint_seconds=60) as exchange:
+        assert str(refused(exchange)) == "the exchange gives no token: no good: …, …"
+        assert str(refused(exchange)).endswith("(the exchange gives no token: no good: …, …)")
+    with against(Script(quoting("tok3n-value")), mint_seconds=60) as exchange:
+        assert str(refused(exchange)) == "no good: …"
+
+
 def test_one_company_and_its_minutes_can_be_asked_for() -> None:
     """All six parameters of the API are understood by the exchange as they are sent."""
     with against_practice() as (client, _):
