@@ -7,6 +7,7 @@ all the ranges of a day that its metadata lists, and replaces the plain ones tha
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -199,7 +200,9 @@ def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], *, 
         **more,
     }
     table = _in_order(compact(table))
-    table = table.replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+    # Readers get plain strings, which they can put together from many files: only the writing is of dictionaries.
+    arrow = base64.b64encode(_plain(table.schema).serialize().to_pybytes())
+    told = {ABOUT.decode(): json.dumps(about), "ARROW:schema": arrow.decode()}
     recurring = dictionary_columns(table.schema)
     encodings = {
         field.name: "DELTA_BINARY_PACKED"
@@ -208,15 +211,17 @@ def write(store: Store, path: str, table: pa.Table, ranges: Sequence[Range], *, 
     }
 
     def to(file: IO[bytes]) -> None:
-        pq.write_table(
-            table,
+        with pq.ParquetWriter(
             file,
+            table.schema,
             compression="zstd",
             compression_level=level,
             use_dictionary=recurring,
             column_encoding=encodings,
-            row_group_size=ROW_GROUP,
-        )
+            store_schema=False,
+        ) as writer:
+            writer.write_table(table, ROW_GROUP)
+            writer.add_key_value_metadata(told)
 
     made = store.create(path, to)
     pa.default_memory_pool().release_unused()
@@ -285,5 +290,8 @@ def _in_order(table: pa.Table) -> pa.Table:
 
 def loose(table: pa.Table) -> pa.Table:
     """Return the table with plain strings again."""
-    plain = [field.with_type(pa.string()) if field.type == RECURRING else field for field in table.schema]
-    return table.cast(pa.schema(plain))
+    return table.cast(_plain(table.schema))
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_type(pa.string()) if field.type == RECURRING else field for field in schema])
