@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import httpx
-from confluent_kafka import OFFSET_BEGINNING, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaException, TopicPartition
 
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
@@ -306,6 +306,8 @@ class _Show:
             consumer = cluster.consumer(f"{cluster.prefix}-{group}")
             try:
                 committed = consumer.committed([TopicPartition(trades, partition) for partition in read], timeout=5)
+            except KafkaException:
+                return False  # a busy broker is asked again
             finally:
                 consumer.close()
             if any(position.offset < read[position.partition] for position in committed):

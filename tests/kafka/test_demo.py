@@ -86,7 +86,7 @@ def test_services_that_are_killed_lose_nothing_and_repeat_nothing(tmp_path: Path
     assert summary["events"]["OPENED"] == 548
     (archive,) = tmp_path.glob("data/demo-*/archive")
     table = dataset.dataset(archive).to_table(["instrument", "volume_delta"])
-    traded = table.group_by("instrument").aggregate([("volume_delta", "sum")]).to_pydict()
+    traded = table.unify_dictionaries().group_by("instrument").aggregate([("volume_delta", "sum")]).to_pydict()
     day = CapturedDay.load(REAL_DAY)
     shares = day.rows(day.times[-1], rights=False)
     assert dict(zip(traded["instrument"], traded["volume_delta_sum"], strict=True)) == {
