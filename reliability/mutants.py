@@ -31,7 +31,7 @@ DIFF, FRESHNESS = "producer/bourse_producer/diff.py", "producer/bourse_producer/
 KAFKA, UNIT = "tests/kafka/test_producer.py", "tests/producer"
 
 INITIALISE = "        self._initialise()\n"
-READ = "        latest = {candle.instrument: candle for candle in self._committed(CANDLES, Candle)}\n"
+READ = "        candles = self._newest_candles()\n"
 
 MUTANTS = [
     Mutant(

@@ -14,8 +14,8 @@ import textwrap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from datetime import date, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -700,18 +700,6 @@ def _batch(events: list[Any], undecodable: int, trouble: str | None, caught_up: 
 # --- command ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C and SIGTERM set."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @click.command()
 @cluster_options
 @click.option("--seconds", type=click.FloatRange(min=0), help="End after so many seconds. [default: at Ctrl-C]")
@@ -734,7 +722,10 @@ def watch(cluster: Cluster, seconds: float | None) -> None:
     console, view = Console(), View()
     on_screen = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
     screen = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-    with _signals() as stop, _Feed(cluster) as feed, screen if on_screen else nullcontext() as live:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with _Feed(cluster) as feed, screen if on_screen else nullcontext() as live:
         began, drawn = time.monotonic(), None
         while not stop.is_set() and (seconds is None or time.monotonic() - began < seconds):
             frame, changed = time.monotonic() + FRAME_SECONDS, False

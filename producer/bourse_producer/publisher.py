@@ -74,6 +74,15 @@ class Publisher:
         it was read. Raises PublishError.
         """
         self._initialise()
+        candles = self._newest_candles()
+        # Behind ten thousand of another source's there may be ours all the same.
+        markers = self._markers(TAIL) or self._markers(None)
+        # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
+        seen = [candle.poll_sequence for candle in candles.values() if candle.source == self._source]
+        seen += [marker.poll_sequence for marker in markers]
+        return State(candles, max(seen, default=0), markers)
+
+    def _newest_candles(self) -> dict[InstrumentCode, Candle]:
         # Whichever source saw it: where one follows another, the instrument's sequence goes on.
         candles: dict[InstrumentCode, Candle] = {}
         for candle in self._committed(CANDLES, Candle):
@@ -81,12 +90,7 @@ class Publisher:
             # In a topic that has grown an instrument's candles lie in two partitions, which are read in any order.
             if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
                 candles[candle.instrument] = candle
-        # Behind ten thousand of another source's there may be ours all the same.
-        markers = self._markers(TAIL) or self._markers(None)
-        # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
-        seen = [candle.poll_sequence for candle in candles.values() if candle.source == self._source]
-        seen += [marker.poll_sequence for marker in markers]
-        return State(candles, max(seen, default=0), markers)
+        return candles
 
     def _markers(self, tail: int | None) -> Sequence[PollMarker]:
         found = self._committed(POLLS, PollMarker, tail)

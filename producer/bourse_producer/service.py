@@ -58,7 +58,7 @@ JUMP_SECONDS = 2.0
 # What rounding may take from a beat's time.
 TICK_SECONDS = 0.01
 KNOWN_DAYS = 30
-COUNTS = ("opened", "traded", "revised", "cancelled")
+COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
 ODD = ("stale_rows", "rejected_rows", "duplicate_rows", "backfilled_rows")
 
 
@@ -672,15 +672,7 @@ class Producer:
             requested_at=requested_at,
             next_poll_at=next_poll_at,
             day_final=False,
-            rows=0,
-            opened=0,
-            traded=0,
-            revised=0,
-            cancelled=0,
-            stale_rows=0,
-            rejected_rows=0,
-            duplicate_rows=0,
-            backfilled_rows=0,
+            **dict.fromkeys(("rows", *COUNTS, *ODD), 0),  # type: ignore[arg-type]  # these are numbers
         )
 
     def _marker(self, attempt: _Attempt, derived: Derived | None, gap_from: datetime | None) -> PollMarker:
@@ -712,10 +704,7 @@ class Producer:
             day_final=ends and (bare.phase is not Phase.CLOSED or self._owes_final(now)),
             latest_traded_at=max((candle.traded_at for candle in snapshot.candles.values()), default=None),
             rows=snapshot.rows,
-            opened=changes.count(Op.OPENED),
-            traded=changes.count(Op.TRADED),
-            revised=changes.count(Op.REVISED),
-            cancelled=changes.count(Op.CANCELLED),
+            **{name: changes.count(op) for name, op in COUNTS.items()},
             stale_rows=changes.stale_rows,
             rejected_rows=len(snapshot.rejected),
             duplicate_rows=snapshot.duplicate_rows,
@@ -798,7 +787,7 @@ class Producer:
         monitor.unready("feed", f"the feed is {marker.feed_state.value}" if bad_feed else None)
         if derived is None:
             return
-        for op, name in zip((Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED), COUNTS, strict=True):
+        for name, op in COUNTS.items():
             monitor.count(m.EVENTS, getattr(marker, name), op=op.value)
         for metric, count in (
             (m.REJECTED_ROWS, marker.rejected_rows),
