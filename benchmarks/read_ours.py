@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import OFFSET_END, TopicPartition
 
 from benchmarks.peak import peak_mb
 from bourse_consumers.api import Batch, Consumer, Emit
@@ -22,7 +22,7 @@ from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.telemetry import configure_logging
-from bourse_schemas.topics import TRADES
+from bourse_schemas.topics import ALERTS, TRADES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -62,11 +62,14 @@ def executemany(sink: PostgresArchive, rows: pl.DataFrame) -> None:
 
 
 def begin(cluster: Cluster, group: str) -> None:
-    """Commit the topic's start: who has committed nothing begins with the day under way."""
-    client = cluster.consumer(group)
+    """Commit the topic's start: who has committed nothing begins with the day under way. Delete others' alerts."""
+    client, admin = cluster.consumer(group), cluster.admin()
     name = TRADES.full_name(cluster.prefix)
     client.commit(offsets=[TopicPartition(name, number, 0) for number in range(TRADES.partitions)], asynchronous=False)
     client.close()
+    said = [TopicPartition(ALERTS.full_name(cluster.prefix), number, OFFSET_END) for number in range(ALERTS.partitions)]
+    for deleted in admin.delete_records(said).values():
+        deleted.result()
 
 
 def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: str) -> None:

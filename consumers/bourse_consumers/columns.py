@@ -17,18 +17,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
-import pyarrow as pa
 
 from bourse_consumers.api import Places
-from bourse_consumers.rows import arrow_schema, with_places
 from bourse_schemas.codec import FRAME, Deserializer, Schema, _bytes, _long, avro_schema
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Event
 
-__all__ = ["Columns"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Columns", "Decoded"]
 
 GUARD = "_guard"
 SYNC = bytes(16)
@@ -44,7 +45,23 @@ class _Plan:
 
     header: bytes
     types: dict[str, Any]
-    constants: dict[str, Any]
+    constants: dict[str, pl.Expr]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Records of one event type by columns: as a polars frame of the schema's fields, and as what `Batch.table` is."""
+
+    event: type[Event]
+    places: Places
+    frame: pl.DataFrame
+
+    def table(self) -> pa.Table:
+        """Return them as an Arrow table, with where they are."""
+        # Not every consumer needs it, and it is 40 MB.
+        from bourse_consumers.rows import as_table
+
+        return as_table(self.frame, self.event, self.places)
 
 
 class Columns:
@@ -53,34 +70,33 @@ class Columns:
     def __init__(self, deserializer: Deserializer[Any]) -> None:
         self._deserializer = deserializer
         self._event = cast("type[Event]", deserializer.event)
-        self._schema = arrow_schema(self._event)
+        self._fields = [field["name"] for field in avro_schema(self._event)["fields"]]
         self._plans: dict[bytes, _Plan | None] = {}
 
-    def table(self, places: Places) -> pa.Table | None:
-        """Return the records as one table in their order, None where they have to be looked at one by one.
+    def read(self, places: Places) -> Decoded | None:
+        """Return the records in their order, None where they have to be looked at one by one.
 
         May raise Unreachable, where a schema is asked for.
         """
         values = [value or b"" for value in places.values]
-        frames = list(dict.fromkeys(value[: FRAME.size] for value in values))
-        tables = []
-        for frame in frames:
-            if len(frame) < FRAME.size:
+        writers = list(dict.fromkeys(value[: FRAME.size] for value in values))
+        frames = []
+        for writer in writers:
+            if len(writer) < FRAME.size:
                 return None
             try:
-                plan = self._plan(frame)
+                plan = self._plan(writer)
             except Undecodable:
                 return None
-            mine = values if len(frames) == 1 else [value for value in values if value.startswith(frame)]
-            table = _read(plan, [value[FRAME.size :] for value in mine], self._schema) if plan else None
-            if table is None:
+            mine = values if len(writers) == 1 else [value for value in values if value.startswith(writer)]
+            frame = _read(plan, [value[FRAME.size :] for value in mine]) if plan else None
+            if frame is None:
                 return None
-            tables.append(table)
-        table = pa.concat_tables(tables)
-        if len(tables) > 1:
-            came = [index for frame in frames for index, value in enumerate(values) if value.startswith(frame)]
-            table = table.take(pl.Series(came).arg_sort().to_arrow())
-        return with_places(table, places)
+            frames.append(frame.select(self._fields))
+        if len(frames) > 1:
+            came = [index for writer in writers for index, value in enumerate(values) if value.startswith(writer)]
+            frames = [pl.concat(frames)[pl.Series(came).arg_sort()]]
+        return Decoded(self._event, places, frames[0])
 
     def _plan(self, frame: bytes) -> _Plan | None:
         if frame not in self._plans:
@@ -100,7 +116,7 @@ def _plan(writer: Schema, event: type[Event]) -> _Plan | None:
         if name not in theirs:
             if "default" not in field or isinstance(field["type"], dict):
                 return None
-            constants[name] = field["default"]
+            constants[name] = pl.lit(field["default"], _dtype(field["type"])).alias(name)
         elif not _flat(field["type"]) or _bare(theirs[name]["type"]) != _bare(field["type"]):
             return None
     plain = [{"name": field["name"], "type": _plain(field["type"])} for field in writer["fields"]]
@@ -140,6 +156,18 @@ def _flat(avro: Any) -> bool:
     return avro in ("string", "long", "boolean", "double")
 
 
+def _dtype(avro: Any) -> Any:
+    """Return the polars type of a flat type."""
+    match avro:
+        case ["null", inner]:
+            return _dtype(inner)
+        case {"logicalType": "timestamp-millis"}:
+            return pl.Datetime("ms", "UTC")
+        case {"logicalType": "date"}:
+            return pl.Date
+    return {"long": pl.Int64, "boolean": pl.Boolean, "double": pl.Float64}.get(str(avro), pl.String)
+
+
 @lru_cache(4)
 def _guards(count: int) -> tuple[pl.Series, list[bytes]]:
     """Return so many numbers, and each one's bytes."""
@@ -147,7 +175,7 @@ def _guards(count: int) -> tuple[pl.Series, list[bytes]]:
     return pl.Series(GUARD, numbers), list(map(_long, numbers))
 
 
-def _read(plan: _Plan, bodies: Sequence[bytes], schema: pa.Schema) -> pa.Table | None:
+def _read(plan: _Plan, bodies: Sequence[bytes]) -> pl.DataFrame | None:
     count = len(bodies)
     numbers, encoded = _guards(1 << max(count - 1, 0).bit_length())
     data = b"".join(chain.from_iterable(zip(bodies, encoded, strict=False)))
@@ -159,21 +187,10 @@ def _read(plan: _Plan, bodies: Sequence[bytes], schema: pa.Schema) -> pa.Table |
     if frame.height != count or not frame[GUARD].equals(numbers.head(count)) or not _sensible(frame):
         return None
     try:
-        columns = pl.DataFrame([_column(frame[name], avro) for name, avro in plan.types.items()]).to_arrow()
+        columns = pl.DataFrame([_column(frame[name], avro) for name, avro in plan.types.items()])
     except _Odd:
         return None
-    try:
-        return pa.Table.from_arrays(
-            [
-                pa.repeat(pa.scalar(plan.constants[field.name], field.type), count)
-                if field.name in plan.constants
-                else columns[field.name].cast(field.type)
-                for field in schema
-            ],
-            schema=schema,
-        )
-    except pa.ArrowInvalid:
-        return None
+    return columns.with_columns(plan.constants.values())
 
 
 class _Odd(Exception):

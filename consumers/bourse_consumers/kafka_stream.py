@@ -72,7 +72,7 @@ class KafkaStream:
         names = [topic.full_name(cluster.prefix) for topic in topics]
         publishes = {*emits, DEAD_LETTERS}
         cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)])
-        registry = cluster.registry()
+        self._registry = registry = cluster.registry()
         self._serializers = {topic: registry.serializer(topic, cluster.prefix) for topic in publishes}
         self._decoders: dict[str, Deserializer[Any]] = {
             name: registry.deserializer(topic.event) for name, topic in zip(names, topics, strict=True)
@@ -106,13 +106,13 @@ class KafkaStream:
         return self._decoders[record.partition.topic](record.value)
 
     def columns(self, places: Places) -> Any:
-        """Return records of one topic as a table, None where they have to be decoded one by one."""
+        """Return records of one topic by columns, None where they have to be decoded one by one."""
         from bourse_consumers.columns import Columns
 
         topic = places.partitions[0].topic
         if topic not in self._columns:
             self._columns[topic] = Columns(self._decoders[topic])
-        return self._columns[topic].table(places)
+        return self._columns[topic].read(places)
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
@@ -341,7 +341,7 @@ class KafkaStream:
     def _read(self, topic: Topic) -> Iterator[Any]:
         """Yield what is committed on a topic; see Assignment.read."""
         name = topic.full_name(self._cluster.prefix)
-        decode = self._cluster.registry().deserializer(topic.event)
+        decode = self._registry.deserializer(topic.event)
         client = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
         try:
             places = [Partition(name, number) for number in range(self._cluster.require_topics([name])[name])]

@@ -14,9 +14,11 @@ from bourse_schemas.codec import RECURRING, avro_schema
 from bourse_schemas.events import Event
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from bourse_consumers.api import Places
 
-__all__ = ["arrow_schema", "dictionary_columns", "to_table", "with_places"]
+__all__ = ["arrow_schema", "as_table", "dictionary_columns", "to_table"]
 
 PLAIN = {
     "string": pa.string(),
@@ -72,10 +74,18 @@ def to_table(events: Sequence[Event], places: Places) -> pa.Table:
     """Return events of one type as a table: the schema's columns, then `_partition`, `_offset` and `_timestamp`."""
     schema = arrow_schema(type(events[0]))
     columns = [pa.array(map(attrgetter(field.name), events), field.type) for field in schema]
-    return with_places(pa.Table.from_arrays(columns, schema=schema), places)
+    return _with_places(pa.Table.from_arrays(columns, schema=schema), places)
 
 
-def with_places(table: pa.Table, places: Places) -> pa.Table:
+def as_table(frame: pl.DataFrame, event: type[Event], places: Places) -> pa.Table:
+    """Return the same of a frame that has the schema's columns."""
+    columns, schema = frame.to_arrow(), arrow_schema(event)
+    return _with_places(
+        pa.Table.from_arrays([columns[field.name].cast(field.type) for field in schema], schema=schema), places
+    )
+
+
+def _with_places(table: pa.Table, places: Places) -> pa.Table:
     """Return the table with `_partition`, `_offset` and `_timestamp` at its end."""
     numbers = [partition.number for partition in places.partitions], places.offsets, places.timestamps
     # Not pa.array(): beside an installed pandas it imports that first, for two seconds and 50 MB.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 
 from bourse_consumers.api import Batch, Consumer, Partition, Places, Record
 from bourse_consumers.columns import Columns
@@ -111,13 +113,25 @@ def one_by_one(found: Sequence[Record]) -> tuple[pa.Table | None, dict[int, Unde
     return (to_table(events, Places.of(good)) if good else None), bad
 
 
+def at_once(decode: Deserializer[Any], found: Sequence[Record]) -> pa.Table | None:
+    """Return the records as the columns give them, as a table and as a frame."""
+    decoded = Columns(decode).read(Places.of(found))
+    if decoded is None:
+        return None
+    table = decoded.table()
+    one_by_one = Batch(found, {}, decode=lambda record: decode(record.value))
+    with suppress(Undecodable):  # all that may pass, see below
+        assert_frame_equal(decoded.frame, one_by_one.frame())
+    return table
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example])
 @given(st.lists(payload(), min_size=1, max_size=12))
 def test_a_batch_gives_what_one_by_one_gives_or_nothing(payloads: list[bytes | None]) -> None:
     """Whatever stands between the good ones."""
     found = records(payloads)
     expected, bad = one_by_one(found)
-    table = Columns(Deserializer(TradeEvent, writer)).table(Places.of(found))
+    table = at_once(Deserializer(TradeEvent, writer), found)
     if bad and table is not None:
         # All that may pass: a branch of a union that is not there, before a value that is.
         assert all("list index out of range" in str(error) for error in bad.values())
@@ -149,7 +163,7 @@ def test_the_bad_ones_are_exactly_the_dead_letters(payloads: list[bytes | None])
     stream = MemoryStream(memory, [TRADES])
     columns = Columns(decode)
     runner = Runner(
-        consumer, stream, lambda record: decode(record.value), columns=columns.table, name="t", max_rejected_share=1
+        consumer, stream, lambda record: decode(record.value), columns=columns.read, name="t", max_rejected_share=1
     )
     while runner.step():
         pass
@@ -168,7 +182,7 @@ def test_it_is_the_columns_that_are_used(schema_id: int) -> None:
     event = one(TradeEvent, exchange_type=None)
     payloads = [written(event, schema_id), written(event, 1), written(event, schema_id)] * 20
     found = records(payloads)
-    table = Columns(Deserializer(TradeEvent, writer)).table(Places.of(found))
+    table = at_once(Deserializer(TradeEvent, writer), found)
     assert table is not None
     assert table.equals(one_by_one(found)[0])
 
@@ -180,7 +194,7 @@ def test_every_flat_event_type_has_columns(event: type[Event]) -> None:
     empty: Any = one(event, **{f["name"]: None for f in avro_schema(event)["fields"] if isinstance(f["type"], list)})
     events = [full, empty] * 3
     found = records([framed(encoder(event)(each)) for each in events])
-    table = Columns(Deserializer(event, lambda _: avro_schema(event))).table(Places.of(found))
+    table = at_once(Deserializer(event, lambda _: avro_schema(event)), found)
     assert table is not None
     assert table.equals(to_table(events, Places.of(found)))
 
@@ -189,7 +203,7 @@ def test_every_flat_event_type_has_columns(event: type[Event]) -> None:
 def test_nested_event_types_are_read_one_by_one(event: type[Event]) -> None:
     """Maps and lists are rare, and so are their records."""
     found = records([framed(encoder(event)(one(event)))])
-    assert Columns(Deserializer(event, lambda _: avro_schema(event))).table(Places.of(found)) is None
+    assert at_once(Deserializer(event, lambda _: avro_schema(event)), found) is None
 
 
 def test_two_halves_that_make_a_whole_are_noticed() -> None:
@@ -197,7 +211,7 @@ def test_two_halves_that_make_a_whole_are_noticed() -> None:
     good = framed(encoder(TradeEvent)(one(TradeEvent)))
     for cut in random.Random(1).sample(range(6, len(good) - 1), 20):
         found = records([good, good[:cut], framed(good[cut:]), good])
-        assert Columns(Deserializer(TradeEvent, writer)).table(Places.of(found)) is None
+        assert at_once(Deserializer(TradeEvent, writer), found) is None
 
 
 def test_days_that_python_has_not_are_refused() -> None:
@@ -208,7 +222,7 @@ def test_days_that_python_has_not_are_refused() -> None:
     assert far != body
     found = records([framed(body), framed(far)])
     assert list(one_by_one(found)[1]) == [1]
-    assert Columns(Deserializer(TradeEvent, writer)).table(Places.of(found)) is None
+    assert at_once(Deserializer(TradeEvent, writer), found) is None
 
 
 def encoder_of_millis(at: datetime, more: int = 0) -> bytes:

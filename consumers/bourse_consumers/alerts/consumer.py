@@ -9,7 +9,6 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import polars as pl
-import pyarrow as pa
 from msgspec import structs
 
 from bourse_consumers.alerts.rules import Engine, Rule, Trade
@@ -23,13 +22,18 @@ from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES, Topic
 __all__ = ["Alerts", "trades_of"]
 
 TEHRAN = ZoneInfo("Asia/Tehran")
+INSTANTS = {"traded_at", "observed_at"}
 
 
-def trades_of(table: pa.Table) -> Iterable[Trade]:
-    """Return what rules look at in the trade events of a table, in its order."""
-    frame: pl.DataFrame = pl.from_arrow(table.select(list(Trade._fields)))  # type: ignore[assignment]  # of a table
-    physical = frame.with_columns(
-        pl.col("trading_day").to_physical(), pl.col("traded_at", "observed_at").dt.epoch("ms")
+def trades_of(frame: pl.DataFrame) -> Iterable[Trade]:
+    """Return what rules look at in the trade events of a frame, in its order."""
+    physical = frame.select(
+        pl.col(name).to_physical()
+        if name == "trading_day"
+        else pl.col(name).dt.epoch("ms")
+        if name in INSTANTS
+        else name
+        for name in Trade._fields
     )
     return map(Trade._make, physical.iter_rows())
 
@@ -180,11 +184,11 @@ def _split(
     """Return trades and markers with their partitions; all is decoded before any of it is folded."""
     polls = {partition for partition in set(places.partitions) if partition.topic.endswith(f".{POLLS.name}")}
     if not polls:
-        return zip(places.partitions, trades_of(batch.table()), strict=True), ()
+        return zip(places.partitions, trades_of(batch.frame()), strict=True), ()
     marked = [record for record in batch.records if record.partition in polls]
     traded = [record for record in batch.records if record.partition not in polls]
     markers = [(record.partition, batch.decode(record)) for record in marked]
     if not traded:
         return (), markers
     rest = Batch(traded, batch.next, batch.replay, batch.decode, batch.columns)
-    return zip([record.partition for record in traded], trades_of(rest.table()), strict=True), markers
+    return zip([record.partition for record in traded], trades_of(rest.frame()), strict=True), markers

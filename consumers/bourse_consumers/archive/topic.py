@@ -46,9 +46,9 @@ def read_topic(cluster: Cluster, declared: Topic, name: str) -> Topics:
     columns = Columns(decode)
 
     def table(found: Found, partition: Partition) -> pa.Table | None:
-        whole = columns.table(_places(found, partition))
+        whole = columns.read(_places(found, partition))
         if whole is not None:
-            return whole
+            return whole.table()
         events, good = [], Found()
         for entry in found:
             # What cannot be decoded is a dead letter, and not in the archive.
