@@ -111,6 +111,7 @@ def doctor(
 
     Exit 0 if all is well, 1 if something is wrong, 2 if something could not be looked at.
     """
+    import bourse_schemas.registry  # noqa: F401  # its client's modules import each other: not by two threads at once
     from bourse_schemas.telemetry import configure_logging
 
     configure_logging("critical")  # what the clients have to say is in the findings
