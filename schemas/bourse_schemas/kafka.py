@@ -94,8 +94,8 @@ class Cluster:
             "fetch.wait.max.ms": 10,
             "fetch.queue.backoff.ms": 5,
             # What lies ready is 60 MB by default, and no reader is faster for more than this.
-            "queued.min.messages": 10_000,
-            "queued.max.messages.kbytes": 8192,
+            "queued.min.messages": 2000,
+            "queued.max.messages.kbytes": 2048,
             "fetch.message.max.bytes": 1 << 18,
         }
         fixed = {
