@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.figures import PEER, ROOT, Figure, chart, machine, page
+from benchmarks.handing import handing
 from benchmarks.peak import peak_mb
 from benchmarks.publishing import growth, publish, publishing, transaction
 from benchmarks.reading import reading
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--polls", type=int, default=30, help="polls a contestant and broker (30)")
     parser.add_argument("--events", type=int, default=500_000, help="events on the topic that is read (500000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of those who read it (3)")
-    parser.add_argument("--only", default="", help="publishing, growth, transaction, reading, memory, start, visible")
+    parser.add_argument("--only", default="", help="one kind: publishing, reading, memory and so on")
     options = parser.parse_args()
     if options.quick:
         contestants = {"ours": Path(sys.executable)} | ({"peer": PEER} if PEER.exists() else {})
@@ -153,6 +154,7 @@ def main() -> None:
         "memory": lambda: [memory()],
         "start": lambda: [start()],
         "visible": lambda: [visible()],
+        "handing": lambda: [handing()],
         "fresh": fresh,
     }
     if options.only not in {"", *measures}:
