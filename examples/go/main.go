@@ -1,159 +1,148 @@
-// Command bourse-example reads bourse.trades and bourse.candles: a live table, day counts and a digest.
+// Command bourse-example reads bourse.trades and bourse.candles: a live table and each day's counts, or JSON.
 package main
 
 import (
+	"cmp"
 	"context"
-	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"math/big"
+	"maps"
 	"os"
-	"os/signal"
+	"slices"
 	"strings"
-	"syscall"
 	"time"
 
+	"github.com/twmb/avro"
 	"github.com/twmb/franz-go/pkg/kadm"
-	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/sr"
 )
 
-var modulus = new(big.Int).Lsh(big.NewInt(1), 256)
-
-type candle struct {
-	Instrument   string `avro:"instrument"`
-	Symbol       string `avro:"symbol"`
-	LastPrice    *int64 `avro:"last_price"`
-	ClosingPrice *int64 `avro:"closing_price"`
-	Volume       int64  `avro:"volume"`
-	Value        int64  `avro:"value"`
-	TradeCount   int64  `avro:"trade_count"`
-}
-
-type place struct {
-	topic     string
-	partition int32
-}
-
-type subscriber struct {
-	trades, candles *decoder
-	table           map[string]candle
-	counts          map[string]map[string]int // day, then op
-	digest          *big.Int
-}
+var (
+	servers     = flag.String("bootstrap-servers", "127.0.0.1:9092", "Kafka, host:port")
+	registryURL = flag.String("registry-url", "http://127.0.0.1:8081", "schema registry")
+	prefix      = flag.String("topic-prefix", "bourse", "what the topics' names begin with")
+	schemas     = flag.String("schemas", "../../schemas/bourse_schemas/avro", "folder with the .avsc files")
+	exitAtEnd   = flag.Bool("exit-at-end", false, "stop when all that is there has been read")
+	asJSON      = flag.Bool("json", false, "print every trade as a line of JSON instead of the table")
+	registry    *sr.Client
+	resolved    = map[int]*avro.Schema{}      // by schema id, which never changes
+	table       = map[string]map[string]any{} // the candles, by instrument
+	counts      = map[string]int{}            // the trades, by day and op
+)
 
 func main() {
-	servers := flag.String("bootstrap-servers", "127.0.0.1:9092", "Kafka, host:port")
-	registry := flag.String("registry-url", "http://127.0.0.1:8081", "schema registry")
-	prefix := flag.String("topic-prefix", "bourse", "what the topics' names begin with")
-	schemas := flag.String("schemas", "../../schemas/bourse_schemas/avro", "folder with the .avsc files")
-	exitAtEnd := flag.Bool("exit-at-end", false, "stop when all that is there has been read")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *servers, *registry, *prefix, *schemas, *exitAtEnd); err != nil {
-		fmt.Fprintln(os.Stderr, "error:", strings.Join(strings.Fields(err.Error()), " "))
+	if err := run(context.Background()); err != nil {
+		why := strings.ReplaceAll(err.Error(), "\n", "; ")
+		fmt.Fprintf(os.Stderr, "error: %s (Kafka at %s, registry at %s)\n", why, *servers, *registryURL)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, servers, registryURL, prefix, schemas string, exitAtEnd bool) error {
-	registry, err := sr.NewClient(sr.URLs(registryURL))
-	if err != nil {
+func run(ctx context.Context) (err error) {
+	if registry, err = sr.NewClient(sr.URLs(*registryURL)); err != nil {
 		return err
 	}
-	s := subscriber{table: map[string]candle{}, counts: map[string]map[string]int{}, digest: new(big.Int)}
-	if s.trades, err = newDecoder(registry, schemas, "TradeEvent"); err != nil {
-		return err
-	}
-	if s.candles, err = newDecoder(registry, schemas, "Candle"); err != nil {
-		return err
-	}
-	topics := []string{prefix + ".trades", prefix + ".candles"}
+	trades, candles := *prefix+".trades", *prefix+".candles"
 	// No group: every start reads all there is. Control records show how far a transaction's end has been read.
-	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(servers, ",")...), kgo.ConsumeTopics(topics...),
-		kgo.FetchIsolationLevel(kgo.ReadCommitted()), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.KeepControlRecords())
+	client, err := kgo.NewClient(kgo.SeedBrokers(strings.Split(*servers, ",")...), kgo.ConsumeTopics(trades, candles),
+		kgo.FetchIsolationLevel(kgo.ReadCommitted()), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.KeepControlRecords(),
+		kgo.RetryTimeout(5*time.Second))
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	behind, err := ends(ctx, kadm.NewClient(client), topics)
-	if err != nil {
-		return fmt.Errorf("Kafka at %s: %w", servers, err)
+	starts, err := kadm.NewClient(client).ListStartOffsets(ctx, trades, candles)
+	ends, also := kadm.NewClient(client).ListCommittedOffsets(ctx, trades, candles)
+	if err = errors.Join(err, also, starts.Error(), ends.Error()); err != nil {
+		return fmt.Errorf("%s and %s: %w", trades, candles, err)
 	}
-	for (!exitAtEnd || len(behind) > 0) && ctx.Err() == nil {
-		fetches := client.PollFetches(ctx)
-		if errs := fetches.Errors(); len(errs) > 0 && ctx.Err() == nil {
-			return fmt.Errorf("cannot read %s [%d]: %w", errs[0].Topic, errs[0].Partition, errs[0].Err)
-		}
-		for record := range fetches.RecordsAll() {
-			if err := s.take(ctx, record, record.Topic == topics[0]); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("cannot read %s [%d] at %d: %w", record.Topic, record.Partition, record.Offset, err)
-			}
-			if at := (place{record.Topic, record.Partition}); record.Offset+1 >= behind[at] {
-				delete(behind, at)
-			}
-		}
-		if !exitAtEnd && fetches.NumRecords() > 0 {
-			s.show()
-		}
-	}
-	s.show()
-	return nil
-}
-
-// ends returns where what is committed now ends, for the partitions that have anything.
-func ends(ctx context.Context, admin *kadm.Client, topics []string) (map[place]int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	starts, err := admin.ListStartOffsets(ctx, topics...)
-	if err != nil {
-		return nil, err
-	}
-	offsets, err := admin.ListCommittedOffsets(ctx, topics...)
-	if err != nil {
-		return nil, err
-	}
-	for _, topic := range topics {
-		if first, found := offsets.Lookup(topic, 0); !found || errors.Is(first.Err, kerr.UnknownTopicOrPartition) {
-			return nil, fmt.Errorf("topic %s is not there", topic)
-		}
-	}
-	behind := map[place]int64{}
-	offsets.Each(func(end kadm.ListedOffset) {
+	left := 0 // partitions with something that was not read
+	ends.Each(func(end kadm.ListedOffset) {
 		if start, _ := starts.Lookup(end.Topic, end.Partition); start.Offset < end.Offset {
-			behind[place{end.Topic, end.Partition}] = end.Offset
+			left++
 		}
 	})
-	return behind, errors.Join(starts.Error(), offsets.Error())
-}
-
-func (s *subscriber) take(ctx context.Context, record *kgo.Record, isTrade bool) error {
-	switch {
-	case record.Attrs.IsControl():
-		return nil
-	case isTrade:
-		var trade map[string]any
-		if err := s.trades.decode(ctx, record.Value, &trade); err != nil {
+	for !*exitAtEnd || left > 0 {
+		fetches := client.PollFetches(ctx)
+		if err := fetches.Err(); err != nil {
 			return err
 		}
-		day, op := trade["trading_day"].(time.Time).Format(time.DateOnly), trade["op"].(string)
-		if s.counts[day] == nil {
-			s.counts[day] = map[string]int{}
+		for record := range fetches.RecordsAll() {
+			if err := take(ctx, record, record.Topic == trades); err != nil {
+				return fmt.Errorf("cannot read %s [%d] at %d: %w", record.Topic, record.Partition, record.Offset, err)
+			}
+			if end, _ := ends.Lookup(record.Topic, record.Partition); record.Offset+1 == end.Offset {
+				left--
+			}
 		}
-		s.counts[day][op]++
-		hash := sha256.Sum256([]byte(canonical(s.trades, trade)))
-		s.digest.Add(s.digest, new(big.Int).SetBytes(hash[:])).Mod(s.digest, modulus)
-	case record.Value == nil: // a tombstone
-		delete(s.table, string(record.Key))
-	default:
-		var c candle
-		if err := s.candles.decode(ctx, record.Value, &c); err != nil {
-			return err
+		if !*asJSON && (!*exitAtEnd || left == 0) {
+			show()
 		}
-		s.table[c.Instrument] = c
 	}
 	return nil
+}
+
+func take(ctx context.Context, record *kgo.Record, isTrade bool) error {
+	switch value, err := decode(ctx, record.Value); {
+	case record.Attrs.IsControl(): // a transaction's end
+	case record.Value == nil && !isTrade: // a tombstone
+		delete(table, string(record.Key))
+	case err != nil:
+		return err
+	case !isTrade:
+		table[string(record.Key)] = value
+	default:
+		counts[fmt.Sprint(value["trading_day"].(time.Time).Format(time.DateOnly), " ", value["op"])]++
+		if *asJSON {
+			return json.NewEncoder(os.Stdout).Encode(value)
+		}
+	}
+	return nil
+}
+
+// decode reads the wire format: a zero byte, four bytes of schema id, Avro as the schema of that id wrote it.
+func decode(ctx context.Context, value []byte) (record map[string]any, err error) {
+	id, body, err := new(sr.ConfluentHeader).DecodeID(value)
+	if err == nil && resolved[id] == nil {
+		resolved[id], err = resolve(ctx, id)
+	}
+	if err == nil {
+		_, err = resolved[id].Decode(body, &record)
+	}
+	return record, err
+}
+
+// resolve returns how records of an id are read as the schema that this program was made for, whatever their version.
+func resolve(ctx context.Context, id int) (*avro.Schema, error) {
+	found, err := registry.SchemaByID(ctx, id)
+	if err != nil {
+		return nil, fmt.Errorf("schema id %d: %w", id, err)
+	}
+	writer, err := avro.Parse(found.Schema)
+	if err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(*schemas + "/" + writer.Root().Name + ".avsc")
+	reader, also := avro.Parse(string(text))
+	if err := errors.Join(err, also); err != nil {
+		return nil, err
+	}
+	return avro.Resolve(writer, reader)
+}
+
+func show() {
+	fmt.Println("symbol\tlast\tclosing\tvolume\tvalue\ttrades")
+	rows := slices.SortedFunc(maps.Values(table), func(a, b map[string]any) int {
+		return cmp.Compare(b["value"].(int64), a["value"].(int64))
+	})
+	for _, c := range rows[:min(10, len(rows))] {
+		fmt.Printf("%v\t%v\t%v\t%v\t%v\t%v\n", c["symbol"], c["last_price"], c["closing_price"], c["volume"], c["value"], c["trade_count"])
+	}
+	for _, dayAndOp := range slices.Sorted(maps.Keys(counts)) {
+		fmt.Println(dayAndOp, counts[dayAndOp])
+	}
 }
