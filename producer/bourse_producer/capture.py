@@ -24,34 +24,16 @@ from pathlib import Path
 import msgspec
 
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.finnotech import PROFILES, Context, Received
+from bourse_producer.finnotech import Context, Received
 from bourse_producer.publisher import State
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Outcome
 from bourse_schemas.telemetry import get_logger
 
-__all__ = ["Call", "Capture", "Record", "read"]
+__all__ = ["Capture", "Record", "read"]
 
 FILE_BYTES = 64 << 20
 Known = Mapping[InstrumentCode, Candle]
-
-
-class Call(msgspec.Struct, frozen=True):
-    """How a response is read: a `Context`, with its profile by name."""
-
-    poll_sequence: int
-    received_at: datetime
-    dated: datetime
-    session_day: date | None
-    is_right: bool
-    track_id: str
-    minutes: bool
-    profile: str
-
-    def context(self) -> Context:
-        """Return the context itself."""
-        fields = {name: getattr(self, name) for name in self.__struct_fields__}
-        return Context(**{**fields, "profile": PROFILES[self.profile]})
 
 
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -62,7 +44,7 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     at: datetime | None = None
     poll_sequence: int | None = None
     outcome: Outcome | None = None
-    calls: list[Call] = []
+    calls: Sequence[Context] = ()
     track_id: str | None = None
     path: str | None = None
     query: Mapping[str, str] = {}
@@ -119,11 +101,7 @@ class Capture:
 
     def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Known) -> None:
         """Make the responses durable, and how they are read; `known` is what they are compared with."""
-        calls = [
-            Call(**{**{name: getattr(each, name) for name in Call.__struct_fields__}, "profile": each.profile.name})
-            for each in contexts
-        ]
-        self._pending.write(_record(Head("poll", poll_sequence=poll_sequence, calls=calls)))
+        self._pending.write(_record(Head("poll", poll_sequence=poll_sequence, calls=contexts)))
         full = self._file is None or os.fstat(self._file).st_size >= self._most_bytes
         anew = full or self._day != datetime.now(UTC).date()
         if anew:

@@ -44,18 +44,6 @@ def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
     return value.strip()
 
 
-def _credentials(client_id: str | None, secret_file: Path | None, nid_file: Path | None) -> Credentials:
-    from bourse_producer.finnotech import Credentials
-
-    if not client_id:
-        raise ConfigurationError("no client id: give --client-id or set BOURSE_CLIENT_ID")
-    secret = _secret("client secret", "BOURSE_CLIENT_SECRET", "--client-secret-file", secret_file)
-    nid = _secret("national id", "BOURSE_NID", "--nid-file", nid_file)
-    if not (nid.isascii() and nid.isdigit() and len(nid) == 10):
-        raise ConfigurationError("the national id (BOURSE_NID or --nid-file) must be 10 digits")
-    return Credentials(client_id, secret, nid)
-
-
 @dataclass(frozen=True, slots=True)
 class ExchangeOptions:
     """The exchange as the operator named it."""
@@ -94,7 +82,15 @@ class ExchangeOptions:
 
     def credentials(self) -> Credentials:
         """Return the account; raise ConfigurationError where a part of it is missing."""
-        return _credentials(self.client_id, self.client_secret_file, self.nid_file)
+        from bourse_producer.finnotech import Credentials
+
+        if not self.client_id:
+            raise ConfigurationError("no client id: give --client-id or set BOURSE_CLIENT_ID")
+        secret = _secret("client secret", "BOURSE_CLIENT_SECRET", "--client-secret-file", self.client_secret_file)
+        nid = _secret("national id", "BOURSE_NID", "--nid-file", self.nid_file)
+        if not (nid.isascii() and nid.isdigit() and len(nid) == 10):
+            raise ConfigurationError("the national id (BOURSE_NID or --nid-file) must be 10 digits")
+        return Credentials(self.client_id, secret, nid)
 
     def http(self, stack: ExitStack) -> httpx.Client:
         """Return an HTTP client with the operator's time-outs and proxy, closed with the stack."""

@@ -278,7 +278,7 @@ def _call(finnotech: Any, exchange: ExchangeOptions) -> Check:
         reply = finnotech.realtime(rights=False)
         now = reply.dated or reply.received_at
         day = Calendar().session_day(now)
-        context = Context(0, now, now, day, is_right=False, track_id=reply.track_id, profile=exchange.profile)
+        context = Context(0, now, now, day, is_right=False, track_id=reply.track_id, profile=exchange.profile_name)
         snapshot = parse(reply.body, context)
     except ExchangeError as error:
         return Check("call", Status.FAIL, f"refused ({error.kind}): {error}", _REMEDIES.get(error.kind, ""))

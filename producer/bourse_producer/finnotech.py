@@ -182,7 +182,8 @@ class Context:
     """What a response does not say of itself.
 
     `received_at` is when it arrived; `dated` is its `Date` header, or our clock where it had none; `track_id` is what
-    was sent with the call, `is_right` which of the two calls it was, `minutes` that it asked for minute rows.
+    was sent with the call, `is_right` which of the two calls it was, `minutes` that it asked for minute rows; `profile`
+    is a profile's name.
     """
 
     poll_sequence: int
@@ -192,7 +193,7 @@ class Context:
     is_right: bool
     track_id: str
     minutes: bool = False
-    profile: Profile = TRADES_REALTIME
+    profile: str = TRADES_REALTIME.name
 
 
 class _BadRow(Exception):
@@ -300,7 +301,7 @@ def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
     traded_at, trading_day = _trade_time(row.TradeDateGre)
     if traded_at is None or trading_day is None:
         raise _BadRow(Reason.INVALID_VALUE, f"TradeDateGre {row.TradeDateGre[:40]!r} is no time", "TradeDateGre")
-    profile = context.profile
+    profile = PROFILES[context.profile]
     estimated = profile.dates_only and traded_at.astimezone(TEHRAN).time() == time_of_day.min
     if estimated:
         # Seen on its day: now; later: at the day's end, so that it is never older than what was seen on the day.

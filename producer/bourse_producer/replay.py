@@ -72,7 +72,7 @@ class Replay:
             elif head.kind == "poll":
                 if pending is not None and pending.sequence != sequence:
                     self._settle(pending, None)
-                calls = [(bodies.pop(call.track_id, b""), call.context()) for call in head.calls]
+                calls = [(bodies.pop(context.track_id, b""), context) for context in head.calls]
                 pending = Poll(sequence, calls)
                 bodies.clear()
             elif head.kind == "committed" and pending is not None and pending.sequence == sequence:

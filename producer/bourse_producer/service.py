@@ -579,7 +579,7 @@ class Producer:
             is_right=is_right,
             track_id=reply.track_id,
             minutes=minutes,
-            profile=self._settings.profile,
+            profile=self._settings.profile.name,
         )
 
     def _require_most(self, attempt: _Attempt, part: Snapshot, track_id: str) -> None:

@@ -7,30 +7,17 @@ from pathlib import Path
 import click
 
 from bourse_sandbox.faults import fault_option
+from bourse_schemas.cli import LazyGroup
 
-__all__ = ["sandbox"]
-
-
-class _Sandbox(click.Group):
-    """Imports the practice exchange only when it is asked for: it needs an HTTP server."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["exchange", *super().list_commands(ctx)]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "exchange":
-            from bourse_sandbox.exchange import exchange
-
-            return exchange
-        return super().get_command(ctx, cmd_name)
+__all__ = ["sandbox", "up"]
 
 
-@click.group(cls=_Sandbox)
+@click.group(cls=LazyGroup, entry_point_group="bourse.sandbox")
 def sandbox() -> None:
     """Practise: an exchange, Apache Kafka and a registry on this machine, without account, Docker or Java."""
 
 
-@sandbox.command
+@click.command
 @click.option("--json", "as_json", is_flag=True, help="Print the addresses as one JSON object.")
 @click.option(
     "--data", type=click.Path(file_okay=False, path_type=Path), help="Keep Kafka's data here. [default: nowhere]"

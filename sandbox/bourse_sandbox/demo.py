@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,28 +51,16 @@ __all__ = ["demo"]
     help="Kill the services in turn, as kill -9 does, and start them again; the summary says what came of it.",
 )
 @click.pass_context
-def demo(
-    ctx: click.Context,
-    *,
-    replay: str | None,
-    speed: str,
-    broker: str,
-    seconds: float | None,
-    as_json: bool,
-    seed: int,
-    rules: Path | None,
-    data: Path,
-    faults: tuple[str, ...],
-    kill_every: float | None,
-) -> None:
+def demo(ctx: click.Context, /, **options: Any) -> None:
     """Run everything: practice exchange → producer → Apache Kafka → alerts and archive, and watch it."""
     from bourse_sandbox.faults import Fault
     from bourse_sandbox.show import Options, run
 
-    for fault in faults:
+    chosen = Options(**options)
+    for fault in chosen.faults:
         Fault.parse(fault)
-    if rules is not None:
+    if chosen.rules is not None:
         from bourse_consumers.alerts.ruleset import load
 
-        load(rules)
-    ctx.exit(run(Options(replay, speed, broker, seconds, as_json, seed, rules, data, faults, kill_every)))
+        load(chosen.rules)
+    ctx.exit(run(chosen))

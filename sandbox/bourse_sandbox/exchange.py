@@ -52,27 +52,14 @@ T = TypeVar("T")
 SCOPE: Final = "bourse:trades-realtime:get"
 SUCCESSOR_SCOPE: Final = "bourse:realTime-trades:get"
 _SCOPES: Final = frozenset({SCOPE, SUCCESSOR_SCOPE})
-_SUCCESSOR_FIELDS: Final = {
-    "companyId": "CoID",
-    "companySymbol": "BourseSymbol",
-    "tseSymbolCode": "TseSymbolCode",
-    "fullTitle": "FullTitle",
-    "precedencyRight": "PrecedencyRight",
-    "gregorianDate": "TradeDateGre",
-    "jalaaliDate": "TradeDate",
-    "maxPrice": "MaxPrice",
-    "minPrice": "minPrice",
-    "openingPrice": "OpeningPrice",
-    "closingPrice": "ClosingPrice",
-    "lastPrice": "LastPrice",
-    "tradeVolume": "TradeVolume",
-    "tradeValue": "TradeValue",
-    "tradeQty": "TradeQty",
-    "previousClosingPrice": "PreviousClosingPrice",
-    "closingPriceChange": "ClosingPriceChange",
-    "closingPriceChangePercent": "ClosingPChgPercent",
-    "sharedCount": "ShareCount",
-    "marketValue": "MarketValue",
+# What the successor calls fields other than the legacy name with a small first letter.
+_RENAMED: Final = {
+    "CoID": "companyId",
+    "BourseSymbol": "companySymbol",
+    "TradeDateGre": "gregorianDate",
+    "TradeDate": "jalaaliDate",
+    "ClosingPChgPercent": "closingPriceChangePercent",
+    "ShareCount": "sharedCount",
 }
 _TOTALS: Final = ("TradeVolume", "TradeValue", "TradeQty")
 _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
@@ -387,7 +374,7 @@ class PracticeExchange:
         chosen = [row for row in rows if not company or row["CoID"] == int(company)]
         return msgspec.json.encode(
             [
-                {ours: row[theirs] for ours, theirs in _SUCCESSOR_FIELDS.items()}
+                {_RENAMED.get(name, name[0].lower() + name[1:]): value for name, value in row.items() if name != "Type"}
                 | {"gregorianDate": row["TradeDateGre"][:10].replace("/", "-") + "T00:00:00"}
                 for row in chosen
             ]

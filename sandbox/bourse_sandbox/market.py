@@ -16,11 +16,11 @@ from datetime import date, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol
-from zoneinfo import ZoneInfo
 
-import holidays
 import msgspec
+from persiantools.jdatetime import JalaliDate
 
+from bourse_producer.calendar import TEHRAN, Calendar
 from bourse_schemas.errors import ConfigurationError
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "next_trading_day",
 ]
 
-TEHRAN: Final = ZoneInfo("Asia/Tehran")
 REAL_DAY: Final = Path(__file__).parent / "data" / "day-2019-08-21.ndjson.gz"
 
 Row = dict[str, Any]
@@ -65,14 +64,7 @@ class Market(Protocol):
         """Tell whether the trading day has ended."""
 
 
-@cache
-def _official_holidays() -> holidays.HolidayBase:
-    return holidays.country_holidays("IR")
-
-
-def is_trading_day(day: date) -> bool:
-    """Tell whether the market opens on `day`: Saturday to Wednesday without official holidays."""
-    return day.weekday() not in {3, 4} and day not in _official_holidays()
+is_trading_day = Calendar().is_trading_day
 
 
 def next_trading_day(day: date) -> date:
@@ -83,14 +75,10 @@ def next_trading_day(day: date) -> date:
     return day
 
 
+@cache
 def jalali(day: date) -> str:
-    """Return the Jalali date as `YYYY/MM/DD`, exact from 1799 to 2254 (where the 33-year cycle holds)."""
-    days = day.toordinal() - date(622, 3, 21).toordinal()
-    year = days * 33 // 12053 + 2  # 33 years have 12,053 days; leap years are those with (8 * year + 29) % 33 < 8
-    while (left := days - 365 * (year - 1) - (8 * year + 21) // 33) < 0:
-        year -= 1
-    month, rest = divmod(left, 31) if left < 186 else divmod(left - 186, 30)
-    return f"{year:04}/{month + (1 if left < 186 else 7):02}/{rest + 1:02}"
+    """Return the Jalali date as `YYYY/MM/DD`."""
+    return str(JalaliDate(day).strftime("%Y/%m/%d"))  # type: ignore[no-untyped-call]
 
 
 class _CapturedRow(msgspec.Struct):

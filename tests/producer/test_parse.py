@@ -597,11 +597,11 @@ def test_the_successor_gives_the_same_candle() -> None:
     """Its own names; a midnight is a date, the time of receipt stands in, flagged; each row says if it is a right."""
     profile = PROFILES["realTimeTrades"]
     text = json.dumps({"trackId": TRACK_ID, "result": [SUCCESSOR], "status": "DONE"}).encode()
-    candle = only(parse(text, context(profile=profile)))
+    candle = only(parse(text, context(profile=profile.name)))
     usual = only(read(row(ClosingPChgPercent=0.5, FullTitle="توسعه معادن")))
     changed = {"source": profile.source, "is_right": True, "traded_at": NOW, "traded_at_estimated": True}
     assert candle == structs.replace(usual, **changed)
-    exact = only(parse(text.replace(b"T00:00:00", b"T09:01:37"), context(profile=profile)))
+    exact = only(parse(text.replace(b"T00:00:00", b"T09:01:37"), context(profile=profile.name)))
     assert (exact.traded_at, exact.traded_at_estimated) == (usual.traded_at, False)
 
 
@@ -612,7 +612,7 @@ def test_estimated_times_never_make_a_row_older() -> None:
     known: dict[str, Candle] = {}
     for hours, day in ((0, 19), (6, 19), (23, 19), (27, 19)):
         at = NOW + timedelta(hours=hours)
-        found = parse(text, context(profile=profile, received_at=at, dated=at, session_day=date(2020, 1, day)))
+        found = parse(text, context(profile=profile.name, received_at=at, dated=at, session_day=date(2020, 1, day)))
         changes = diff(known, found)
         assert (len(changes.events), changes.stale_rows) == (int(hours == 0), 0)
         known.update((candle.instrument, candle) for candle in changes.candles)
@@ -622,7 +622,7 @@ def test_estimated_times_never_make_a_row_older() -> None:
 def test_estimated_times_are_not_of_the_future() -> None:
     """Where our clock is ahead of the exchange's, its rows are no dead letters for it."""
     text = json.dumps({"result": [SUCCESSOR], "status": "DONE"}).encode()
-    ahead = context(profile=PROFILES["realTimeTrades"], received_at=NOW + timedelta(minutes=6))
+    ahead = context(profile="realTimeTrades", received_at=NOW + timedelta(minutes=6))
     assert only(parse(text, ahead)).traded_at == ahead.received_at
     (bad,) = parse(text.replace(b"-19T", b"-20T"), ahead).rejected
     assert bad.reason is Reason.FUTURE_ROW
