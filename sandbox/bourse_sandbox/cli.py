@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -11,10 +13,17 @@ from bourse_schemas.cli import LazyGroup
 
 __all__ = ["sandbox", "up"]
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 @click.group(cls=LazyGroup, entry_point_group="bourse.sandbox")
 def sandbox() -> None:
     """Practise: an exchange, Apache Kafka and a registry on this machine, without account, Docker or Java."""
+
+
+def _port(whose: str) -> Callable[[F], F]:
+    text = f"Port of the {whose}. [default: any free one]".replace("the kafka", "Kafka")
+    return click.option(f"--{whose}-port", type=click.IntRange(0, 65535), default=0, help=text)
 
 
 @click.command
@@ -22,12 +31,10 @@ def sandbox() -> None:
 @click.option(
     "--data", type=click.Path(file_okay=False, path_type=Path), help="Keep Kafka's data here. [default: nowhere]"
 )
-@click.option(
-    "--exchange-port", type=click.IntRange(0, 65535), default=0, help="Port of the exchange. [default: any free one]"
-)
-@click.option(
-    "--registry-port", type=click.IntRange(0, 65535), default=0, help="Port of the registry. [default: any free one]"
-)
+@click.option("--produce", "producing", is_flag=True, help="Run a producer too, which polls once a second.")
+@_port("exchange")
+@_port("kafka")
+@_port("registry")
 @click.option("--replay", metavar="FILE|real", help="A captured day instead of the simulated market.")
 @click.option("--advance", type=click.Choice(["poll", "clock"]), default="clock", show_default=True)
 @click.option(
@@ -39,7 +46,9 @@ def up(
     *,
     as_json: bool,
     data: Path | None,
+    producing: bool,
     exchange_port: int,
+    kafka_port: int,
     registry_port: int,
     replay: str | None,
     advance: str,
@@ -50,10 +59,13 @@ def up(
     """Run exchange, Kafka and registry, topics and schemas in place, until Ctrl-C."""
     import json
     import signal
+    import sys
     import tempfile
     import threading
+    from contextlib import ExitStack
 
     from bourse_sandbox.exchange import practice_exchange
+    from bourse_sandbox.processes import spawn
     from bourse_sandbox.show import program
     from bourse_sandbox.stack import CLIENT_ID, NID, SECRET, Stack, private_file
 
@@ -66,7 +78,8 @@ def up(
     with (
         tempfile.TemporaryDirectory(prefix="bourse-sandbox-") as folder,
         practice.serve(port=exchange_port) as exchange,
-        Stack("kafka", kafka_data=data, registry_port=registry_port) as stack,
+        Stack("kafka", kafka_data=data, kafka_port=kafka_port, registry_port=registry_port) as stack,
+        ExitStack() as running,
     ):
         secret_file = private_file(Path(folder) / "client-secret", SECRET)
         nid_file = private_file(Path(folder) / "nid", NID)
@@ -93,12 +106,19 @@ def up(
                 f"registry   {cluster.registry_url}\n"
                 f"exchange   {exchange.url}\n\n"
                 "In another terminal:\n"
-                f"  {bourse} produce --once {account}\n"
-                f"  {bourse} produce --poll-seconds 1 {account}\n"
-                f"  {bourse} doctor {account}\n"
+                + (not producing)
+                * (f"  {bourse} produce --once {account}\n  {bourse} produce --poll-seconds 1 {account}\n")
+                + f"  {bourse} doctor {account}\n"
                 f"  {bourse} tail trades --from-beginning {at}\n"
                 f"  {bourse} watch {at}\n"
                 f"  kcat -b {cluster.bootstrap_servers} -t {topic} -C -o beginning -f '%k %o %S bytes\\n' -e\n\n"
                 "Ctrl-C ends it."
             )
+        if producing:
+            command = [sys.executable, "-m", "bourse_schemas", "--log-level", "warning", "produce"]
+            how = ["--poll-seconds", "1", "--schedule", "always", "--clock", "response", "--address", exchange.url]
+            child = running.enter_context(spawn([*command, *how], env=stack.environment, inherit_terminal=True))
+            while not stop.wait(0.5):
+                if child.poll() is not None:
+                    raise click.ClickException("the producer has ended")
         stop.wait()

@@ -67,12 +67,14 @@ class Kafka:
     """One real broker; a context manager that starts it and, without a `data` folder of its own, leaves nothing behind.
 
     It can be stopped or killed and started again: data and port stay, across processes too where `data` is given.
+    `port` is that of the clients, any free one where it is 0.
     """
 
-    def __init__(self, data: Path | None = None) -> None:
+    def __init__(self, data: Path | None = None, port: int = 0) -> None:
         self._temporary = None if data else tempfile.TemporaryDirectory(prefix="bourse-kafka-")
         self.data = (data or Path(self._temporary.name if self._temporary else "")).absolute()
         self.log = self.data / "kafka.log"
+        self._port = port
         self._ports: tuple[int, int] | None = None
         self._child: Child | None = None
 
@@ -102,9 +104,13 @@ class Kafka:
             if not _within(5, self._is_unused):
                 raise ConfigurationError(f"another Kafka is using {self.data}: stop it, or choose another folder")
             ports = self._ports or _ports_of(self.data / _SETTINGS)
+            if self._port and not (ports and ports[0] == self._port):
+                ports = self._port, free_port()
             for _ in range(5):
                 if ports is None or not _within(2, partial(_are_free, ports)):
-                    ports = free_port(), free_port()
+                    if self._port and not _are_free([self._port]):
+                        raise ConfigurationError(f"port {self._port} is taken: choose another one for Kafka")
+                    ports = self._port or free_port(), free_port()
                 self._ports = ports
                 if self._run(program, jars, ports):
                     return

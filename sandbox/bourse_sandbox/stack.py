@@ -29,12 +29,14 @@ class Stack:
     `broker` is auto, kafka, mock or host:port; `kind` says which it came to be: kafka, mock or external.
     """
 
-    def __init__(self, broker: str, *, kafka_data: Path | None = None, registry_port: int = 0) -> None:
+    def __init__(
+        self, broker: str, *, kafka_data: Path | None = None, kafka_port: int = 0, registry_port: int = 0
+    ) -> None:
         self.kind = ""
         self.note = ""
         self.cluster = Cluster("", "")
         self._broker = broker
-        self._kafka_data = kafka_data
+        self._kafka_data, self._kafka_port = kafka_data, kafka_port
         self._registry_port = registry_port
         self._open = ExitStack()
 
@@ -72,7 +74,7 @@ class Stack:
             return self._broker
         if self._broker != "mock":
             try:
-                kafka = self._open.enter_context(Kafka(self._kafka_data))
+                kafka = self._open.enter_context(Kafka(self._kafka_data, self._kafka_port))
             except KafkaUnavailable as error:
                 if self._broker == "kafka":
                     raise

@@ -17,6 +17,7 @@ import pytest
 from pyarrow import dataset
 
 from bourse_sandbox.faults import KINDS
+from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.market import REAL_DAY, CapturedDay
 from bourse_sandbox.processes import Child, spawn
 
@@ -187,12 +188,30 @@ def test_what_is_replayed_must_be_a_capture(tmp_path: Path) -> None:
 
 
 @contextmanager
-def sandbox(folder: Path, wait_for: Callable[..., Any]) -> Iterator[tuple[Child, dict[str, str]]]:
+def sandbox(folder: Path, wait_for: Callable[..., Any], *options: str) -> Iterator[tuple[Child, dict[str, str]]]:
     """Run `bourse sandbox up --json`; give its process and its addresses."""
     out, err = folder / "up.json", folder / "up.err"
-    with spawn([*BOURSE, "sandbox", "up", "--json"], cwd=folder, stdout=out, stderr=err) as child:
+    with spawn([*BOURSE, "sandbox", "up", "--json", *options], cwd=folder, stdout=out, stderr=err) as child:
         wait_for(lambda: child.poll() is not None or (out.is_file() and out.read_text("utf-8").endswith("\n")), 40)
         yield child, json.loads(out.read_text("utf-8").splitlines()[0])
+
+
+def test_the_sandbox_may_have_a_producer_and_ports_of_its_own(
+    kafka: Kafka, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """With them the documents' commands can be pasted: events come without another terminal's doing."""
+    ports = free_port(), free_port()
+    asked = ["--produce", "--kafka-port", str(ports[0]), "--registry-port", str(ports[1])]
+    with sandbox(tmp_path, wait_for, *asked) as (child, addresses):
+        at = ["--bootstrap-servers", f"127.0.0.1:{ports[0]}", "--registry-url", f"http://127.0.0.1:{ports[1]}"]
+        assert [addresses["bootstrap_servers"], addresses["registry_url"]] == [at[1], at[3]]
+        tail = ["tail", "trades", "--from-beginning", "--exit-at-end", "--json", *at]
+        wait_for(lambda: bourse(*tail, cwd=tmp_path).stdout, 60)
+        child.send(signal.SIGINT)
+        assert child.wait(20) == 0
+    taken = kafka.bootstrap_servers.rpartition(":")[2]
+    ran = bourse("sandbox", "up", "--kafka-port", taken, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (2, f"Error: port {taken} is taken: choose another one for Kafka\n")
 
 
 @pytest.mark.usefixtures("kafka")
