@@ -50,7 +50,7 @@ def main(options):
             except Exception as error:
                 raise ValueError(f"cannot read {topic} [{partition}] at {message.offset()}: {error!r}") from error
             if options.json and topic == trades:
-                print(json.dumps(value, default=str), flush=True)
+                print(json.dumps(value, default=str, ensure_ascii=False), flush=True)
 
 
 def show(table, counts):
