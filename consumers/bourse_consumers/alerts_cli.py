@@ -195,8 +195,14 @@ def _archived(path: str, days: str | None) -> Iterator[Event]:
 
 
 def _line(alert: PriceAlert) -> str:
+    from bourse_schemas.events import Unit
+
     who = alert.symbol or alert.source
-    observed = "" if alert.observed is None else f"{alert.observed:,.2f} {alert.unit.lower()}"
+    observed = ""
+    if alert.observed is not None:
+        unit = {Unit.PERCENT: "%", Unit.NONE: "times"}.get(alert.unit, alert.unit.lower())
+        # Plus nought: what rounds to -0 is 0.
+        observed = f"{round(alert.observed, 2) + 0.0:,.2f}".removesuffix(".00") + f" {unit}"
     when = f"{alert.raised_at.astimezone(TEHRAN):%Y-%m-%d %H:%M:%S}"
     return f"{when}  {alert.state:<8}  {alert.rule}  {who}  {observed}  {alert.message or alert.condition}"
 

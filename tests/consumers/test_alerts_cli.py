@@ -297,6 +297,8 @@ def test_trying_out_says_what_a_live_run_says(day: list[Any], tmp_path: Path) ->
     assert len(live) > 100
     assert {json.loads(line)["kind"] for line in live} >= {"CHANGE", "VOLUME", "VALUE"}
     table = CliRunner().invoke(bourse, ["alerts", "test", str(RULES), "--events", str(lines)]).stdout
+    assert "  دسبحا  0 times  volume of 10 times its pace or more within 5m" in table
+    assert "  شلرد  103,703,145,830 rial  value of" in table
     assert f"{len(day):,} events, {sum(alert.state is FIRING for alert in published(memory)):,} alerts" in table
 
 
