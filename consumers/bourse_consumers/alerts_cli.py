@@ -63,11 +63,11 @@ def check(ctx: click.Context, cluster: Cluster, *, rules: Path, channels: Path |
 
 
 def _channels(path: Path | None) -> list[str] | None:
-    from bourse_consumers.alerts.ruleset import read_yaml
+    from bourse_consumers.yaml_file import parse
 
     if path is None:
         return None
-    _, data = read_yaml(path, "channels")
+    _, data = parse(path, "the channels")
     found = data.get("channels") if isinstance(data, dict) else None
     if not isinstance(found, dict):
         raise ConfigurationError(f"{path}: not a channels file: it has a mapping `channels`")

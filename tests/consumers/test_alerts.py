@@ -121,7 +121,7 @@ MISTAKES = {
     HEAD + "  - {name: a, type: jump}\n": ":3: rules[1]",
     "version: 2\nrules: []\n": ":1: version:",
     HEAD + "\t- a\n": ":3: not YAML",
-    "": "not a rules file",
+    "": "this is not the rules",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{nobody}'}\n": "{nobody} is unknown",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{symbol:d}'}\n": ":3: rules[1].message:",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{price:{symbol}}'}\n": "another field",

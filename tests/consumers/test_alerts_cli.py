@@ -214,6 +214,8 @@ MISTAKES = {
     "name: a, type: quiet, after: 5m, active: 12:00-09:00": "active: never holds",
     "name: a, type: feed, states: [FRESH, STALE, FROZEN, PARTIAL, DOWN, IDLE]": "states: always holds",
     "name: a, type: crosing, level: 5": "no type 'crosing'; did you mean crossing?",
+    "name: a, type: [crossing], level: 5": "type: no type",
+    "name: a, level: 5": "type: is missing; there are change, crossing",
     "name: a, type: crossing, level: 5, match: {symbol: [x]}": "match.symbol: unknown key; did you mean symbols?",
     "name: a, type: crossing, level: 5, match: {instruments: [فولاد]}": "is no code",
     "name: a, type: crossing, level: 5, match: {lists: [none.txt]}": "cannot read the list none.txt",
@@ -229,6 +231,16 @@ def test_check_names_the_mistake(tmp_path: Path, rule: str, hint: str) -> None:
         load(path, ["desk"])
     assert str(caught.value).startswith(f"{path}:3: rules[1]")
     assert hint in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_a_mistake(tmp_path: Path) -> None:
+    """YAML would take the last one in silence."""
+    path = file_of(tmp_path, "name: a, type: crossing, level: 5, level: 7", "name: b, type: crossing, level: none")
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{path}:3: level: is there twice"
+    assert [other.partition("level")[0] for other in others] == [f"{path}:4: rules[2]."]
 
 
 def test_a_newer_version_is_no_list_of_mistakes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
 from fractions import Fraction
@@ -15,13 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -43,10 +40,11 @@ from bourse_consumers.alerts.rules import (
     Traded,
     fill,
 )
+from bourse_consumers.yaml_file import Strict, explain, open_file, place
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import AlertKind, FeedState, Severity, Unit, tidy
 
-__all__ = ["load", "read_yaml", "schema", "strangers"]
+__all__ = ["load", "schema", "strangers"]
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours"}
 DAY = timedelta(days=1)
@@ -105,11 +103,7 @@ SeverityName = Literal["info", "warning", "critical"]
 Label = Annotated[dict[str, str], Field()]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class _Match(_Strict):
+class _Match(Strict):
     """Which instruments: any of what is named here; all where nothing is."""
 
     instruments: Names | None = None
@@ -127,16 +121,16 @@ class _Match(_Strict):
         return codes
 
 
-class _Resolve(_Strict):
+class _Resolve(Strict):
     """Below what, or how far back, an episode is over."""
 
     percent: Margin | None = None
     amount: Margin | None = None
 
 
-class _Any(_Strict):
+class _Any(Strict):
     severity: SeverityName | None = None
-    labels: Label = {}
+    labels: Label = Field(default_factory=dict)
     notify: list[str] | None = None
     message: str | None = None
     hold: Duration | None = Field(None, alias="for")
@@ -351,19 +345,18 @@ class _Feed(_Any):
 
 
 AnyRule = _Change | _Crossing | _Band | _Volume | _Value | _Cancelled | _Quiet | _Feed
-TYPES: dict[str, type[BaseModel]] = {
+TYPES: dict[str, type[AnyRule]] = {
     get_args(model.model_fields["type"].annotation)[0]: model for model in get_args(AnyRule)
 }
-ONE_RULE: TypeAdapter[AnyRule] = TypeAdapter(Annotated[AnyRule, Field(discriminator="type")])
 
 
-class _File(_Strict):
+class _File(Strict):
     version: Literal[1]
     defaults: _Defaults = Field(default_factory=lambda: _Defaults.model_validate({}))
     rules: Annotated[list[Annotated[AnyRule, Field(discriminator="type")]], Field(min_length=1)]
 
 
-class _Head(_Strict):
+class _Head(Strict):
     version: Literal[1]
     defaults: _Defaults = Field(default_factory=lambda: _Defaults.model_validate({}))
     rules: Annotated[list[Any], Field(min_length=1)]
@@ -374,78 +367,51 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_File.model_json_schema(by_alias=True)}
 
 
-def read_yaml(path: Path, what: str) -> tuple[Any, Any]:
-    """Return a YAML file as nodes, which know their lines, and as data."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    try:
-        # Twenty times as fast, where PyYAML was built with libyaml.
-        loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-        try:
-            node = loader.get_single_node()
-            return node, None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigurationError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
-
-
 def load(path: Path, channels: Collection[str] | None = None) -> list[Rule]:
     """Return the rules of a file; raise ConfigurationError with every mistake: file, line and key.
 
     With `channels`, a rule that notifies any other is a mistake.
     """
-    node, data = read_yaml(path, "rules")
-    if not isinstance(data, dict):
-        raise ConfigurationError(f"{path}: not a rules file; it begins with `version: 1` and has a list `rules`")
-    mistakes: list[tuple[int, str]] = []
+    node, data, twice = open_file(path, "the rules", "`version: 1` and a list `rules`")
+    mistakes = [(0, each) for each in twice]
 
     def mistake(location: Sequence[int | str], what: str) -> None:
-        line, keys = _line(node, location)
+        line, keys = place(node, location)
         mistakes.append((line, f"{path}:{line}: {keys or 'the file'}: {what}"))
 
-    version = data.get("version")
-    if isinstance(version, int) and not isinstance(version, bool) and version > 1:
-        line, _ = _line(node, ["version"])
-        raise ConfigurationError(
-            f"{path}:{line}: version: {version} is newer than this release knows, which is 1: upgrade, or write 1"
-        )
     head: _Head | None = None
     try:
         head = _Head.model_validate(data)
     except ValidationError as error:
-        _say(mistake, error, (), _Head)
+        for location, what in explain(error, _Head):
+            mistake(location, what)
     read: list[tuple[int, AnyRule]] = []
     raw = data.get("rules")
     names: dict[Any, int] = {}
     for number, each in enumerate(raw if isinstance(raw, list) else ()):
-        place: tuple[int | str, ...] = ("rules", number)
+        at: tuple[int | str, ...] = ("rules", number)
         if not isinstance(each, dict):
-            mistake(place, "a rule is a mapping of keys, such as {name: …, type: …}")
+            mistake(at, "a rule is a mapping of keys, such as {name: …, type: …}")
             continue
         if isinstance(name := each.get("name"), str) and names.setdefault(name, number) != number:
-            mistake((*place, "name"), f"two rules are named {name!r}")
-        if "type" in each and each["type"] not in TYPES:
-            near = get_close_matches(str(each["type"]), TYPES, 1)
+            mistake((*at, "name"), f"two rules are named {name!r}")
+        kind = str(each.get("type"))
+        if kind not in TYPES:
+            near = get_close_matches(kind, TYPES, 1)
             known = f"did you mean {near[0]}?" if near else f"there are {', '.join(TYPES)}"
-            mistake((*place, "type"), f"no type {each['type']!r}; {known}")
+            mistake((*at, "type"), f"no type {kind!r}; {known}" if "type" in each else f"is missing; {known}")
             continue
         try:
-            rule = ONE_RULE.validate_python(each)
+            rule = TYPES[kind].model_validate(each)
         except ValidationError as error:
-            _say(mistake, error, place, TYPES.get(each.get("type", ""), _Rule))
+            for location, what in explain(error, TYPES[kind]):
+                mistake((*at, *location), what)
             continue
         for key, what in rule.wrong():
-            mistake((*place, *key.split(".")), what)
+            mistake((*at, *key.split(".")), what)
         read.append((number, rule))
     if channels is not None:
-        for place, owner in [
+        for at, owner in [
             (("defaults",), data.get("defaults")),
             *((("rules", i), r) for i, r in enumerate(raw or ())),
         ]:
@@ -453,7 +419,7 @@ def load(path: Path, channels: Collection[str] | None = None) -> list[Rule]:
                 if channel not in channels:
                     near = get_close_matches(str(channel), channels, 1)
                     known = f"did you mean {near[0]}?" if near else f"there are {', '.join(channels) or 'none'}"
-                    mistake((*place, "notify"), f"no channel {channel!r}; {known}")
+                    mistake((*at, "notify"), f"no channel {channel!r}; {known}")
     rules: list[Rule] = []
     if head is not None and not mistakes:
         for number, rule in read:
@@ -464,53 +430,6 @@ def load(path: Path, channels: Collection[str] | None = None) -> list[Rule]:
     if mistakes:
         raise ConfigurationError("\n".join(dict.fromkeys(text for _, text in sorted(mistakes))))
     return rules
-
-
-def _say(
-    mistake: Callable[[Sequence[int | str], str], None],
-    error: ValidationError,
-    place: tuple[int | str, ...],
-    model: type[BaseModel],
-) -> None:
-    for found in error.errors():
-        # A discriminated rule's own type stands in the location as if it were a key.
-        inner = [part for part in found["loc"] if part not in TYPES]
-        what = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "extra_forbidden":
-            what = "unknown key"
-            near = get_close_matches(str(inner[-1]), _keys(model, inner[:-1]), 1)
-            what += f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_keys(model, inner[:-1]))}"
-        elif found["type"] == "union_tag_not_found":
-            inner, what = [*inner, "type"], f"is missing: one of {', '.join(TYPES)}"
-        elif found["type"] == "missing":
-            what = "is missing"
-        mistake((*place, *inner), what)
-
-
-def _keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"match": _Match, "resolve": _Resolve, "defaults": _Defaults}
-    model = next((models[str(part)] for part in reversed(location) if str(part) in models), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _line(node: Any, location: Sequence[int | str]) -> tuple[int, str]:
-    """Return the line of what a location names, or of the nearest thing around it, and the location in words."""
-    line: int = node.start_mark.line + 1
-    words = ""
-    for part in location:
-        words += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if words else str(part)
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-        elif isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-            if found is None:
-                continue
-            line, node = found[0].start_mark.line + 1, found[1]
-            continue
-        else:
-            continue
-        line = node.start_mark.line + 1
-    return line, words
 
 
 def _listed(folder: Path, names: Iterable[str]) -> Iterator[str]:

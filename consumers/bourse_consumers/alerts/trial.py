@@ -14,7 +14,7 @@ import msgspec
 import yaml
 
 from bourse_consumers.alerts.rules import Engine, Rule
-from bourse_consumers.alerts.ruleset import read_yaml
+from bourse_consumers.yaml_file import parse
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import AlertState, PollMarker, PriceAlert, TradeEvent, tidy
 from bourse_schemas.topics import TRADES, event_id, partition_of
@@ -106,7 +106,7 @@ def _span(length: timedelta) -> str:
 
 def cases(path: Path, rules: Sequence[Rule]) -> Iterator[tuple[str, list[str]]]:
     """Yield each case of a file and what is wrong with it; docs/alerts.md has the format."""
-    _, data = read_yaml(path, "cases")
+    _, data = parse(path, "the cases")
     found = data.get("cases") if isinstance(data, dict) else None
     if not isinstance(found, list) or not found or not all(isinstance(case, dict) for case in found):
         raise ConfigurationError(f"{path}: no cases; it has a list `cases` of name, events and alerts")
