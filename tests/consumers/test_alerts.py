@@ -120,6 +120,7 @@ MISTAKES = {
     HEAD + "  - {name: a, type: crossing, level: -5}\n": ":3: rules[1].level:",
     HEAD + "  - {name: a, type: jump}\n": ":3: rules[1]",
     "version: 2\nrules: []\n": ":1: version:",
+    "version: 1\nrules: 5\n": ":2: rules: Input should be a valid list",
     HEAD + "\t- a\n": ":3: not YAML",
     "": "this is not the rules",
     HEAD + "  - {name: a, type: crossing, level: 5, message: '{nobody}'}\n": "{nobody} is unknown",

@@ -215,6 +215,9 @@ MISTAKES = {
     "name: a, type: feed, states: [FRESH, STALE, FROZEN, PARTIAL, DOWN, IDLE]": "states: always holds",
     "name: a, type: crosing, level: 5": "no type 'crosing'; did you mean crossing?",
     "name: a, type: [crossing], level: 5": "type: no type",
+    f"name: a, type: quiet, after: {'9' * 30}m": "after: can never be over",
+    f"name: a, type: change, window: 5m, percent: {'9' * 400}": "percent: give a number",
+    "name: a, type: crossing, level: 5, notify: true": "notify: Input should be a valid list",
     "name: a, level: 5": "type: is missing; there are change, crossing",
     "name: a, type: crossing, level: 5, match: {symbol: [x]}": "match.symbol: unknown key; did you mean symbols?",
     "name: a, type: crossing, level: 5, match: {instruments: [فولاد]}": "is no code",
@@ -323,6 +326,10 @@ def test_cases_that_fail_say_how(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert done.output.splitlines()[:2] == ["FAILED  one", "    missing: {rule: a, price: 107, state: FIRING}"]
     assert "not expected: {raised_at: '09:05:00', state: FIRING, rule: a" in done.output
+    for event, hint in (f"at: {'9' * 30}", "give a time in Tehran"), (f"at: '09:00', volume: {'9' * 30}", "64 bits"):
+        cases.write_text(f"cases: [{{events: [{{{event}}}]}}]\n", "utf-8")
+        with pytest.raises(ConfigurationError, match=hint):
+            bourse.main(["alerts", "test", str(rules), "--cases", str(cases)], standalone_mode=False)
     cases.write_text(f"cases: [{{name: one, {events}, alerts: [{{rule: a, prise: 107}}]}}]\n", "utf-8")
     with pytest.raises(ConfigurationError, match="no field 'prise'"):
         CliRunner().invoke(bourse, ["alerts", "test", str(rules), "--cases", str(cases)], catch_exceptions=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import string
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -48,20 +47,21 @@ __all__ = ["load", "schema", "strangers"]
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours"}
 DAY = timedelta(days=1)
+MOST = 1 << 62  # as what it is compared with; nor is NaN below it
 CODE = r"^[A-Z0-9]{12}$"
 
 
 def _duration(value: Any) -> Any:
     found = re.fullmatch(r"(\d+)\s*([smh])", str(value).strip())
-    if found is None or not int(found[1]):
+    if found is None or not int(found[1][:9]):
         raise ValueError("give a duration such as 30s, 5m or 1h")
-    if (span := timedelta(**{UNITS[found[2]]: int(found[1])})) >= DAY:
+    if len(found[1]) > 9 or (span := timedelta(**{UNITS[found[2]]: int(found[1])})) >= DAY:
         raise ValueError("can never be over: everything ends with its trading day; give less than 24h")
     return span
 
 
 def _exact(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST < value < MOST:
         raise ValueError("give a number")  # pydantic collects ValueErrors only
     return Fraction(str(value))
 
@@ -98,7 +98,7 @@ Hours = Annotated[
     tuple[int, int], BeforeValidator(_hours), _schema(type="string", pattern=r"^\d{1,2}:\d\d\s*-\s*\d{1,2}:\d\d$")
 ]
 Names = Annotated[list[str], BeforeValidator(_names)]
-Price = Annotated[int, Field(gt=0, strict=True)]
+Price = Annotated[int, Field(gt=0, lt=MOST, strict=True)]
 SeverityName = Literal["info", "warning", "critical"]
 Label = Annotated[dict[str, str], Field()]
 
@@ -411,11 +411,8 @@ def load(path: Path, channels: Collection[str] | None = None) -> list[Rule]:
             mistake((*at, *key.split(".")), what)
         read.append((number, rule))
     if channels is not None:
-        for at, owner in [
-            (("defaults",), data.get("defaults")),
-            *((("rules", i), r) for i, r in enumerate(raw or ())),
-        ]:
-            for channel in (owner.get("notify") or ()) if isinstance(owner, dict) else ():
+        for at, owner in [(("defaults",), head and head.defaults), *((("rules", n), rule) for n, rule in read)]:
+            for channel in (owner and owner.notify) or ():
                 if channel not in channels:
                     near = get_close_matches(str(channel), channels, 1)
                     known = f"did you mean {near[0]}?" if near else f"there are {', '.join(channels) or 'none'}"

@@ -15,6 +15,7 @@ import yaml
 
 from bourse_consumers.alerts.rules import Engine, Rule
 from bourse_consumers.yaml_file import parse
+from bourse_schemas.codec import LONGEST
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import AlertState, PollMarker, PriceAlert, TradeEvent, tidy
 from bourse_schemas.topics import TRADES, event_id, partition_of
@@ -188,6 +189,8 @@ def _case_events(rows: Any, day: date, where: str) -> Iterator[Event]:
             kind = TradeEvent
         if unknown := values.keys() - set(kind.__struct_fields__):
             raise ConfigurationError(f"{where}: event {number}: no field {min(map(str, unknown))!r}")
+        if any(isinstance(value, int) and not LONGEST[0] <= value <= LONGEST[1] for value in values.values()):
+            raise ConfigurationError(f"{where}: event {number}: a number is longer than 64 bits")
         try:
             yield msgspec.convert(made | values, kind)
         except msgspec.ValidationError as error:
@@ -203,7 +206,7 @@ def _at(value: Any, day: date, where: str) -> datetime:
             found = time.fromisoformat(str(value))
             clock = timedelta(hours=found.hour, minutes=found.minute, seconds=found.second)
         return (datetime.combine(day, time(), TEHRAN) + clock).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigurationError(f'{where}: at: give a time in Tehran such as "09:05" or "09:05:30", quoted') from None
 
 
