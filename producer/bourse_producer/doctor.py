@@ -27,6 +27,7 @@ from click.core import ParameterSource
 
 from bourse_producer.calendar_file import CalendarFile, calendar_option
 from bourse_producer.cli import ExchangeOptions, exchange_options, produce
+from bourse_schemas.cli import require_options
 from bourse_schemas.commands import Plan, plan_topics
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError
 from bourse_schemas.events import FeedState, PollMarker
@@ -83,8 +84,9 @@ class _Doctor(click.Command):
     """Reads what `bourse produce` reads: its table of bourse.toml, and its environment variables."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:
-        tables = (parent.default_map if parent else None) or {}
-        return super().make_context(info_name, args, parent, default_map=tables.get("produce", {}), **extra)
+        table = ((parent.default_map if parent else None) or {}).get("produce", {})
+        require_options("produce", self, table)
+        return super().make_context(info_name, args, parent, default_map=table, **extra)
 
 
 @click.command(cls=_Doctor, context_settings={"auto_envvar_prefix": "BOURSE_PRODUCE"})

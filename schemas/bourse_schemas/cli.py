@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
             table = (ctx.default_map or {}).get(name, {})
-            _require_tables(name, command, table)
+            require_options(name, command, table)
             if ctx.parent is None:
                 shared = {*SHARED, *self.list_commands(ctx)}
                 _require_known(ctx.default_map or {}, shared, "")
@@ -86,11 +86,25 @@ def _require_known(table: Mapping[str, Any], known: Iterable[str | None], where:
         raise ConfigurationError(f"bourse.toml: unknown key {key}{where}" + (f": is {near[0]} meant?" if near else ""))
 
 
-def _require_tables(name: str, command: click.Command, value: Any) -> None:
-    if not isinstance(value, dict):
+def require_options(name: str, command: click.Command, table: Any) -> None:
+    """Bring a command's part of the configuration file to what stands on a command line: one text an option.
+
+    Raises ConfigurationError where it is no table of such. (click takes a number for an open file.)
+    """
+    if not isinstance(table, dict):
         raise ConfigurationError(f"bourse.toml: {name} is a command, its options stand in a table: [{name}]")
+    options = {option.name: option for option in command.params}
+    for key in list(table):
+        if (option := options.get(key.replace("-", "_"))) is not None:
+            multiple = getattr(option, "multiple", False)
+            value = table.pop(key)
+            values = value if multiple and isinstance(value, list) else [value]
+            if any(isinstance(each, list | dict) for each in values):
+                wanted = "a list of texts" if multiple else "one value"
+                raise ConfigurationError(f"bourse.toml: {key} of [{name}] must be {wanted}")
+            table[option.name] = [str(each) for each in values] if multiple else str(value)
     for inner, subcommand in getattr(command, "commands", {}).items():
-        _require_tables(f"{name}.{inner}", subcommand, value.get(inner, {}))
+        require_options(f"{name}.{inner}", subcommand, table.get(inner, {}))
 
 
 def _origin(point: EntryPoint) -> str:

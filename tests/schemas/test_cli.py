@@ -142,8 +142,9 @@ def test_a_flag_beats_the_environment_and_that_the_file(
     top = 'bootstrap_servers = "shared:1"\nregistry_url = "http://shared"\ntopic_prefix = "p"\nlog_level = "error"\n'
     (tmp_path / "bourse.toml").write_text(top)
     assert now("where") == ("shared:1", "http://shared", "p", "error")
-    (tmp_path / "bourse.toml").write_text(f'{top}[where]\nbootstrap_servers = "own:1"\n')
-    assert now("where") == ("own:1", "http://shared", "p", "error")
+    for key in "bootstrap-servers", "bootstrap_servers":
+        (tmp_path / "bourse.toml").write_text(f'{top}[where]\n{key} = "own:1"\n')
+        assert now("where") == ("own:1", "http://shared", "p", "error")
     monkeypatch.setenv("BOURSE_BOOTSTRAP_SERVERS", "environment:1")
     monkeypatch.setenv("BOURSE_LOG_LEVEL", "debug")
     assert now("where") == ("environment:1", "http://shared", "p", "debug")
@@ -163,6 +164,9 @@ def test_a_flag_beats_the_environment_and_that_the_file(
         ("nonsense", "bourse.toml is not TOML"),
         ("a = '\\xff'", "bourse.toml is not TOML"),
         ("log_level = 3", "'--log-level': 3 is not one of"),
+        ("[where]\nregistry_url = [3]", "registry_url of [where] must be one value"),
+        ("[where]\nregistry_url = {a = 1}", "registry_url of [where] must be one value"),
+        ("[where]\nkafka_settings = [[3]]", "kafka_settings of [where] must be a list of texts"),
         ("where = 3", "where is a command, its options stand in a table: [where]"),
         ('bootstrap_servers = ["a:1", "b:1"]', "bootstrap_servers must be a string"),
         ("registry_url = 3", "registry_url must be a string"),
