@@ -38,14 +38,15 @@ class Election:
         self._term: int | None = None
         self._terms = 0
         self._resigned = self._stop = False
-        self._refusal: ConfigurationError | None = None
+        self._refusal: Exception | None = None
         self._log = get_logger(source=source)
         self._thread = threading.Thread(target=self._run, name="election", daemon=True)
 
     def term(self, wait_seconds: float = 0.0) -> int | None:
         """Return the term in which this instance leads, None where it does not after so long a wait.
 
-        The first call joins the group. Raises ConfigurationError where the brokers do not let us into it.
+        The first call joins the group. Raises ConfigurationError where the brokers do not let us into it, and whatever
+        else ended the membership.
         """
         with self._changed:
             if not self._thread.ident:
@@ -74,14 +75,14 @@ class Election:
         while not self._stop:
             try:
                 self._be_member()
-            except ConfigurationError as error:
+            except KafkaException as error:
+                self._log.warning("leaving the group of this source and joining anew", error=error.args[0].str())
+                time.sleep(RETRY_SECONDS)
+            except Exception as error:  # raised where the producer runs: nobody may wait for a lead that never comes
                 with self._changed:
                     self._refusal = error
                     self._changed.notify_all()
                 return
-            except KafkaException as error:
-                self._log.warning("leaving the group of this source and joining anew", error=error.args[0].str())
-                time.sleep(RETRY_SECONDS)
 
     def _be_member(self) -> None:
         consumer = self._cluster.consumer(

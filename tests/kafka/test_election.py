@@ -76,3 +76,20 @@ def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None
     election = Election(cluster, "source")
     assert election.term(15) == 1
     election.close()
+
+
+class Mistaken(Cluster):
+    """Whatever nobody has thought of."""
+
+    def consumer(self, group: str | None = None, **pinned: Any) -> Any:
+        """Fail."""
+        raise RuntimeError("a mistake of ours")
+
+
+def test_who_can_no_longer_be_elected_does_not_stand_by_for_ever() -> None:
+    """An error that nobody expected ends the producer, and with it the orchestrator's patience."""
+    election = Election(Mistaken("127.0.0.1:9", "http://127.0.0.1:9"), "source")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a mistake of ours"):
+            election.term(10)
+    election.close()
