@@ -17,11 +17,11 @@ import fastavro
 
 from benchmarks.market import received_at, rows
 from benchmarks.plain import records
-from bourse_producer.finnotech import SOURCE
+from bourse_cli.logs import configure_logging
 from bourse_producer.publisher import Publisher
+from bourse_producer.responses import SOURCE
 from bourse_schemas.codec import Record, schema_text
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.telemetry import configure_logging
 from bourse_schemas.topics import TOPICS
 
 

@@ -33,7 +33,7 @@ EVENT_ON_SCREEN = re.compile(rb"(OPENED|TRADED)[^\n]{0,40}?IR[A-Z0-9]{10}")
 def memory(polls: int = 100) -> Figure:
     """Return the most memory that `bourse produce` had resident while the practice exchange's market went by."""
     what, target = f"Producer's resident memory, 2,000 instruments and their rights, {polls} polls", "≤ 100 MB"
-    bourse = [sys.executable, "-m", "bourse_schemas"]
+    bourse = [sys.executable, "-m", "bourse_cli"]
     with Stack("mock") as stack, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "exchange.log", Path(folder) / "produce.log"
         market = ["sandbox", "exchange", "--port", "0", "--instruments", "2000", "--speed", "300"]

@@ -17,13 +17,12 @@ from msgspec import structs
 
 from benchmarks.figures import Figure
 from benchmarks.topic import events
-from bourse_producer.calendar import TEHRAN
 from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.stack import Stack
 from bourse_schemas.codec import Serializer
-from bourse_schemas.events import TradeEvent
+from bourse_schemas.events import TEHRAN, TradeEvent
 from bourse_schemas.topics import TRADES
 
 __all__ = ["handing"]
@@ -89,7 +88,7 @@ def handing(polls: int = 100, apart: float = 0.5) -> Figure:
                     if found == event_id:
                         return at - since
 
-            bourse = [sys.executable, "-m", "bourse_schemas", "consume"]
+            bourse = [sys.executable, "-m", "bourse_cli", "consume"]
             environment = stack.environment | {"ROBOT": f"http://127.0.0.1:{robot.server_port}/"}
             with (
                 spawn([*bourse, "alerts", "--rules", str(rules)], env=environment),

@@ -11,13 +11,14 @@ from typing import Any
 
 import httpx
 
+from bourse_cli.logs import configure_logging
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import SOURCE, Credentials, Finnotech, Reply
+from bourse_producer.finnotech import Credentials, Finnotech, Reply
 from bourse_producer.publisher import Publisher
+from bourse_producer.responses import SOURCE
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.events import DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.telemetry import configure_logging
 
 
 def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> None:

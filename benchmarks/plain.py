@@ -15,8 +15,8 @@ __all__ = ["Record", "records"]
 
 Fields = dict[str, Any]
 
-SOURCE = "finnotech/trades-realtime"
 TEHRAN = ZoneInfo("Asia/Tehran")
+SOURCE = "finnotech/trades-realtime"
 LETTERS = str.maketrans("يك", "یک")
 business = itemgetter(
     *("company_id", "symbol", "symbol_raw", "title", "is_right", "open_price", "high_price", "low_price", "last_price"),
@@ -65,7 +65,6 @@ def _event(before: Fields | None, candle: Fields) -> Fields:
         **dict(zip(("volume_delta", "value_delta", "trade_count_delta"), totals, strict=True)),
         "last_price_delta": candle["last_price"] - before["last_price"] if before else None,
         "closing_price_delta": candle["closing_price"] - before["closing_price"] if before else None,
-        "backfilled": False,
     }
 
 
@@ -110,7 +109,7 @@ def records(
         "session_day": received.astimezone(TEHRAN).date(), "requested_at": received, "received_at": received,
         "next_poll_at": received, "latest_traded_at": latest, "rows": len(rows), "stale_rows": stale,
         **{op.lower(): count for op, count in ops.items()},
-        **dict.fromkeys(("rejected_rows", "duplicate_rows", "backfilled_rows"), 0),
+        **dict.fromkeys(("rejected_rows", "duplicate_rows", "charged_calls"), 0),
         **dict.fromkeys(("rights_poll_id", "gap_from", "error_kind", "error_code", "error_message")),
     }  # fmt: skip
     yield _record("polls", b"poll", f"{SOURCE}-{poll}", marker, received)

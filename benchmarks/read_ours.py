@@ -17,11 +17,11 @@ from uuid import uuid4
 from confluent_kafka import OFFSET_END, TopicPartition
 
 from benchmarks.peak import peak_mb
+from bourse_cli.logs import configure_logging
 from bourse_consumers.api import Batch, Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.telemetry import configure_logging
 from bourse_schemas.topics import ALERTS, TRADES
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from urllib.parse import parse_qs
 from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 from msgspec import structs
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.publisher import committed
 from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import PracticeExchange
@@ -37,7 +38,6 @@ from bourse_sandbox.market import REAL_DAY, CapturedDay
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import serve
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import Candle, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import CANDLES, POLLS, TRADES
@@ -258,7 +258,7 @@ class _Day:
             "BOURSE_TOPIC_PREFIX": self._cluster.prefix,
         }
         timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", "0"]
-        command = [sys.executable, "-m", "bourse_schemas", "produce", "--address", self._urls[instance], *timing]
+        command = [sys.executable, "-m", "bourse_cli", "produce", "--address", self._urls[instance], *timing]
         log = self._folder / f"producer-{instance}.log"
         return spawn(command, env={**os.environ, **account, **where}, stdout=log, stderr=log)
 

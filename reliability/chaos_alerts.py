@@ -22,6 +22,7 @@ from typing import Any
 from confluent_kafka import TopicPartition
 from msgspec.structs import asdict
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.alerts.ruleset import load
 from bourse_consumers.alerts.trial import Trial
 from bourse_producer.publisher import committed
@@ -30,7 +31,6 @@ from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import to_json
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import PriceAlert
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, TRADES

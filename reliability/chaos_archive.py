@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.care import Report, verify
 from bourse_consumers.archive.files import catalog, read
 from bourse_consumers.archive.store import STAGING, open_store
@@ -38,14 +39,13 @@ from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES
 
 __all__ = ["Members", "Options", "feed", "main", "run"]
 
-CONSUME = [sys.executable, "-m", "bourse_schemas", "consume"]
+CONSUME = [sys.executable, "-m", "bourse_cli", "consume"]
 FREEZE_SHARE = 0.2
 LONGEST_FREEZE_SECONDS = 14.0
 SECONDS_A_KILL = 1.0

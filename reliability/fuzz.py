@@ -22,10 +22,11 @@ from typing import Any
 import httpx
 import structlog
 
-from bourse_producer.backfill import derive
+from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import Context, Credentials, Finnotech, Received
+from bourse_producer.finnotech import Credentials, Finnotech, Received
 from bourse_producer.publisher import State
+from bourse_producer.responses import Context
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent

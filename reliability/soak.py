@@ -35,7 +35,7 @@ def main() -> int:
         kafka = stack.enter_context(Stack(options.broker))
         environment = {**kafka.environment, "BOURSE_CLIENT_SECRET": SECRET}
         timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", "0"]
-        command = [sys.executable, "-m", "bourse_schemas", "produce", "--address", server.url, *timing]
+        command = [sys.executable, "-m", "bourse_cli", "produce", "--address", server.url, *timing]
 
         def start() -> Child:
             return stack.enter_context(spawn(command, env=environment, stdout=log, stderr=log))

@@ -16,10 +16,10 @@ import jsonschema
 import pytest
 import yaml
 
+from bourse_cli.health import Monitor
 from bourse_sandbox.jars import fetch, read_lock
 from bourse_sandbox.kafka import Kafka, free_port, java
 from bourse_sandbox.processes import spawn
-from bourse_schemas.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text("utf-8")

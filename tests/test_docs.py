@@ -15,6 +15,7 @@ import click
 import pytest
 import yaml
 
+from bourse_cli.root import bourse
 from bourse_consumers.alerts.ruleset import load
 from bourse_consumers.alerts.trial import cases
 from bourse_consumers.archive.parquet import ParquetArchive
@@ -26,7 +27,6 @@ from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
-from bourse_schemas.cli import bourse
 from bourse_schemas.events import AlertKind
 from bourse_schemas.topics import TOPICS
 
@@ -250,7 +250,7 @@ def test_the_subscriber_of_the_readme_runs(
             "schemas register",
             "produce --once --schedule always --clock response",
         ):
-            command = [sys.executable, "-c", "from bourse_schemas.cli import main; main()", *line.split()]
+            command = [sys.executable, "-c", "from bourse_cli.root import main; main()", *line.split()]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
     (program,) = (

@@ -111,7 +111,7 @@ def test_the_wheel_has_the_license_the_notice_and_every_extra(wheel: zipfile.Pat
 
 def test_help_names_every_command() -> None:
     """Every command that the distribution declares can be imported and has a line of help."""
-    command = [sys.executable, "-c", "from bourse_schemas.cli import main; main()"]
+    command = [sys.executable, "-c", "from bourse_cli.root import main; main()"]
     for group, arguments in {"bourse.commands": ["--help"], "bourse.consumers": ["consume", "--help"]}.items():
         shown = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout
         assert "(broken)" not in shown

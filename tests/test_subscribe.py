@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
 from bourse_schemas.codec import avro_schema
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import Candle, FeedState, Op, Outcome, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import CANDLES, TOPICS, TRADES

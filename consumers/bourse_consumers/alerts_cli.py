@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
 import click
 
+from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError, Undecodable
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.events import TEHRAN
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["alerts"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 FILE = click.Path(path_type=Path)
 
 
@@ -81,7 +81,7 @@ def _candles(cluster: Cluster) -> Iterator[Any]:
 
 
 def _records(cluster: Cluster, name: str, event: Any) -> Iterator[Any]:
-    from bourse_schemas.commands import read_topic
+    from bourse_cli.tail import read_topic
 
     decode = cluster.registry().deserializer(event)
     for message in read_topic(cluster, name):

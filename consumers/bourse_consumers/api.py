@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+    from bourse_cli.health import Monitor
     from bourse_consumers.columns import Decoded
-    from bourse_schemas.monitor import Monitor
 
 __all__ = [
     "Assignment",

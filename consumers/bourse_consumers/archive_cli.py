@@ -7,12 +7,13 @@ import sys
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
 import click
 
+from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError, PublishError
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.events import TEHRAN
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def compact(*, to: str, before: date | None, day: date | None, as_json: bool) ->
     from bourse_consumers.archive.store import StoreError
 
     store = _existing(to)
-    today = datetime.now(ZoneInfo("Asia/Tehran")).date()
+    today = datetime.now(TEHRAN).date()
     try:
         for each, had, has in put_together(store, min(before or today, today), day):
             if as_json:

@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from bourse_schemas.cli import LazyGroup
+from bourse_cli.health import Monitor
+from bourse_cli.options import cluster_options, http_option
+from bourse_cli.root import LazyGroup
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.kafka import Cluster, cluster_options
-from bourse_schemas.monitor import Monitor, http_option
+from bourse_schemas.kafka import Cluster
 
 __all__ = ["consume"]
 
@@ -61,7 +62,7 @@ class Consumers(LazyGroup):
                 clash = ", ".join(sorted(map(str, taken)))
                 raise ConfigurationError(f"the consumer {cmd_name!r} declares options that every consumer has: {clash}")
             ours = {name: options.pop(name) for name in names}
-            from bourse_schemas.telemetry import configure_logging
+            from bourse_cli.logs import configure_logging
 
             configure_logging(ctx.find_root().obj or "info")
             consumer = make(**options) if make else None
@@ -86,10 +87,10 @@ def consume() -> None:
 
 
 def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, http: str | None, **limits: Any) -> None:
+    from bourse_cli.logs import get_logger
     from bourse_consumers.api import Consumer
     from bourse_consumers.kafka_stream import KafkaStream
     from bourse_consumers.runner import Runner, patiently
-    from bourse_schemas.telemetry import get_logger
 
     if not isinstance(consumer, Consumer):
         raise ConfigurationError(f"the consumer {name!r} returned {type(consumer).__name__}, not a Consumer")

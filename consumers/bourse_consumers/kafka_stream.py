@@ -19,24 +19,23 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
-from zoneinfo import ZoneInfo
 
 from confluent_kafka import OFFSET_END, IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka import Consumer as Client
 from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
+from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import NO_NOTES, Poll, StreamBroken
 from bourse_schemas import codec
 from bourse_schemas.codec import Deserializer
 from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable
+from bourse_schemas.events import TEHRAN
 from bourse_schemas.kafka import Cluster, abandon
-from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS, Topic
 
 __all__ = ["KafkaStream"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 SESSION_MS = 10_000
 LONGEST_PROCESS_MS = 1_800_000
 TRANSACTION_MS = 10_000

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from bourse_cli.health import BATCH_SECONDS, DEAD_LETTERS_TOTAL, EMITTED, LAG, RETRIES, ROWS, TROUBLE, Monitor
+from bourse_cli.logs import get_logger
 from bourse_consumers.api import (
     Assignment,
     Batch,
@@ -36,8 +38,6 @@ from bourse_consumers.api import (
 )
 from bourse_schemas.errors import BourseError, Undecodable, Unreachable
 from bourse_schemas.events import DeadLetter, Reason, Stage
-from bourse_schemas.monitor import BATCH_SECONDS, DEAD_LETTERS_TOTAL, EMITTED, LAG, RETRIES, ROWS, TROUBLE, Monitor
-from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import DEAD_LETTERS
 
 __all__ = ["Poll", "Runner", "Stream", "StreamBroken", "patiently"]

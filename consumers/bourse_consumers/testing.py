@@ -69,7 +69,6 @@ def trade(**fields: Any) -> TradeEvent:
         "volume_delta": 51205,
         "value_delta": 281013040,
         "trade_count_delta": 16,
-        "backfilled": False,
     }
     return TradeEvent(**{**plausible, **fields})
 

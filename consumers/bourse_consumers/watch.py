@@ -20,13 +20,24 @@ from datetime import date, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from unicodedata import bidirectional
-from zoneinfo import ZoneInfo
 
 import click
 
+from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
-from bourse_schemas.events import AlertState, Candle, DeadLetter, Op, Phase, PollMarker, PriceAlert, TradeEvent, Unit
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.events import (
+    TEHRAN,
+    AlertState,
+    Candle,
+    DeadLetter,
+    Op,
+    Phase,
+    PollMarker,
+    PriceAlert,
+    TradeEvent,
+    Unit,
+)
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
 
 if TYPE_CHECKING:
@@ -35,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "View", "lag", "render", "summary", "watch"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 FRAME_SECONDS = 0.25
 PROBE_SECONDS = 3.0
 START_SECONDS = 5.0
@@ -714,7 +724,7 @@ def watch(cluster: Cluster, seconds: float | None) -> None:
         from rich.live import Live
     except ModuleNotFoundError as error:
         raise ConfigurationError("`bourse watch` needs rich: pip install 'bourse-stream[watch]'") from error
-    from bourse_schemas.telemetry import kafka_logger
+    from bourse_schemas.kafka import kafka_logger
 
     kafka_logger().disabled = True  # the view says itself what is wrong, once
     if hasattr(sys.stdout, "reconfigure"):

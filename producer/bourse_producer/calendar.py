@@ -12,13 +12,11 @@ from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from typing import Any
-from zoneinfo import ZoneInfo
 
-from bourse_schemas.events import Phase
+from bourse_schemas.events import TEHRAN, Phase
 
 __all__ = ["HOURS", "TEHRAN", "Calendar", "parse_calendar", "parse_day"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 DAY = timedelta(days=1)
 # From the year after on the lunar holidays of the package are estimates.
 LUNAR_KNOWN_UNTIL = date(2026, 12, 31)

@@ -28,7 +28,7 @@ class CalendarFile:
 
     def calendar(self) -> Calendar:
         """Return the calendar as of now."""
-        from bourse_schemas.telemetry import get_logger
+        from bourse_cli.logs import get_logger
 
         if self._path is not None:
             try:

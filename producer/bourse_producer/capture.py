@@ -23,12 +23,13 @@ from pathlib import Path
 
 import msgspec
 
+from bourse_cli.logs import get_logger
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.finnotech import Context, Received
+from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
+from bourse_producer.responses import Context
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Outcome
-from bourse_schemas.telemetry import get_logger
 
 __all__ = ["Capture", "Record", "read"]
 

@@ -119,6 +119,5 @@ def _event(op: Op, before: Candle | None, after: Candle) -> TradeEvent:
         trade_count_delta=after.trade_count - (before.trade_count if before else 0),
         last_price_delta=_less(after.last_price, before.last_price) if before else None,
         closing_price_delta=_less(after.closing_price, before.closing_price) if before else None,
-        backfilled=False,
         **structs.asdict(after),
     )

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from bourse_cli.options import cluster_options
+from bourse_cli.root import require_options
+from bourse_cli.topics import Plan, plan_topics
 from bourse_producer.calendar_file import CalendarFile, calendar_option
-from bourse_producer.cli import ExchangeOptions, exchange_options, produce
-from bourse_schemas.cli import require_options
-from bourse_schemas.commands import Plan, plan_topics
+from bourse_producer.command import ExchangeOptions, exchange_options, produce
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError
 from bourse_schemas.events import FeedState, PollMarker
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TOPICS
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def doctor(
     Exit 0 if all is well, 1 if something is wrong, 2 if something could not be looked at.
     """
     import bourse_schemas.registry  # noqa: F401  # its client's modules import each other: not by two threads at once
-    from bourse_schemas.telemetry import configure_logging
+    from bourse_cli.logs import configure_logging
 
     configure_logging("critical")  # what the clients have to say is in the findings
     overrides = (ctx.find_root().default_map or {}).get("topic", {})
@@ -274,7 +275,7 @@ def _reach(client: httpx.Client, address: str) -> Generator[Check, None, bool]:
 
 def _call(finnotech: Any, exchange: ExchangeOptions) -> Check:
     from bourse_producer.calendar import Calendar
-    from bourse_producer.finnotech import Context, parse
+    from bourse_producer.responses import Context, parse
 
     try:
         reply = finnotech.realtime(rights=False)
@@ -463,7 +464,7 @@ def _registry(cluster: Cluster) -> Iterator[Check]:
 
 
 def _around(calendar_file: CalendarFile, folders: list[Path]) -> Iterator[Check]:
-    from bourse_producer.calendar import TEHRAN
+    from bourse_schemas.events import TEHRAN
 
     calendar, now = calendar_file.calendar(), datetime.now(UTC)
     today = now.astimezone(TEHRAN).date()

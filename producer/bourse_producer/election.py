@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import OFFSET_END, KafkaError, KafkaException
 
+from bourse_cli.logs import get_logger
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import POLLS
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 
-from bourse_producer.calendar import TEHRAN
-from bourse_schemas.events import FeedState, Outcome, Phase, PollMarker
+from bourse_schemas.events import TEHRAN, FeedState, Outcome, Phase, PollMarker
 
 __all__ = ["GOOD", "Freshness"]
 

@@ -15,11 +15,11 @@ import click
 import msgspec
 
 from bourse_producer import capture
-from bourse_producer.backfill import derive
 from bourse_producer.calendar import Calendar
+from bourse_producer.derive import derive
 from bourse_producer.diff import Changes, InstrumentCode
-from bourse_producer.finnotech import Context
 from bourse_producer.freshness import GOOD
+from bourse_producer.responses import Context
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ConfigurationError, ExchangeError
 from bourse_schemas.events import Candle, PollMarker, TradeEvent

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
+from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES
 
 __all__ = ["replay"]

@@ -16,13 +16,16 @@ from typing import Protocol
 
 from msgspec import structs
 
-from bourse_producer.backfill import Derived, diff_with_minutes
-from bourse_producer.calendar import TEHRAN, Calendar
-from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot
-from bourse_producer.finnotech import TRADES_REALTIME, Context, Profile, Reply, merge, parse, parse_minutes
+from bourse_cli import health as m
+from bourse_cli.health import Monitor
+from bourse_cli.logs import get_logger
+from bourse_producer.calendar import Calendar
+from bourse_producer.derive import Derived
+from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot, diff
+from bourse_producer.finnotech import Reply
 from bourse_producer.freshness import GOOD, Freshness
 from bourse_producer.publisher import State
-from bourse_schemas import monitor as m
+from bourse_producer.responses import TRADES_REALTIME, Context, Profile, merge, parse
 from bourse_schemas.errors import (
     ConfigurationError,
     ExchangeError,
@@ -33,9 +36,7 @@ from bourse_schemas.errors import (
     PublishError,
     Unreachable,
 )
-from bourse_schemas.events import Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
-from bourse_schemas.monitor import Monitor
-from bourse_schemas.telemetry import get_logger
+from bourse_schemas.events import TEHRAN, Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
 
 __all__ = ["Capture", "Exchange", "Leadership", "Producer", "Publication", "Settings"]
 
@@ -59,7 +60,7 @@ JUMP_SECONDS = 2.0
 TICK_SECONDS = 0.01
 KNOWN_DAYS = 30
 COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
-ODD = ("stale_rows", "rejected_rows", "duplicate_rows", "backfilled_rows")
+ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
 
 
 class Exchange(Protocol):
@@ -130,7 +131,6 @@ class Settings:
     freshness: Freshness = field(default_factory=Freshness)
     retry_seconds: float = 1.0
     quota_seconds: float = 3600.0
-    backfill_calls: int = 0
     max_rejected_share: float = 0.2
 
 
@@ -142,7 +142,6 @@ class _Attempt:
     requested_at: datetime
     contexts: list[Context] = field(default_factory=list)
     parts: list[Snapshot] = field(default_factory=list)
-    minutes: list[Candle] = field(default_factory=list)
     suspects: list[RejectedRow] = field(default_factory=list)
     track_ids: dict[bool, str | None] = field(default_factory=dict)
     errors: dict[bool, ExchangeError] = field(default_factory=dict)
@@ -475,7 +474,7 @@ class Producer:
         missed = self._missed_beats(requested_at)
         attempt = _Attempt(self._sequence + len(missed) + 1, requested_at)
         gap_from = self._gap_from(requested_at, missed)
-        self._fetch(attempt, gap_from)
+        self._fetch(attempt)
         fetched = time.perf_counter()
         # From here to the end of the transaction a signal waits.
         self._interruptible = False
@@ -486,7 +485,7 @@ class Producer:
             derived = None
             if snapshot is not None:
                 publication.require_room_for(snapshot.received_at)
-                derived = diff_with_minutes(self._known, snapshot, attempt.minutes)
+                derived = Derived(snapshot, diff(self._known, snapshot))
             markers, freshness = self._markers(attempt, missed, derived, gap_from)
             letters = self._letters(attempt, markers[-1])
             if self._capture is not None:
@@ -499,7 +498,7 @@ class Producer:
         self._report(attempt, derived, markers, (fetched - began, time.perf_counter() - fetched))
         return markers[-1]
 
-    def _fetch(self, attempt: _Attempt, gap_from: datetime | None) -> None:
+    def _fetch(self, attempt: _Attempt) -> None:
         """Call the exchange, and again while the beat lasts where that may help."""
         if self._hold_for is not None and time.monotonic() < self._hold_until:
             attempt.held = True
@@ -518,8 +517,6 @@ class Producer:
             except ExchangeError as error:
                 attempt.errors[is_right] = error
                 attempt.track_ids.setdefault(is_right, error.track_id)
-        if gap_from is not None and attempt.parts and self._settings.backfill_calls:
-            self._backfill(attempt, gap_from, until)
         self._hold(attempt.error)
 
     def _persistently(self, call: Callable[[], Reply], until: float) -> Reply:
@@ -558,7 +555,7 @@ class Producer:
             self._hold_for = ExchangeRefused(error.kind, said, code=error.code)
             self._hold_until = time.monotonic() + seconds
 
-    def _context(self, attempt: _Attempt, reply: Reply, is_right: bool, *, minutes: bool = False) -> Context:
+    def _context(self, attempt: _Attempt, reply: Reply, is_right: bool) -> Context:
         if reply.dated is not None:
             skew = reply.dated - reply.received_at
             self._monitor.set(m.CLOCK_SKEW, skew.total_seconds())
@@ -578,7 +575,6 @@ class Producer:
             session_day=self._calendar.session_day(received_at),
             is_right=is_right,
             track_id=reply.track_id,
-            minutes=minutes,
             profile=self._settings.profile.name,
         )
 
@@ -591,37 +587,6 @@ class Producer:
                 f"{bad} of {part.rows} rows cannot be used: has the API changed? The first: {part.rejected[0].message}"
             )
             raise ExchangeNonsense("nonsense", said, track_id=track_id)
-
-    def _backfill(self, attempt: _Attempt, gap_from: datetime, until: float) -> None:
-        """Fetch the missed minutes of the companies that moved most, as far as budget and beat allow."""
-        snapshot = merge(attempt.parts)
-        if self._calendar.session_day(gap_from) != snapshot.session_day:
-            return
-        moved: list[tuple[int, Candle]] = []
-        for code, candle in snapshot.candles.items():
-            before = self._known.get(code)
-            same_day = before is not None and before.trading_day == candle.trading_day
-            if candle.trade_count - (before.trade_count if before and same_day else 0) > 1:
-                moved.append((candle.value - (before.value if before and same_day else 0), candle))
-        moved.sort(key=lambda pair: pair[0], reverse=True)
-        minutes = tuple(f"{instant.astimezone(TEHRAN):%H%M}" for instant in (gap_from, snapshot.received_at))
-        longest = 0.0
-        for _, candle in moved[: self._settings.backfill_calls]:
-            began = time.monotonic()
-            if candle.company_id is None or began + longest >= until or self._stop.is_set():
-                continue
-            try:
-                reply = self._exchange.realtime(
-                    rights=candle.is_right, company_id=candle.company_id, minutes=(minutes[0], minutes[1])
-                )
-                context = self._context(attempt, reply, candle.is_right, minutes=True)
-                attempt.minutes += parse_minutes(reply.body, context)
-                attempt.contexts.append(context)
-            except ExchangeError as error:
-                self._log.warning("minutes not fetched", instrument=candle.instrument, error=str(error))
-                if isinstance(error, ExchangeRefused):
-                    return
-            longest = max(longest, time.monotonic() - began)
 
     def _letters(self, attempt: _Attempt, marker: PollMarker) -> list[DeadLetter]:
         """Return the dead letters of rejected rows: the same bad row once a run and day, not every minute."""
@@ -664,6 +629,7 @@ class Producer:
     ) -> PollMarker:
         return PollMarker(
             poll_sequence=sequence,
+            simulated=self._settings.response_clock,
             source=self._settings.source,
             outcome=outcome,
             phase=self._calendar.phase(now),
@@ -672,7 +638,7 @@ class Producer:
             requested_at=requested_at,
             next_poll_at=next_poll_at,
             day_final=False,
-            **dict.fromkeys(("rows", *COUNTS, *ODD), 0),  # type: ignore[arg-type]  # these are numbers
+            **dict.fromkeys(("rows", "charged_calls", *COUNTS, *ODD), 0),  # type: ignore[arg-type]  # these are numbers
         )
 
     def _marker(self, attempt: _Attempt, derived: Derived | None, gap_from: datetime | None) -> PollMarker:
@@ -708,7 +674,7 @@ class Producer:
             stale_rows=changes.stale_rows,
             rejected_rows=len(snapshot.rejected),
             duplicate_rows=snapshot.duplicate_rows,
-            backfilled_rows=derived.backfilled_rows,
+            charged_calls=len(attempt.contexts),
             gap_from=gap_from,
         )
 
@@ -745,8 +711,6 @@ class Producer:
         """Log the poll in one line, in which what is zero is left out, and tell those who watch us."""
         marker = markers[-1]
         odd = dict(derived.snapshot.oddities) if derived else {}
-        if derived and derived.dropped_rows:
-            odd["backfill_dropped"] = derived.dropped_rows
         line = {
             "sequence": marker.poll_sequence,
             "outcome": marker.outcome.value,
@@ -792,8 +756,6 @@ class Producer:
         for metric, count in (
             (m.REJECTED_ROWS, marker.rejected_rows),
             (m.STALE_ROWS, marker.stale_rows),
-            (m.BACKFILLED, marker.backfilled_rows),
-            (m.BACKFILL_DROPPED, derived.dropped_rows),
         ):
             monitor.count(metric, count)
         monitor.set(m.LAST_GOOD_POLL, derived.snapshot.received_at.timestamp())

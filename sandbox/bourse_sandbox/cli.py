@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from bourse_cli.root import LazyGroup
 from bourse_sandbox.faults import fault_option
-from bourse_schemas.cli import LazyGroup
 
 __all__ = ["sandbox", "up"]
 
@@ -115,7 +115,7 @@ def up(
                 "Ctrl-C ends it."
             )
         if producing:
-            command = [sys.executable, "-m", "bourse_schemas", "--log-level", "warning", "produce"]
+            command = [sys.executable, "-m", "bourse_cli", "--log-level", "warning", "produce"]
             how = ["--poll-seconds", "1", "--schedule", "always", "--clock", "response", "--address", exchange.url]
             child = running.enter_context(spawn([*command, *how], env=stack.environment, inherit_terminal=True))
             while not stop.wait(0.5):

@@ -20,8 +20,9 @@ from typing import Any, Final, Protocol
 import msgspec
 from persiantools.jdatetime import JalaliDate
 
-from bourse_producer.calendar import TEHRAN, Calendar
+from bourse_producer.calendar import Calendar
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import TEHRAN
 
 __all__ = [
     "REAL_DAY",

@@ -33,7 +33,7 @@ __all__ = ["Options", "run"]
 
 WARM_UP_POLLS = 5
 FINISH_SECONDS = 60.0
-BOURSE = (sys.executable, "-m", "bourse_schemas")
+BOURSE = (sys.executable, "-m", "bourse_cli")
 
 
 @dataclass(frozen=True, slots=True)

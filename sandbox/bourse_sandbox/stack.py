@@ -9,12 +9,12 @@ from typing import Self
 
 from confluent_kafka import Producer
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_sandbox.kafka import Kafka, KafkaUnavailable, MockKafka
 from bourse_sandbox.registry import serve_registry
-from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.compatibility import compatible
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.registry import compatible
 from bourse_schemas.topics import TOPICS
 
 __all__ = ["CLIENT_ID", "NID", "SECRET", "Stack", "private_file"]

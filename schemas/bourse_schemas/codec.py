@@ -214,7 +214,6 @@ class Record(NamedTuple):
 
 
 SPECIFICATION: Header = ("ce_specversion", b"1.0")
-TYPE = 3  # where ce_type stands
 CONTENT_TYPE: Header = ("content-type", b"application/vnd.apache.avro")
 
 
@@ -226,7 +225,7 @@ class Serializer(Generic[E]):
         self.frame = FRAME.pack(MAGIC, schema_id)
         self._declared = topic
         self._encode: Callable[[E], bytes] = encoder(topic.event)
-        self.type: Header = ("ce_type", topic.cloudevents_type.encode())
+        self._type: Header | None = ("ce_type", topic.cloudevents_type.encode()) if topic.cloudevents_type else None
 
     def __call__(self, event: E) -> Record:
         """Return the event's record."""
@@ -237,6 +236,8 @@ class Serializer(Generic[E]):
         declared = self._declared
         timestamp, ce_time = _time(declared.timestamp(event))
         key = declared.key(event).encode()
+        if self._type is None:
+            return Record(self.topic, key, self.frame + body, timestamp, [])
         return Record(
             self.topic,
             key,
@@ -246,7 +247,7 @@ class Serializer(Generic[E]):
                 SPECIFICATION,
                 ("ce_id", declared.identity(event).encode()),
                 _source(getattr(event, "source", self.topic)),
-                self.type,
+                self._type,
                 ce_time,
                 ("ce_subject", key),
                 CONTENT_TYPE,
@@ -273,9 +274,7 @@ def candle_and_event_records(
     """Return the records of a candle and of the event that led to it; what they share is encoded once."""
     body = encoder(Candle)(candle)
     change = trades.record(event, _around_candle()(event, body))
-    headers = change.headers.copy()
-    headers[TYPE] = candles.type
-    return Record(candles.topic, change.key, candles.frame + body, change.timestamp, headers), change
+    return Record(candles.topic, change.key, candles.frame + body, change.timestamp, []), change
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

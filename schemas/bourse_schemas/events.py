@@ -6,13 +6,16 @@ Prices and values are whole rial, instants are aware datetimes in UTC with milli
 from __future__ import annotations
 
 import re
+import unicodedata
 from datetime import date, datetime
 from enum import StrEnum
 from functools import lru_cache
+from zoneinfo import ZoneInfo
 
 import msgspec
 
 __all__ = [
+    "TEHRAN",
     "AlertKind",
     "AlertState",
     "Candle",
@@ -32,6 +35,9 @@ __all__ = [
     "Unit",
     "tidy",
 ]
+
+
+TEHRAN = ZoneInfo("Asia/Tehran")
 
 
 class Op(StrEnum):
@@ -185,51 +191,23 @@ class Candle(Event, frozen=True, kw_only=True, gc=False):
     exchange_type: str | None = None
 
 
-class TradeEvent(Event, frozen=True, kw_only=True, gc=False):
-    """One change of one instrument between two polls: the candle after it, what kind it is, and by how much."""
+class TradeEvent(Candle, frozen=True, kw_only=True, gc=False):
+    """One change of one instrument between two polls: the candle after it, its kind, and the differences."""
 
     event_id: str
     op: Op
-    instrument: str
-    sequence: int
-    trading_day: date
-    trading_day_jalali: str | None = None
-    traded_at: datetime
-    traded_at_estimated: bool
-    observed_at: datetime
-    poll_sequence: int
-    source: str
-    company_id: int | None = None
-    symbol: str
-    symbol_raw: str
-    title: str
-    is_right: bool
-    open_price: int | None = None
-    high_price: int | None = None
-    low_price: int | None = None
-    last_price: int | None = None
-    closing_price: int | None = None
-    previous_close: int | None = None
-    volume: int
-    value: int
-    trade_count: int
-    closing_change: int | None = None
-    closing_change_percent: float | None = None
-    shares_outstanding: int | None = None
-    market_value: int | None = None
-    exchange_type: str | None = None
     volume_delta: int
     value_delta: int
     trade_count_delta: int
     last_price_delta: int | None = None
     closing_price_delta: int | None = None
-    backfilled: bool
 
 
 class PollMarker(Event, frozen=True, kw_only=True, gc=False):
     """One poll of the exchange, good or bad."""
 
     poll_sequence: int
+    simulated: bool
     poll_id: str | None = None
     rights_poll_id: str | None = None
     source: str
@@ -250,7 +228,7 @@ class PollMarker(Event, frozen=True, kw_only=True, gc=False):
     stale_rows: int
     rejected_rows: int
     duplicate_rows: int
-    backfilled_rows: int
+    charged_calls: int
     gap_from: datetime | None = None
     error_kind: str | None = None
     error_code: str | None = None
@@ -307,8 +285,20 @@ class DeadLetter(Event, frozen=True, kw_only=True, gc=False):
     failed_at: datetime
 
 
+_ZWNJ = "\u200c"
+_LETTERS = str.maketrans(
+    {"ي": "ی", "ى": "ی", "ك": "ک"} | {chr(zero + digit): str(digit) for zero in (0x0660, 0x06F0) for digit in range(10)}
+)
+
+
 @lru_cache(1 << 16)
 def tidy(text: str) -> str:
-    """Normalise Persian text as `symbol` and `title` are: ي→ی, ك→ک, single spaces, ZWNJ between letters only."""
-    text = re.sub("\u200c+", "\u200c", text.replace("ي", "ی").replace("ى", "ی").replace("ك", "ک"))
-    return re.sub("\u200c?\\s[\\s\u200c]*", " ", text).strip(" \u200c")
+    """Normalise Persian text as `symbol` and `title` are.
+
+    NFC; ي and ى become ی, ك becomes ک; Arabic and Persian digits become 0-9; invisible marks (category Cf) are removed,
+    but for a single ZWNJ between letters; white space becomes single spaces.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_LETTERS)
+    text = "".join(char for char in text if char == _ZWNJ or unicodedata.category(char) != "Cf")
+    text = re.sub(f"{_ZWNJ}+", _ZWNJ, text)
+    return re.sub(f"{_ZWNJ}?\\s[\\s{_ZWNJ}]*", " ", text).strip(f" {_ZWNJ}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import click
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
@@ -21,18 +20,16 @@ if TYPE_CHECKING:
 
     from bourse_schemas.registry import Registry
 
-__all__ = ["Cluster", "abandon", "cluster_options", "shared_default"]
+__all__ = ["Cluster", "abandon", "kafka_logger"]
 
 # Where a transaction cannot be aborted its successor does it: nothing an operator need read.
 warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 
-F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C")
 
 STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
 REGISTRY_KEYS = "schema.registry."
-SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,6 @@ class Cluster:
         """Return a transactional producer, not yet initialised."""
         from confluent_kafka import Producer
 
-        from bourse_schemas.telemetry import kafka_logger
-
         # A commit sends at once what lingers; without it the sending of tiny batches slows our own thread down.
         tuned = {"linger.ms": 20, "compression.type": "lz4"}
         pinned = {
@@ -87,8 +82,6 @@ class Cluster:
     def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
         """Return a read_committed consumer that never commits by itself; `pinned` are more settings (`a_b` is a.b)."""
         from confluent_kafka import Consumer
-
-        from bourse_schemas.telemetry import kafka_logger
 
         tuned = {
             "fetch.wait.max.ms": 10,
@@ -111,8 +104,6 @@ class Cluster:
         """Return an administration client."""
         from confluent_kafka.admin import AdminClient
 
-        from bourse_schemas.telemetry import kafka_logger
-
         return self._make(AdminClient, self.client({}), logger=kafka_logger())
 
     def registry(self) -> Registry:
@@ -130,8 +121,6 @@ class Cluster:
         """
         from confluent_kafka import KafkaError, KafkaException
         from confluent_kafka.admin import AdminClient
-
-        from bourse_schemas.telemetry import kafka_logger
 
         said: list[KafkaError] = []
         admin = self._make(AdminClient, {**self.client({}), "error_cb": said.append}, logger=kafka_logger())
@@ -197,86 +186,30 @@ def abandon(producer: Producer) -> None:
     closing.join(ABANDON_SECONDS)
 
 
-def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
-    """Return a default for an option that many commands share: the top level of `bourse.toml`, else `otherwise`."""
+class _Once(logging.Filter):
+    """Lets a line pass once in a while: of a broker that is away each thread of each client speaks all the time."""
 
-    def default() -> Any:
-        context = click.get_current_context(silent=True)
-        value = ((context and context.find_root().default_map) or {}).get(key, otherwise)
-        kind, words = (list, "a list of strings") if otherwise is None else (str, "a string")
-        if value is not None and not isinstance(value, kind):
-            raise ConfigurationError(f"bourse.toml: {key} must be {words}")
-        return value
+    SECONDS = 30.0
 
-    return default
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[Hashable, float] = {}
 
-
-def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{pair!r} is not key=value")
-        if value.startswith("@"):
-            try:
-                value = Path(value[1:]).read_text("utf-8").strip()
-            except OSError as error:
-                raise click.BadParameter(f"{key}: cannot read {value[1:]}: {error.strerror}") from error
-            except UnicodeDecodeError as error:
-                raise click.BadParameter(f"{key}: {value[1:]} is not text") from error
-        elif key.endswith(SECRETS):
-            raise click.BadParameter(f"{key} is a secret: put it into a file and say -X {key}=@FILE")
-        settings[key] = value
-    return settings
+    def filter(self, record: logging.LogRecord) -> bool:
+        # "FAIL [client] [thread]: broker: what happened (after 3ms in state CONNECT)": the same but for its last part.
+        text, now = record.getMessage().partition(" (after")[0], time.monotonic()
+        if now - self._passed.get(text, -self.SECONDS) < self.SECONDS:
+            return False
+        if len(self._passed) > 1_000:
+            self._passed.clear()
+        self._passed[text] = now
+        return True
 
 
-def cluster_options(command: F) -> F:
-    """Add the options that name the cluster; the command gets `cluster: Cluster` in their place."""
-    from functools import wraps
-
-    @wraps(command)
-    def with_cluster(
-        *args: Any,
-        bootstrap_servers: str,
-        registry_url: str,
-        topic_prefix: str,
-        kafka_settings: dict[str, str],
-        **rest: Any,
-    ) -> Any:
-        return command(*args, cluster=Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings), **rest)
-
-    options = [
-        click.option(
-            "--bootstrap-servers",
-            metavar="HOST:PORT,…",
-            envvar="BOURSE_BOOTSTRAP_SERVERS",
-            default=shared_default("bootstrap_servers", "127.0.0.1:9092"),
-            help="Kafka brokers. [default: 127.0.0.1:9092]",
-        ),
-        click.option(
-            "--registry-url",
-            metavar="URL",
-            envvar="BOURSE_REGISTRY_URL",
-            default=shared_default("registry_url", "http://127.0.0.1:8081"),
-            help="Schema registry (Confluent's API). [default: http://127.0.0.1:8081]",
-        ),
-        click.option(
-            "--topic-prefix",
-            envvar="BOURSE_TOPIC_PREFIX",
-            default=shared_default("topic_prefix", DEFAULT_PREFIX),
-            help=f"Prefix of the topics' names. [default: {DEFAULT_PREFIX}]",
-        ),
-        click.option(
-            "-X",
-            "kafka_settings",
-            metavar="KEY=VALUE",
-            envvar="BOURSE_KAFKA_SETTINGS",
-            multiple=True,
-            default=shared_default("kafka_settings", None),
-            callback=_settings,
-            help="A librdkafka setting, or schema.registry.… for the registry's client; =@FILE reads it. Repeatable.",
-        ),
-    ]
-    for option in reversed(options):
-        with_cluster = option(with_cluster)
-    return with_cluster  # type: ignore[return-value]  # click's decorators keep the callable
+def kafka_logger() -> logging.Logger:
+    """Return the logger of librdkafka's own lines; it is silent where no logs are configured."""
+    logger = logging.getLogger("librdkafka")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+        logger.addFilter(_Once())
+    return logger

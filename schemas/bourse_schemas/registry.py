@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 from weakref import finalize
 
-import fastavro
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
 from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError
 
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
+from bourse_schemas.compatibility import gate, refusal
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, Unreachable
 from bourse_schemas.events import Event
 from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["COMPATIBILITY", "Registry", "compatible", "gate"]
+__all__ = ["COMPATIBILITY", "Registry"]
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
@@ -61,7 +60,7 @@ class Registry:
                 f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url}`"
             ) from error
         if faults := gate(avro_schema(topic.event), self._released(subject)):
-            raise ConfigurationError(f"subject {subject} at {self.url}: {_refusal(faults)}")
+            raise ConfigurationError(f"subject {subject} at {self.url}: {refusal(faults)}")
         return Serializer(topic, cast("int", schema_id), prefix)
 
     def deserializer(self, event: type[E]) -> Deserializer[E]:
@@ -91,7 +90,7 @@ class Registry:
         """
         subject = topic.subject(prefix)
         if faults := gate(avro_schema(topic.event), self._released(subject)):
-            raise SchemaIncompatible(f"{subject}: {_refusal(faults)}")
+            raise SchemaIncompatible(f"{subject}: {refusal(faults)}")
         try:
             self._ask(lambda: self._client.set_config(subject, ServerConfig(compatibility=COMPATIBILITY)))
             return self._ask(lambda: self._client.register_schema(subject, _schema(topic.event)))
@@ -111,7 +110,7 @@ class Registry:
         if not released:
             return f"{subject} is not registered: run `bourse schemas register`"
         if faults := gate(avro_schema(topic.event), released):
-            return f"{subject}: {_refusal(faults)}"
+            return f"{subject}: {refusal(faults)}"
         for version in released:
             if not self._compatible(topic, subject, version):
                 return f"{subject}: the registry finds this release's schema not compatible with version {version}"
@@ -173,126 +172,9 @@ class Registry:
             raise
 
 
-def _refusal(faults: list[str]) -> str:
-    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return f"{'; '.join(faults[:3])}{more}. {WAY_OUT}"
-
-
 def _is_number(setting: str) -> bool:
     return setting == "timeout" or setting.startswith(("cache.", "max.retries", "retries."))
 
 
 def _schema(event: type[Event]) -> Schema:
     return Schema(json.dumps(avro_schema(event), ensure_ascii=False), "AVRO")
-
-
-# --- compatibility, offline -------------------------------------------------------------------------------------------
-
-WAY_OUT = "Leave what is released as it is: a new field needs a default, and another meaning another field or topic"
-UNITS = re.compile(r"\b(?:rial|toman|percent|shares|lots|milliseconds|seconds|minutes|UTC)\b")
-_PROMOTED = {
-    "int": {"long", "float", "double"},
-    "long": {"float", "double"},
-    "float": {"double"},
-    "string": {"bytes"},
-    "bytes": {"string"},
-}
-
-
-def compatible(new: dict[str, Any], olds: list[dict[str, Any]]) -> list[str]:
-    """Return what keeps a schema from being fully compatible with every older one, one line a fault.
-
-    Avro's own rules of resolution, both ways; and a changed logical type, precision, scale or unit is a fault, which
-    Avro would let pass.
-    """
-    return [fault for version, old in enumerate(olds, 1) for fault in _incompatible(new, old, version)]
-
-
-def _incompatible(new: Any, old: Any, version: int) -> Iterator[str]:
-    expand = fastavro.schema.expand_schema
-    yield from (f"version {version} cannot read it: {why}" for why in _unreadable(expand(new), expand(old), ""))
-    yield from (f"it cannot read version {version}: {why}" for why in _unreadable(expand(old), expand(new), ""))
-
-
-def gate(new: dict[str, Any], released: Mapping[int, Any]) -> list[str]:
-    """Return what keeps a schema from following the released ones, by their versions; one line a fault.
-
-    What is not compatible, and what readers would take for something else: a field or a symbol that is gone, another
-    default of a field or an enum, another unit in a doc, fields in another order; and what nothing explains.
-    """
-    faults: list[str] = []
-    try:
-        for version, old in released.items():
-            if old == new:
-                break  # what came later was judged when it came
-            faults += _incompatible(new, old, version)
-            if isinstance(old, dict) and "fields" in old:
-                faults += [f"beside version {version}: {why}" for why in _changed(old, new)]
-    except fastavro.schema.SchemaParseException as error:
-        return [f"it is no Avro schema: {error}"]
-    explained = [(new["name"], new)]
-    for field in new["fields"]:
-        explained += [(field["name"], field), *((each["name"], each) for each in _enums(field))]
-    return faults + [f"{name} has no doc" for name, part in explained if not part.get("doc")]
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Yield what resolves, and means something else."""
-    before, after = ({field["name"]: field for field in schema["fields"]} for schema in (old, new))
-    shared = [name for name in before if name in after]
-    if shared != [name for name in after if name in before]:
-        yield "the fields stand in another order"
-    yield from (f"{name} is gone" for name in before if name not in after)
-    for name in shared:
-        then, now = before[name], after[name]
-        yield from _another("default", name, then, now)
-        units = [sorted(set(UNITS.findall(field.get("doc", "")))) for field in (then, now)]
-        if units[0] != units[1]:
-            yield f"the doc of {name} speaks of {units[1] or 'no unit'}, was {units[0] or 'none'}"
-        for was, is_ in zip(_enums(then), _enums(now), strict=False):
-            yield from _another("the enum's default", name, was, is_)
-            if gone := [symbol for symbol in was["symbols"] if symbol not in is_["symbols"]]:
-                yield f"{name} is no longer {', '.join(gone)}"
-
-
-def _another(what: str, name: str, then: Any, now: Any) -> Iterator[str]:
-    if then.get("default", ...) != now.get("default", ...):
-        yield f"{what} of {name} is {now.get('default', 'none')!r}, was {then.get('default', 'none')!r}"
-
-
-def _enums(field: Any) -> list[Any]:
-    branches = field["type"] if isinstance(field["type"], list) else [field["type"]]
-    return [branch for branch in branches if isinstance(branch, dict) and branch.get("type") == "enum"]
-
-
-def _unreadable(writer: Any, reader: Any, at: str) -> Iterator[str]:
-    if isinstance(writer, list):
-        for branch in writer:
-            yield from _unreadable(branch, reader, at)
-        return
-    if isinstance(reader, list):
-        if all(any(_unreadable(writer, branch, at)) for branch in reader):
-            yield f"{at} may hold what the reader's union has not"
-        return
-    wrote: dict[str, Any] = {"type": writer} if isinstance(writer, str) else writer
-    reads: dict[str, Any] = {"type": reader} if isinstance(reader, str) else reader
-    for attribute in ("logicalType", "precision", "scale", "unit", "size", "name"):
-        if wrote.get(attribute) != reads.get(attribute):
-            yield f"{attribute} of {at or 'the record'} is {wrote.get(attribute)} or {reads.get(attribute)}"
-    match wrote["type"], reads["type"]:
-        case "record", "record":
-            written = {field["name"]: field for field in wrote["fields"]}
-            for field in reads["fields"]:
-                path = f"{at}.{field['name']}".lstrip(".")
-                if field["name"] in written:
-                    yield from _unreadable(written[field["name"]]["type"], field["type"], path)
-                elif "default" not in field:
-                    yield f"{path} is not written and has no default"
-        case "enum", "enum":
-            if "default" not in reads and (unknown := set(wrote["symbols"]) - set(reads["symbols"])):
-                yield f"{at} may be {', '.join(sorted(unknown))}"
-        case ("map" | "array" as kind, other) if kind == other:
-            inner = "values" if kind == "map" else "items"
-            yield from _unreadable(wrote[inner], reads[inner], f"{at}[]")
-        case kind, other if kind != other and other not in _PROMOTED.get(kind, ()):
-            yield f"{at} is {kind} or {other}"

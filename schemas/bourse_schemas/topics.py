@@ -32,7 +32,10 @@ HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic as declared. `key`, `timestamp` and `identity` derive those of a record from its event."""
+    """A topic as declared. `key`, `timestamp` and `identity` derive those of a record from its event.
+
+    `cloudevents_type` is None where records carry no CloudEvents headers: a table (candles) holds no events.
+    """
 
     name: str
     event: type[Event]
@@ -43,7 +46,7 @@ class Topic:
     partitions: int
     cleanup: Literal["delete", "compact"]
     doc: str
-    cloudevents_type: str
+    cloudevents_type: str | None = None
     retention_ms: int | None = None
 
     def settings(self, *, replicas: int, any_time: bool) -> dict[str, str]:
@@ -124,7 +127,6 @@ CANDLES = Topic(
     partitions=6,
     cleanup="compact",
     doc="the day's running candle of every instrument",
-    cloudevents_type="ir.bourse.candle.v1",
 )
 POLLS = Topic(
     name="polls",
@@ -163,7 +165,6 @@ DEAD_LETTERS = Topic(
     cleanup="delete",
     retention_ms=30 * DAY_MS,
     doc="rows and records that could not be used, with the reason and the bytes",
-    cloudevents_type="ir.bourse.dead-letter.v1",
 )
 TOPICS = (TRADES, CANDLES, POLLS, ALERTS, DEAD_LETTERS)
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from msgspec.structs import asdict
 
+from bourse_cli.root import bourse
 from bourse_consumers.alerts.consumer import Alerts
 from bourse_consumers.alerts.rules import Engine
 from bourse_consumers.alerts.ruleset import load, schema, strangers
@@ -22,7 +23,6 @@ from bourse_consumers.archive.store import Folder
 from bourse_consumers.testing import Memory, MemoryStream, run, trade
 from bourse_producer.replay import Replay
 from bourse_sandbox.market import REAL_DAY
-from bourse_schemas.cli import bourse
 from bourse_schemas.codec import to_json
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import AlertState, FeedState, Outcome, Phase, PollMarker, PriceAlert, ResolvedBy
@@ -154,7 +154,8 @@ def marker(minute: int, state: FeedState = FeedState.FRESH, **more: Any) -> Poll
         "received_at": at,
         "next_poll_at": at + timedelta(minutes=1),
         "day_final": False,
-        "backfilled_rows": 0,
+        "charged_calls": 1,
+        "simulated": False,
         **dict.fromkeys(NUMBERS, 0),
         **more,
     }

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,9 +24,8 @@ from bourse_consumers.alerts.rules import (
     Traded,
 )
 from bourse_consumers.testing import trade
-from bourse_schemas.events import AlertKind, AlertState, Op, PriceAlert, TradeEvent, Unit
+from bourse_schemas.events import TEHRAN, AlertKind, AlertState, Op, PriceAlert, TradeEvent, Unit
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 OPENED = datetime(2026, 11, 23, 5, 30, tzinfo=UTC)
 CODES = "IRO1AAAA0001", "IRO1BBBB0001"
 MINUTE = timedelta(minutes=1)
@@ -46,7 +44,6 @@ EVENTS = st.lists(
             "previous_close": st.sampled_from([None, 0, 100, 106]),
             "op": st.sampled_from([Op.TRADED] * 5 + [Op.OPENED, Op.REVISED, Op.CANCELLED, Op.CANCELLED, Op.UNKNOWN]),
             "amount": st.integers(0, 8),
-            "backfilled": st.sampled_from([False] * 6 + [True]),
             "stale": st.sampled_from([False] * 12 + [True]),
         }
     ),
@@ -84,7 +81,6 @@ def events_of(rows: Sequence[dict[str, Any]]) -> list[TradeEvent]:
                 volume_delta=delta,
                 value_delta=delta * 10,
                 trade_count_delta=delta,
-                backfilled=row["backfilled"],
             )
         )
     return events
@@ -163,7 +159,7 @@ def price_then(history: Seen, value: str, at: datetime) -> Any:
 def side(rule: Rule, sign: int, history: Seen) -> bool | None:
     """Say whether a price was last near (True) or beyond (False) the level, by all that was judged."""
     test: Any = rule.test
-    judged = [event for _, event in history if not event.backfilled and event.last_price is not None]
+    judged = [event for _, event in history if event.last_price is not None]
     near: bool | None = None
     for number, event in enumerate(judged):
         if number == 0 and event.previous_close:
@@ -212,7 +208,7 @@ def verdict(rule: Rule, sign: int, history: Seen, said: list[tuple[AlertState, d
     if isinstance(test, Crossing):
         beyond = sign * (price - test.level) >= 0
         before = side(rule, sign, history[:-1])
-        judged = [each for _, each in history if not each.backfilled and each.last_price is not None]
+        judged = [each for _, each in history if each.last_price is not None]
         if len(judged) == 1 and event.previous_close:
             before = sign * (event.previous_close - test.level) < 0
         if beyond:
@@ -222,7 +218,7 @@ def verdict(rule: Rule, sign: int, history: Seen, said: list[tuple[AlertState, d
         reference = price_then(history, "last_price", now - test.since)
     elif test.since == "last_alert":
         fired = [at for state, _, at in said if state is AlertState.FIRING]
-        prices = [each.last_price for _, each in history if not each.backfilled and each.last_price is not None]
+        prices = [each.last_price for _, each in history if each.last_price is not None]
         reference = fired[-1] if fired else prices[0]
     else:
         reference = event.open_price if test.since == "open" else event.previous_close
@@ -285,7 +281,7 @@ def naive(
                     assert since is not None
                     since_said = since
                     raised, firing = due, True
-                    last = [each.last_price for _, each in ours if not each.backfilled and each.last_price is not None]
+                    last = [each.last_price for _, each in ours if each.last_price is not None]
                     said.append((AlertState.FIRING, due, last[-1] if last else None))
                     yield AlertState.FIRING, since_said, due
                 continue
@@ -304,7 +300,7 @@ def naive(
         if isinstance(test, Quiet):
             means = False if event.op in (Op.TRADED, Op.OPENED) else None
         else:
-            means = None if event.backfilled else verdict(rule, sign, history, said)
+            means = verdict(rule, sign, history, said)
         momentary = isinstance(test, Cancelled) or (isinstance(test, Change) and test.since == "last_alert")
         if firing and means is not None and (not means or momentary):
             if off is None:

@@ -24,6 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from bourse_cli.health import Monitor
+from bourse_cli.root import bourse
 from bourse_consumers.api import Partition, Record
 from bourse_consumers.notify import words
 from bourse_consumers.notify.channels import Channel, load
@@ -34,7 +36,6 @@ from bourse_consumers.notify.words import Manner, Text
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, MemoryStream
 from bourse_sandbox.kafka import free_port
-from bourse_schemas.cli import bourse
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import (
     AlertKind,
@@ -47,7 +48,6 @@ from bourse_schemas.events import (
     Stage,
     Unit,
 )
-from bourse_schemas.monitor import Monitor
 from tests.web import Web, serving
 
 NOON = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)  # 12:00 in Tehran, 2 Azar 1405
@@ -688,7 +688,7 @@ def test_a_file_that_is_none_is_an_operators_mistake(tmp_path: Path, text: str |
 
 def test_without_apprise_it_says_what_to_install(tmp_path: Path) -> None:
     """Exit code 2 and the extra's name; the other commands work."""
-    program = "import sys; sys.modules['apprise'] = None; from bourse_schemas.cli import main; main()"
+    program = "import sys; sys.modules['apprise'] = None; from bourse_cli.root import main; main()"
     command = [sys.executable, "-c", program, "notify", "test", "desk", "--channels", str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -51,7 +51,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def consume(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `bourse consume`."""
-    command = [sys.executable, "-m", "bourse_schemas", "consume", *arguments]
+    command = [sys.executable, "-m", "bourse_cli", "consume", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
+from bourse_cli.health import Monitor
 from bourse_consumers.api import (
     Assignment,
     Batch,
@@ -33,7 +34,6 @@ from bourse_consumers.runner import NO_NOTES, Runner, StreamBroken, patiently
 from bourse_consumers.testing import ConsumerContract, Memory, MemoryStream, run, trade
 from bourse_schemas.errors import BourseError, Unreachable
 from bourse_schemas.events import Reason, Stage, TradeEvent
-from bourse_schemas.monitor import Monitor
 from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic
 
 TRADES_0 = Partition("bourse.trades", 0)

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Own, Rebuild, Reject, Resume, Retry, Start
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, MemoryStream, trade
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import DeadLetter, Event, Reason, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic

@@ -79,7 +79,6 @@ def event(**changes: Any) -> TradeEvent:
         value_delta=1_230_000,
         trade_count_delta=3,
         last_price_delta=5,
-        backfilled=False,
     )
     return msgspec.structs.replace(base, **changes)
 
@@ -106,7 +105,8 @@ def marker(sequence: int, **changes: Any) -> PollMarker:
         stale_rows=0,
         rejected_rows=0,
         duplicate_rows=0,
-        backfilled_rows=0,
+        charged_calls=1,
+        simulated=False,
     )
     return msgspec.structs.replace(base, **changes)
 
@@ -399,7 +399,7 @@ def publish(cluster: Cluster) -> Publish:
 def command(cluster: Cluster) -> list[str]:
     """Return the command line of `bourse watch` for this cluster."""
     return [
-        *(sys.executable, "-c", "from bourse_schemas.cli import main; main()", "watch"),
+        *(sys.executable, "-c", "from bourse_cli.root import main; main()", "watch"),
         *("--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url),
         *("--topic-prefix", cluster.prefix),
     ]

@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import asdict
 
+from bourse_cli.root import bourse
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.testing import trade
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
-from bourse_schemas.cli import bourse
 from bourse_schemas.codec import to_json
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, Event, TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -74,7 +74,7 @@ class Place:
     @contextmanager
     def consuming(self, rules: Path) -> Iterator[Child]:
         log = self.folder / "log"
-        command = [sys.executable, "-m", "bourse_schemas", "consume", "alerts", "--rules", rules, *self.options]
+        command = [sys.executable, "-m", "bourse_cli", "consume", "alerts", "--rules", rules, *self.options]
         with spawn([*map(str, command)], stdout=log, stderr=log, env=dict(os.environ)) as child:
             yield child
             child.terminate()

@@ -21,6 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its 
     ResourceType,
 )
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.files import catalog
 from bourse_consumers.archive.parquet import ParquetArchive
 from bourse_consumers.archive.store import Folder
@@ -30,7 +31,6 @@ from bourse_consumers.runner import Runner, StreamBroken
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster

@@ -43,10 +43,11 @@ def day() -> Topics:
         counts: dict[str, Any] = dict.fromkeys(
             ("rows", "opened", "revised", "cancelled", "stale_rows", "rejected_rows"), 0
         )
-        counts |= dict.fromkeys(("duplicate_rows", "backfilled_rows"), 0)
+        counts |= dict.fromkeys(("duplicate_rows", "charged_calls"), 0)
         markers.append(
             PollMarker(
                 poll_sequence=sequence,
+                simulated=True,
                 source="s",
                 outcome=Outcome.PUBLISHED,
                 phase=Phase.OPEN,

@@ -21,15 +21,16 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
+from bourse_cli.root import main
+from bourse_cli.tail import read_topic
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.registry import serve_registry
-from bourse_schemas.cli import main
 from bourse_schemas.codec import Serializer, avro_schema
-from bourse_schemas.commands import read_topic
+from bourse_schemas.compatibility import compatible
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable
 from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.registry import Registry, compatible
+from bourse_schemas.registry import Registry
 from bourse_schemas.topics import DEAD_LETTERS, POLLS, TOPICS, TRADES
 
 pytestmark = pytest.mark.kafka
@@ -172,7 +173,7 @@ def test_a_broker_that_is_not_there_is_given_up_within_ten_seconds() -> None:
     begin = time.monotonic()
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "bourse_schemas", *command, *where],
+            [sys.executable, "-m", "bourse_cli", *command, *where],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -246,7 +247,7 @@ def test_a_subject_with_another_schema(bourse: Run, registry_url: str, prefix: s
     assert code == 1
     assert f"{TRADES.subject(prefix)}: well\n" in out
     assert f"{POLLS.subject(prefix)}: version 1 cannot read it: rows is " in out
-    assert "Leave what is released as it is: a new field needs a default" in out
+    assert "Released schemas are frozen" in out
 
 
 def test_a_weaker_compatibility_is_found_and_mended(bourse: Run, registry_url: str, prefix: str) -> None:
@@ -437,9 +438,7 @@ def test_a_pinned_setting_is_refused(ready: Run) -> None:
 def test_a_reader_that_goes_away_is_no_error(ready: Run, publish: Callable[..., None], tmp_path: Path) -> None:
     """`bourse tail … | head -1`: more than a pipe holds, and nothing on stderr."""
     publish([_letter(number, "x" * 100) for number in range(2000)])
-    command = (
-        f"{sys.executable} -m bourse_schemas {' '.join(TAIL)} --json --with-metadata 2>{tmp_path / 'err'} | head -1"
-    )
+    command = f"{sys.executable} -m bourse_cli {' '.join(TAIL)} --json --with-metadata 2>{tmp_path / 'err'} | head -1"
     done = subprocess.run(
         ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True, timeout=30
     )
@@ -454,7 +453,7 @@ def test_tail_follows_until_it_is_interrupted(
     """Records appear as they are committed, line by line, into a pipe too; Ctrl-C ends it with exit 0."""
     publish([_letter(0)])
     out, err = tmp_path / "out", tmp_path / "err"
-    command = [sys.executable, "-m", "bourse_schemas", "tail", "dead-letters", "--from-beginning", "--json"]
+    command = [sys.executable, "-m", "bourse_cli", "tail", "dead-letters", "--from-beginning", "--json"]
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=os.environ)
         try:
@@ -476,12 +475,12 @@ def test_a_timestamp_far_ahead_needs_any_time(bourse: Run, cluster: Cluster, wai
     """Kafka refuses event time an hour ahead of its own unless the topics were made for it."""
     far = int((NOW + timedelta(days=400)).timestamp() * 1000)
     assert bourse("topics", "apply", "--replication-factor", "1")[0] == 0
-    assert _refusal(cluster, far) is not None
+    assert refusal(cluster, far) is not None
     assert bourse("topics", "apply", "--any-time")[0] == 0
-    wait_for(lambda: _refusal(cluster, far) is None)
+    wait_for(lambda: refusal(cluster, far) is None)
 
 
-def _refusal(cluster: Cluster, timestamp: int) -> str | None:
+def refusal(cluster: Cluster, timestamp: int) -> str | None:
     producer = cluster.transactional_producer(f"{cluster.prefix}-far")
     producer.init_transactions(10)
     producer.begin_transaction()

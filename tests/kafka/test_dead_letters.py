@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from confluent_kafka.admin import NewTopic  # type: ignore[attr-defined]  # not in its __all__
 
+from bourse_cli.dead_letters import dead_letters
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_sandbox.kafka import Kafka
-from bourse_schemas.commands import apply_topics, plan_topics, read_topic
-from bourse_schemas.dead_letters import dead_letters
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
@@ -102,43 +100,3 @@ def test_show(cluster: Cluster) -> None:
     missing = run(cluster, "show", "99").exception
     assert isinstance(missing, ConfigurationError)
     assert "no dead letter 99" in str(missing)
-
-
-def sent(cluster: Cluster, target: str) -> list[tuple[Any, Any, Any]]:
-    """Return what a topic holds: value, key, headers."""
-    return [(message.value(), message.key(), message.headers()) for message in read_topic(cluster, target)]
-
-
-def test_redrive_at_most_once(cluster: Cluster) -> None:
-    """The very bytes, key and headers, to a topic of the operator's; a second time there is nothing to do."""
-    target = f"{cluster.prefix}-repair"
-    admin = cluster.admin()
-    for done in admin.create_topics([NewTopic(target, 1, 1)]).values():
-        done.result()
-    assert run(cluster, "redrive", "0", "--to", target, answer="n\n").exit_code == 0
-    assert sent(cluster, target) == []
-    run(cluster, "redrive", "0", "--to", target, "--yes")
-    both = [("ce_id", b"x"), ("bourse_redriven", b"0")]
-    assert sent(cluster, target) == [(b"\x00\xff\x01", b"IRO1MADN0001", both)]
-    again = run(cluster, "redrive", "--all", "--to", target, "--yes")
-    assert "2 records to" in again.stderr
-    assert "1 are there already" in again.stderr
-    assert [value for value, _, _ in sent(cluster, target)] == [bytes([0, 255, number]) for number in (1, 2, 3)]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["0", "--to", "{prefix}.trades"], "every other subscriber"),
-        (["0", "--to", "nowhere"], "no topic nowhere"),
-        (["--to", "x"], "give offsets"),
-        (["0", "--all", "--to", "x"], "give offsets"),
-        (["3", "--to", "x"], "is a row of the exchange"),
-        (["77", "--to", "x"], "no dead letter 77"),
-    ],
-)
-def test_redrive_refuses(cluster: Cluster, words: Sequence[str], said: str) -> None:
-    """What would reach others twice, or makes no sense, before anything is sent."""
-    refused = run(cluster, "redrive", *(word.format(prefix=cluster.prefix) for word in words), "--yes").exception
-    assert isinstance(refused, ConfigurationError)
-    assert said in str(refused)

@@ -22,7 +22,7 @@ from bourse_sandbox.market import REAL_DAY, CapturedDay
 from bourse_sandbox.processes import Child, spawn
 
 pytestmark = pytest.mark.kafka
-BOURSE = (sys.executable, "-m", "bourse_schemas")
+BOURSE = (sys.executable, "-m", "bourse_cli")
 SHARED_DAY = Path(__file__).parents[3] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
 
 

@@ -17,18 +17,18 @@ import httpx
 import pytest
 from confluent_kafka.admin import NewTopic  # type: ignore[attr-defined]  # not in its __all__
 
+from bourse_cli import logs
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.doctor import doctor
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import Server
-from bourse_schemas import telemetry
 from bourse_schemas.codec import avro_schema
-from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.compatibility import compatible
 from bourse_schemas.events import FeedState, Outcome, Phase, PollMarker
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.registry import compatible
 from bourse_schemas.topics import POLLS, TOPICS, TRADES
 
 pytestmark = pytest.mark.kafka
@@ -75,7 +75,7 @@ class Place:
             "BOURSE_TOPIC_PREFIX": self.cluster.prefix,
             **environment,
         }
-        command = [sys.executable, "-m", "bourse_schemas", *options]
+        command = [sys.executable, "-m", "bourse_cli", *options]
         return command, {name: value for name, value in variables.items() if value is not None}
 
     def look(self, *options: str, **environment: str | None) -> Found:
@@ -105,7 +105,7 @@ class Place:
             "next_poll_at": now + timedelta(minutes=1),
             "day_final": False,
             **dict.fromkeys(("opened", "traded", "revised", "cancelled"), 0),
-            **{f"{kind}_rows": 0 for kind in ("stale", "rejected", "duplicate", "backfilled")},
+            **{f"{kind}_rows": 0 for kind in ("stale", "rejected", "duplicate")},
             "rows": 600,
         }
         record = self.cluster.registry().serializer(POLLS, self.cluster.prefix)(PollMarker(**{**usual, **changes}))
@@ -323,7 +323,7 @@ def test_a_full_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Little space is said in time, too little is wrong."""
     from click.testing import CliRunner
 
-    monkeypatch.setattr(telemetry, "configure_logging", lambda _: None)  # it would last
+    monkeypatch.setattr(logs, "configure_logging", lambda _: None)  # it would last
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**8))
     _, variables = place.command()
     run = CliRunner().invoke(doctor, ["--json", "--topic-prefix", place.cluster.prefix], env=variables)

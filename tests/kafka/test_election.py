@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.election import Election
 from bourse_sandbox.kafka import Kafka, MockKafka
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.kafka import Cluster
 
 pytestmark = pytest.mark.kafka

@@ -22,8 +22,10 @@ import fastavro
 import httpx
 import pytest
 
-from bourse_producer.finnotech import SOURCE, Credentials, Finnotech
+from bourse_cli.topics import apply_topics, plan_topics
+from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.publisher import Publisher
+from bourse_producer.responses import SOURCE
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
@@ -31,11 +33,10 @@ from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import FRAME, avro_schema
-from bourse_schemas.commands import apply_topics, plan_topics
+from bourse_schemas.compatibility import compatible
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.registry import compatible
 from bourse_schemas.topics import TOPICS, TRADES
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
@@ -124,7 +125,7 @@ def publish(cluster: Cluster, day: Path) -> None:
 
 def ours(cluster: Cluster, topic: str) -> list[str]:
     """Return what our own tool reads, decoded by our own codec, as lines of JSON."""
-    command = [sys.executable, "-m", "bourse_schemas", "tail", topic, "--from-beginning", "--exit-at-end", "--json"]
+    command = [sys.executable, "-m", "bourse_cli", "tail", topic, "--from-beginning", "--exit-at-end", "--json"]
     ran = subprocess.run([*command, *at(cluster)], capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
@@ -303,7 +304,7 @@ def test_who_was_built_for_version_1_reads_version_2_without_a_restart(
     next(field for field in second["fields"] if field["name"] == "op")["type"]["symbols"].append("SUSPENDED")
     next(field for field in forbidden["fields"] if field["name"] == "volume")["type"] = "string"
 
-    tail = [sys.executable, "-m", "bourse_schemas", "tail", "trades", "--from-beginning", "--json"]
+    tail = [sys.executable, "-m", "bourse_cli", "tail", "trades", "--from-beginning", "--json"]
     commands = {**{language: [*program, "--json"] for language, program in programs.items()}, "ours": tail}
     send(cluster, trade(cluster, first, 1), trade(cluster, first, 2, closing_change_percent=-1.37))
 

@@ -16,6 +16,7 @@ import pytest
 from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 from msgspec import structs
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.notify import words
 from bourse_consumers.notify.channels import Channel
@@ -25,7 +26,6 @@ from bourse_consumers.notify.sending import Apprised, Webhook
 from bourse_consumers.runner import Runner
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import DeadLetter, PriceAlert, Reason
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS
@@ -116,7 +116,7 @@ def test_a_kill_loses_nothing_and_repeats_one_message_at_most(
         command = [
             sys.executable,
             "-m",
-            "bourse_schemas",
+            "bourse_cli",
             "consume",
             "notify",
             "--topic-prefix",

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.topic import read_topic
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.postgres.proof import verify
@@ -15,7 +16,6 @@ from bourse_consumers.postgres.sink import PostgresArchive
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
 from bourse_sandbox.kafka import Kafka
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES

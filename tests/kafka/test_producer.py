@@ -22,16 +22,17 @@ from confluent_kafka import KafkaError, Message
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
 from msgspec import structs
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import SOURCE, Credentials, Finnotech
+from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.publisher import Publisher
+from bourse_producer.responses import SOURCE
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError
 from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -289,7 +290,7 @@ def bourse(cluster: Cluster, url: str, secret: Path, log: Path, *options: str) -
         "always",
     ]
     return spawn(
-        [sys.executable, "-m", "bourse_schemas", "produce", *usual, *options], env=environment, stdout=log, stderr=log
+        [sys.executable, "-m", "bourse_cli", "produce", *usual, *options], env=environment, stdout=log, stderr=log
     )
 
 
@@ -546,8 +547,8 @@ def test_one_source_follows_another(cluster: Cluster) -> None:
 def test_a_sequence_goes_on_behind_a_busier_source(cluster: Cluster) -> None:
     """However many markers of another one came after ours."""
     counts = ("rows", "opened", "traded", "revised", "cancelled", "stale_rows", "rejected_rows", "duplicate_rows")
-    fields: dict[str, Any] = dict.fromkeys((*counts, "backfilled_rows"), 0)
-    fields |= {"outcome": "UNCHANGED", "phase": "OPEN", "feed_state": "FRESH", "day_final": False}
+    fields: dict[str, Any] = dict.fromkeys((*counts, "charged_calls"), 0)
+    fields |= {"simulated": False, "outcome": "UNCHANGED", "phase": "OPEN", "feed_state": "FRESH", "day_final": False}
     marker = PollMarker(poll_sequence=7, source=SOURCE, requested_at=datetime(2026, 11, 21, 6, tzinfo=UTC), **fields)
     for source, sequences in ((SOURCE, range(7, 8)), ("busy", range(1, 10_002))):
         publisher = Publisher(cluster, source)

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.publisher import committed
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES
 
 pytestmark = pytest.mark.kafka
-BOURSE = [sys.executable, "-m", "bourse_schemas"]
+BOURSE = [sys.executable, "-m", "bourse_cli"]
 
 
 @pytest.fixture

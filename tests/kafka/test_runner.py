@@ -17,17 +17,17 @@ import httpx
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
 
+from bourse_cli.health import Monitor
+from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Offsets, Own, Partition, Rebuild, Retry
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.processes import Child, spawn
-from bourse_schemas.commands import apply_topics, plan_topics
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.monitor import Monitor
 from bourse_schemas.topics import DEAD_LETTERS, TOPICS, TRADES
 
 pytestmark = pytest.mark.kafka
@@ -494,7 +494,7 @@ def test_a_member_that_slept_publishes_nothing(cluster: Cluster, tmp_path: Path,
 
 def consume(cluster: Cluster, folder: Path, *more: str) -> Child:
     """Start `bourse consume archive` as an operator would."""
-    command = [sys.executable, "-m", "bourse_schemas", "consume", "archive", "--to", str(folder / "archive")]
+    command = [sys.executable, "-m", "bourse_cli", "consume", "archive", "--to", str(folder / "archive")]
     where = ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
     names = ["--topic-prefix", cluster.prefix, *more]
     return spawn([*command, *where, *names], stdout=folder / "log", stderr=folder / "log")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bourse_producer.calendar import TEHRAN, Calendar, official_holiday
-from bourse_schemas.events import Phase
+from bourse_producer.calendar import Calendar, official_holiday
+from bourse_schemas.events import TEHRAN, Phase
 
 PLAIN = Calendar(holiday=lambda day: None)
 SATURDAY = date(2026, 11, 21)

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
-from bourse_producer.calendar import TEHRAN, Calendar, parse_calendar, parse_day
+from bourse_producer.calendar import Calendar, parse_calendar, parse_day
 from bourse_producer.calendar_command import calendar
 from bourse_producer.calendar_file import CalendarFile
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import Phase
+from bourse_schemas.events import TEHRAN, Phase
 
 SATURDAY, THURSDAY = date(2026, 12, 5), date(2026, 12, 10)
 GOOD = """

@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
-from bourse_producer.backfill import derive
 from bourse_producer.capture import Capture, Record, read
-from bourse_producer.finnotech import Context, Received
+from bourse_producer.derive import derive
+from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
 from bourse_producer.replay import Replay
 from bourse_producer.replay_command import replay
+from bourse_producer.responses import Context
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Op, Outcome, PollMarker, TradeEvent
@@ -140,8 +141,14 @@ def test_what_a_death_left_undecided_is_the_topics_to_say(tmp_path: Path, counts
     without = derived(files(tmp_path))
     assert ([event.volume for event in without.events], len(without.said)) == ([1], 1)
     counted = dict.fromkeys(("rows", "opened", "traded", "revised", "cancelled", "stale_rows"), 0)
-    counted |= dict.fromkeys(("rejected_rows", "duplicate_rows", "backfilled_rows"), 0)
-    fields: dict[str, Any] = {"poll_sequence": 2, "source": "s", "outcome": "PUBLISHED", "phase": "OPEN"}
+    counted |= dict.fromkeys(("rejected_rows", "duplicate_rows", "charged_calls"), 0)
+    fields: dict[str, Any] = {
+        "poll_sequence": 2,
+        "simulated": True,
+        "source": "s",
+        "outcome": "PUBLISHED",
+        "phase": "OPEN",
+    }
     fields |= {"feed_state": "FRESH", "requested_at": OPENS, "day_final": False, **counted}
     marker = PollMarker(poll_id="t2-2" if counts else "another", **fields)
     found = derived(files(tmp_path), {2: marker})

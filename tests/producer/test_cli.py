@@ -27,7 +27,7 @@ from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES
 SECRET = "never-to-be-shown"
 GOOD = {"BOURSE_CLIENT_ID": "practice", "BOURSE_CLIENT_SECRET": SECRET, "BOURSE_NID": "0123456789"}
 NOBODY = "127.0.0.1:9"
-COMMAND = [sys.executable, "-m", "bourse_schemas", "produce"]
+COMMAND = [sys.executable, "-m", "bourse_cli", "produce"]
 
 
 Variables = Mapping[str, str | None]

@@ -25,7 +25,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
-from bourse_producer.finnotech import PROFILES, Context, Credentials, Finnotech, Received, parse
+from bourse_producer.finnotech import Credentials, Finnotech, Received
+from bourse_producer.responses import PROFILES, Context, parse
 from bourse_sandbox.exchange import PracticeExchange, practice_exchange
 from bourse_sandbox.serving import serve
 from bourse_schemas.errors import (

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bourse_producer.calendar import TEHRAN, Calendar
+from bourse_producer.calendar import Calendar
 from bourse_producer.freshness import Freshness
 from bourse_sandbox.market import REAL_DAY, CapturedDay
-from bourse_schemas.events import FeedState, Outcome, Phase, PollMarker
+from bourse_schemas.events import TEHRAN, FeedState, Outcome, Phase, PollMarker
 
 SATURDAY = date(2026, 11, 21)
 TEN = datetime.combine(SATURDAY, time(10), TEHRAN).astimezone(UTC)
@@ -27,7 +27,7 @@ COUNTS = (
     "stale_rows",
     "rejected_rows",
     "duplicate_rows",
-    "backfilled_rows",
+    "charged_calls",
 )
 OTHER_DAY = Path(__file__).parents[3] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
 
@@ -58,6 +58,7 @@ def poll(seconds: float, outcome: Outcome = Outcome.PUBLISHED, phase: Phase = Ph
             "feed_state": FeedState.UNKNOWN,
             "requested_at": at,
             "day_final": False,
+            "simulated": False,
         }
     )
 

@@ -8,10 +8,9 @@ import pytest
 import structlog
 from msgspec import structs
 
-from bourse_producer import backfill, service
-from bourse_producer.backfill import Derived, diff_with_minutes
-from bourse_producer.diff import Snapshot
-from bourse_producer.finnotech import Context
+from bourse_producer import derive, service
+from bourse_producer.diff import Changes, Snapshot, diff
+from bourse_producer.responses import Context
 from bourse_schemas.events import Candle
 from reliability.fuzz import Fuzz
 
@@ -35,12 +34,12 @@ def test_nothing_is_found(seed: int) -> None:
 def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the pure core made them up as well: no row of the body says so."""
 
-    def inflated(known: Mapping[str, Candle], snapshot: Snapshot, minutes: list[Candle]) -> Derived:
+    def inflated(known: Mapping[str, Candle], snapshot: Snapshot) -> Changes:
         found = {code: structs.replace(candle, value=candle.value + 1) for code, candle in snapshot.candles.items()}
-        return diff_with_minutes(known, Snapshot(found, snapshot.received_at, snapshot.session_day), minutes)
+        return diff(known, Snapshot(found, snapshot.received_at, snapshot.session_day))
 
-    for module in (service, backfill):
-        monkeypatch.setattr(module, "diff_with_minutes", inflated)
+    for module in (service, derive):
+        monkeypatch.setattr(module, "diff", inflated)
     fuzz = Fuzz(1)
     fuzz.run(50)
     assert fuzz.counts["wrong_events"] > 10
@@ -49,10 +48,10 @@ def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyP
 def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bytes say is what must come out."""
 
-    def forgetful(known: Mapping[str, Candle], snapshot: Snapshot, minutes: list[Candle]) -> Derived:
-        return diff_with_minutes({}, snapshot, minutes)
+    def forgetful(known: Mapping[str, Candle], snapshot: Snapshot) -> Changes:
+        return diff({}, snapshot)
 
-    monkeypatch.setattr(service, "diff_with_minutes", forgetful)
+    monkeypatch.setattr(service, "diff", forgetful)
     fuzz = Fuzz(1)
     fuzz.run(50)
     assert fuzz.counts["wrong_events"] > 10

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from bourse_producer.diff import Snapshot, diff
-from bourse_producer.finnotech import PROFILES, SOURCE, Context, _refusal, merge, parse, parse_minutes
+from bourse_producer.responses import PROFILES, SOURCE, Context, merge, parse, parse_minutes, refusal
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -422,7 +422,7 @@ def test_errors_are_told_apart(
     status: int, text: bytes, error: type[ExchangeError], kind: str, code: str | None
 ) -> None:
     """Every documented error body, wherever it hides its words, is of the right kind; the words are verbatim."""
-    found = _refusal(status, text, TRACK_ID)
+    found = refusal(status, text, TRACK_ID)
     assert (type(found), found.kind, found.code, found.track_id) == (error, kind, code, TRACK_ID)
     if status == 200:
         with pytest.raises(error) as caught:
@@ -432,7 +432,7 @@ def test_errors_are_told_apart(
 
 def test_words_of_any_length_stay_within_a_record() -> None:
     """An error message of a megabyte must not make the marker one that brokers refuse."""
-    found = _refusal(500, failed("C" * 10**6, "m" * 10**6), None)
+    found = refusal(500, failed("C" * 10**6, "m" * 10**6), None)
     assert len(str(found)) <= 1000
     assert found.code is not None
     assert len(found.code) <= 1000
@@ -454,7 +454,7 @@ def test_words_of_any_length_stay_within_a_record() -> None:
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
     """It is read where it is a number or a date, and never more than a day."""
-    assert _refusal(429, b"", None, header).retry_after == seconds
+    assert refusal(429, b"", None, header).retry_after == seconds
 
 
 def real_lines(count: int) -> list[dict[str, Any]]:

@@ -12,13 +12,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from msgspec import structs
 from structlog.testing import capture_logs
 
-from bourse_producer.calendar import TEHRAN, Calendar
+from bourse_cli.health import Monitor
+from bourse_producer.calendar import Calendar
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import SOURCE, Context, Reply
+from bourse_producer.finnotech import Reply
 from bourse_producer.publisher import State
+from bourse_producer.responses import SOURCE, Context
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import (
     ConfigurationError,
@@ -30,8 +31,7 @@ from bourse_schemas.errors import (
     PublishError,
     Unreachable,
 )
-from bourse_schemas.events import Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
-from bourse_schemas.monitor import Monitor
+from bourse_schemas.events import TEHRAN, Candle, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
 
 DAY = date(2026, 11, 21)
 ALL_DAYS = Calendar(holiday=lambda day: None)
@@ -692,70 +692,6 @@ def test_freshness_outlives_a_restart(clock: Time) -> None:
         exchange.moves = False
         beat(producer, clock, 1)
     assert [m.feed_state for m in log.markers] == [FeedState.FRESH] * 3 + [FeedState.FROZEN] * 2
-
-
-def test_missed_minutes_are_fetched_within_the_budget(clock: Time) -> None:
-    """They come before the snapshot's own events, flagged, in the same transaction and on the same marker."""
-    log = Log()
-    producer, exchange = served(clock, log, backfill_calls=2)
-    beat(producer, clock, 1)
-    exchange.failures = [ExchangeUnavailable("network", "gone")] * 2
-    beat(producer, clock, 2)
-    exchange.minute_rows = [
-        row(clock="08:31:00", volume=20, TradeQty=20, TradeValue=2000),
-        row(clock="08:32:00", volume=30, TradeQty=30, TradeValue=3000),
-        row(clock="08:33:00", volume=9999, TradeQty=9999, TradeValue=999999),
-    ]
-    rows = row(clock="08:33:00", volume=40, TradeQty=40, TradeValue=4000)
-    whole = exchange.realtime
-
-    def later(**asked: Any) -> Reply:
-        reply = whole(**asked)
-        if asked.get("minutes") is None:
-            body = json.dumps({"trackId": reply.track_id, "result": [rows], "state": "DONE"}).encode()
-            reply = Reply(reply.track_id, body, reply.received_at, reply.dated)
-        return reply
-
-    exchange.realtime = later  # type: ignore[method-assign]
-    beat(producer, clock, 1)
-    assert exchange.minutes == [(5, ("1000", "1003"))]
-    assert outcomes(log) == ["P", "F", "F", "P"]
-    assert [(e.sequence, e.volume, e.volume_delta, e.backfilled, e.poll_sequence) for e in log.events] == [
-        (1, 10, 10, False, 1),
-        (2, 20, 10, True, 4),
-        (3, 30, 10, True, 4),
-        (4, 40, 10, False, 4),
-    ]
-    assert (log.markers[-1].backfilled_rows, log.markers[-1].traded, log.markers[-1].gap_from) == (
-        2,
-        3,
-        at("10:00:00"),
-    )
-    beat(producer, clock, 1)
-    assert len(exchange.minutes) == 1
-
-
-def test_minutes_that_do_not_fit_before_the_beat_are_not_fetched(clock: Time) -> None:
-    """A call as slow as the slowest so far must end before the next poll."""
-    log = Log()
-    producer, exchange = served(clock, log, ExchangeUnavailable("network", "x"), backfill_calls=5)
-    rows = [row(f"IRO1AAAA000{n}", volume=5, TradeQty=5, CoID=n) for n in range(1, 6)]
-    exchange.takes = 25.0
-    whole = exchange.realtime
-
-    def market(**asked: Any) -> Reply:
-        reply = whole(**asked)
-        body = json.dumps({"trackId": reply.track_id, "result": rows, "state": "DONE"}).encode()
-        return Reply(reply.track_id, body, reply.received_at, reply.dated)
-
-    exchange.realtime = market  # type: ignore[method-assign]
-    producer._last_good_at = None
-    beat(producer, clock, 1)
-    log.markers[0] = structs.replace(log.markers[0], outcome=Outcome.UNCHANGED, received_at=at("09:58:00"))
-    again = Producer(exchange, log, settings(response_clock=False, backfill_calls=5))
-    clock.wall = at("10:05:00").timestamp()
-    beat(again, clock, 1)
-    assert len(exchange.minutes) == 1
 
 
 def test_a_changed_api_is_not_poured_into_dead_letters() -> None:

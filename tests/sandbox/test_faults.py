@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import PROFILES, Credentials, Finnotech
+from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.publisher import State
+from bourse_producer.responses import PROFILES
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.exchange import SCOPE, practice_exchange
 from bourse_sandbox.faults import KINDS, Fault
@@ -163,36 +164,6 @@ def test_the_successor_gives_the_same_market() -> None:
     assert [(e.event_id, e.volume, e.closing_price) for e in shares] == [
         (e.event_id, e.volume, e.closing_price) for e in ours.events
     ]
-
-
-@pytest.mark.parametrize("minutes", ["cumulative", "each"])
-def test_minute_rows_of_both_kinds_fill_a_gap(minutes: str) -> None:
-    """Missed responses come back as backfilled events, whichever way the exchange adds up."""
-    practice = practice_exchange("real", "poll", minutes=minutes, faults=["provider@31-40"])
-    log = Log()
-    with practice.serve() as server, httpx.Client() as client:
-        account = Credentials("practice", "practice", "0123456789")
-        exchange = Finnotech(client, server.url, account)
-        settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, backfill_calls=20)
-        producer = Producer(exchange, lambda: log, settings)
-        producer._next_beat = lambda: 2e10  # type: ignore[method-assign]
-        for poll in range(41):
-            assert producer._recoverable(producer._poll_once)
-            if poll == 29:
-                # What the market did meanwhile goes by unseen.
-                practice._clock._polls += 10  # type: ignore[attr-defined]
-    last = log.markers[-1]
-    assert last.outcome is PUBLISHED
-    assert last.backfilled_rows > 20
-    filled = [event for event in log.events if event.backfilled]
-    assert {event.poll_sequence for event in filled} == {last.poll_sequence}
-    assert len(filled) == last.backfilled_rows
-    chains: dict[str, list[TradeEvent]] = {}
-    for event in log.events:
-        chains.setdefault(event.instrument, []).append(event)
-    for chain in chains.values():
-        assert [event.sequence for event in chain] == list(range(1, len(chain) + 1))
-        assert sum(event.volume_delta for event in chain) == chain[-1].volume
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bourse_schemas.cli import main
+from bourse_cli.root import main
 
 Run = Callable[..., tuple[int | str | None, str, str]]
 

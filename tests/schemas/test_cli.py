@@ -12,9 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from bourse_schemas.cli import bourse as root
+from bourse_cli.options import cluster_options
+from bourse_cli.root import bourse as root
 from bourse_schemas.errors import BourseError, ConfigurationError
-from bourse_schemas.kafka import Cluster, cluster_options
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,7 +63,7 @@ def test_help_imports_nothing_heavy() -> None:
     """`bourse --help` and a subcommand's `--help` are light."""
     for arguments in (["--help"], ["tail", "--help"], ["topics", "apply", "--help"]):
         code = (
-            "import sys, json; from bourse_schemas.cli import bourse\n"
+            "import sys, json; from bourse_cli.root import bourse\n"
             f"bourse.main({arguments}, standalone_mode=False)\nprint('\\n' + json.dumps(sorted(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -79,9 +80,9 @@ def test_every_command_has_one_line_in_the_help(bourse: Run) -> None:
 
 
 def test_the_module_is_the_command() -> None:
-    """`python -m bourse_schemas`."""
+    """`python -m bourse_cli`."""
     done = subprocess.run(
-        [sys.executable, "-m", "bourse_schemas", "schemas", "show", "trades"],
+        [sys.executable, "-m", "bourse_cli", "schemas", "show", "trades"],
         capture_output=True,
         text=True,
         check=True,

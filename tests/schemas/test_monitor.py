@@ -18,10 +18,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from bourse_schemas import monitor as m
+from bourse_cli import health as m
+from bourse_cli.health import METRICS, Monitor
+from bourse_cli.options import http_option
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.monitor import METRICS, Monitor, http_option
 
 ALERTS = yaml.safe_load((Path(__file__).parents[2] / "prometheus-alerts.yaml").read_text("utf-8"))
 RULES: list[dict[str, Any]] = [rule for group in ALERTS["groups"] for rule in group["rules"]]

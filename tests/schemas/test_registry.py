@@ -12,9 +12,10 @@ import pytest
 
 from bourse_sandbox.serving import serve
 from bourse_schemas.codec import avro_schema
+from bourse_schemas.compatibility import compatible
 from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.events import TradeEvent
-from bourse_schemas.registry import Registry, compatible
+from bourse_schemas.registry import Registry
 from bourse_schemas.topics import TOPICS, TRADES
 
 Run = Callable[..., tuple[int, str, str]]

@@ -61,7 +61,8 @@ MARKER = PollMarker(
     stale_rows=0,
     rejected_rows=0,
     duplicate_rows=0,
-    backfilled_rows=0,
+    charged_calls=1,
+    simulated=False,
 )
 ALERT = PriceAlert(
     alert_id="a1",
@@ -116,7 +117,6 @@ def test_keys_ids_and_timestamps_come_from_the_event() -> None:
             "volume_delta": 1,
             "value_delta": 2,
             "trade_count_delta": 3,
-            "backfilled": False,
         },
         TradeEvent,
     )

@@ -6,22 +6,20 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
 import polars as pl
 from msgspec import structs
 
+from bourse_cli.logs import get_logger
 from bourse_consumers.alerts.rules import Engine, Rule, Trade
 from bourse_consumers.alerts.ruleset import load, strangers
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Partition, Places, Rebuild, Reopen
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import AlertState, PollMarker, PriceAlert, ResolvedBy
-from bourse_schemas.telemetry import get_logger
+from bourse_schemas.events import TEHRAN, AlertState, PollMarker, PriceAlert, ResolvedBy
 from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES, Topic
 
 __all__ = ["Alerts", "trades_of"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 INSTANTS = {"traded_at", "observed_at"}
 
 

@@ -21,9 +21,9 @@ from heapq import heappop, heappush
 from math import ceil, floor
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from uuid import UUID, uuid5
-from zoneinfo import ZoneInfo
 
 from bourse_schemas.events import (
+    TEHRAN,
     AlertKind,
     AlertState,
     FeedState,
@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 NAMESPACE = UUID("5a0e6c0e-6f0f-5c53-9a51-0d8f1b1f7d11")
-TEHRAN = ZoneInfo("Asia/Tehran")
 EPOCH = date(1970, 1, 1).toordinal()
 DAY_MS = 86_400_000
 NEVER = 1 << 62
@@ -94,7 +93,6 @@ class Trade(NamedTuple):
     volume_delta: int
     value_delta: int
     trade_count_delta: int
-    backfilled: bool
 
     @classmethod
     def of(cls, event: TradeEvent) -> Trade:
@@ -684,11 +682,10 @@ class Engine:
             self._traded = now
         for series in state.all_series:
             series.take(trade, now)
-        if not trade.backfilled:
-            for watch in state.watches:
-                verdict = watch.look(trade, now)
-                if verdict or (verdict is False and watch.holds):
-                    self._judge(watch, now, alerts, verdict=verdict)
+        for watch in state.watches:
+            verdict = watch.look(trade, now)
+            if verdict or (verdict is False and watch.holds):
+                self._judge(watch, now, alerts, verdict=verdict)
         for still in state.stills:
             self._move(still, trade, now, alerts)
         return alerts

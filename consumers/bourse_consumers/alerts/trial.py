@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import msgspec
 import yaml
@@ -17,12 +16,11 @@ from bourse_consumers.alerts.rules import Engine, Rule
 from bourse_consumers.yaml_file import parse
 from bourse_schemas.codec import LONGEST
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import AlertState, PollMarker, PriceAlert, TradeEvent, tidy
+from bourse_schemas.events import TEHRAN, AlertState, PollMarker, PriceAlert, TradeEvent, tidy
 from bourse_schemas.topics import TRADES, event_id, partition_of
 
 __all__ = ["Summary", "Trial", "cases", "read_events"]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 Event = TradeEvent | PollMarker
 
 
@@ -138,9 +136,10 @@ def _case_events(rows: Any, day: date, where: str) -> Iterator[Event]:
         kind: type[Event]
         if "feed_state" in values:
             sequences[""] += 1
-            counts = "rows opened traded revised cancelled stale_rows rejected_rows duplicate_rows backfilled_rows"
+            counts = "rows opened traded revised cancelled stale_rows rejected_rows duplicate_rows charged_calls"
             made = dict.fromkeys(counts.split(), 0) | {
                 "poll_sequence": sequences[""],
+                "simulated": True,
                 "source": "case",
                 "outcome": "PUBLISHED",
                 "phase": "OPEN",
@@ -175,7 +174,6 @@ def _case_events(rows: Any, day: date, where: str) -> Iterator[Event]:
                 "title": symbol,
                 "is_right": False,
                 **now,
-                "backfilled": False,
             }
             try:
                 made |= {f"{name}_delta": now[name] - before.get(name, 0) for name in now}

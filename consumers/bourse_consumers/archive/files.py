@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import date
 from hashlib import sha256
 from typing import IO, Any, NamedTuple
-from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +24,7 @@ from bourse_consumers.api import Partition
 from bourse_consumers.archive.store import Store
 from bourse_consumers.rows import dictionary_columns
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import TEHRAN
 
 __all__ = [
     "File",
@@ -51,7 +51,6 @@ NAME = re.compile(
 )
 ROW_GROUP = 250_000
 RECURRING = pa.dictionary(pa.int32(), pa.string())
-TEHRAN = ZoneInfo("Asia/Tehran")
 
 
 class Range(NamedTuple):

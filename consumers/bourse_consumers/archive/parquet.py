@@ -14,9 +14,9 @@ from datetime import date, datetime
 import pyarrow as pa
 
 import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
+from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Places, Retry, Rewind
 from bourse_consumers.archive.files import (
-    TEHRAN,
     Range,
     compact,
     describe,
@@ -30,7 +30,7 @@ from bourse_consumers.archive.files import (
 from bourse_consumers.archive.store import Store, StoreError
 from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.telemetry import get_logger
+from bourse_schemas.events import TEHRAN
 from bourse_schemas.topics import TRADES, Topic
 
 __all__ = ["ParquetArchive"]

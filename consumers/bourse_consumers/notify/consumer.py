@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from bourse_cli.health import NOTIFICATIONS, NOTIFY_SECONDS, Monitor
+from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Hold, Offsets, Partition
 from bourse_consumers.notify import words
 from bourse_consumers.notify.channels import Channel
 from bourse_consumers.notify.lane import Lane, Message
 from bourse_consumers.notify.sending import NotSent
 from bourse_schemas.events import DeadLetter, Reason, Stage
-from bourse_schemas.monitor import NOTIFICATIONS, NOTIFY_SECONDS, Monitor
-from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, Topic
 
 __all__ = ["Notify"]

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
 from persiantools import digits
 from persiantools.jdatetime import JalaliDate
 
-from bourse_schemas.events import AlertKind, AlertState, PriceAlert, ResolvedBy, Severity, Unit
+from bourse_schemas.events import TEHRAN, AlertKind, AlertState, PriceAlert, ResolvedBy, Severity, Unit
 
 __all__ = [
     "TEHRAN",
@@ -33,7 +32,6 @@ __all__ = [
     "trouble",
 ]
 
-TEHRAN = ZoneInfo("Asia/Tehran")
 LINES, RULES = 20, 10
 RLM, LRI, FSI, PDI = "\u200f", "\u2066", "\u2068", "\u2069"
 MARKS = {Severity.CRITICAL: "🔴", Severity.WARNING: "🟠", Severity.INFO: "🔵"}

@@ -17,10 +17,10 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Retry, Rewind
 from bourse_consumers.postgres.tables import Tables
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.telemetry import get_logger
 from bourse_schemas.topics import Topic
 
 __all__ = ["PostgresArchive", "connect", "require_address", "words"]

@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 
 import click
 
-from bourse_schemas.commands import read_topic
+from bourse_cli.options import cluster_options
+from bourse_cli.tail import read_topic
 from bourse_schemas.errors import ConfigurationError, Undecodable
 from bourse_schemas.events import DeadLetter, Reason, Stage
-from bourse_schemas.kafka import Cluster, abandon, cluster_options
-from bourse_schemas.topics import DEAD_LETTERS, TOPICS
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import DEAD_LETTERS
 
 __all__ = ["dead_letters"]
-
-REDRIVEN = "bourse_redriven"
-WAIT_SECONDS = 10.0
 
 
 class Found(NamedTuple):
@@ -70,7 +68,7 @@ def _filters(command: Any) -> Any:
 
 @click.group
 def dead_letters() -> None:
-    """Show what could not be used, with the reason and the bytes, and send records again."""
+    """Show what could not be used, with the reason and the bytes."""
 
 
 @dead_letters.command("list")
@@ -108,59 +106,6 @@ def show(cluster: Cluster, *, offset: int, raw: bool) -> None:
     for name, value in _fields(found.letter).items():
         if value not in (None, {}):
             click.echo(f"{name:<18}{_text(value) if isinstance(value, bytes) else value}")
-
-
-@dead_letters.command
-@click.argument("offsets", type=click.IntRange(0), nargs=-1, metavar="[OFFSET]…")
-@click.option("--all", "everything", is_flag=True, help="All that the filters leave, instead of offsets.")
-@_filters
-@click.option("--to", "target", required=True, metavar="TOPIC", help="The topic that gets them, by its full name.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@cluster_options
-def redrive(
-    cluster: Cluster, *, offsets: Sequence[int], everything: bool, target: str, yes: bool, **chosen: Any
-) -> None:
-    """Send original records, bytes, key and headers, to a topic of yours; each at most once.
-
-    Not to our own topics: every other subscriber would get them a second time. Rows of the exchange (stage PARSE) need
-    no sending: the next poll brings the instrument's totals.
-    """
-    if target in {topic.full_name(cluster.prefix) for topic in TOPICS}:
-        raise ConfigurationError(
-            f"--to {target}: every other subscriber of {target} would get these records a second time; "
-            "name a topic of your own, and let the consumer that missed them read it"
-        )
-    if bool(offsets) == everything:
-        raise ConfigurationError("give offsets, as `bourse dead-letters list` shows them, or --all")
-    found = list(_letters(cluster, chosen)) if everything else _named(cluster, offsets)
-    rows = [each for each in found if each.letter.original_topic is None]
-    if rows and not everything:
-        raise ConfigurationError(
-            f"{rows[0].offset} is a row of the exchange and no record: the next poll brings the instrument's totals"
-        )
-    cluster.require_topics([target])
-    headers: Any = (pair for message in read_topic(cluster, target) for pair in message.headers() or ())
-    there = {value for name, value in headers if name == REDRIVEN}
-    due = [each for each in found if each not in rows and str(each.offset).encode() not in there]
-    click.echo(f"{len(due)} records to {target}; {len(found) - len(due) - len(rows)} are there already", err=True)
-    if due and (yes or click.confirm("Send them?", err=True)):
-        _send(cluster, target, due)
-
-
-def _send(cluster: Cluster, target: str, found: Sequence[Found]) -> None:
-    producer = cluster.transactional_producer(f"{cluster.prefix}-redrive-{target}")
-    try:
-        producer.init_transactions(WAIT_SECONDS)
-        producer.begin_transaction()
-        for offset, letter in found:
-            headers: list[tuple[str, str | bytes | None]] = [
-                *letter.original_headers.items(),
-                (REDRIVEN, str(offset).encode()),
-            ]
-            producer.produce(target, letter.payload, letter.original_key, headers=headers)
-        producer.commit_transaction(WAIT_SECONDS)
-    finally:
-        abandon(producer)
 
 
 def _named(cluster: Cluster, offsets: Sequence[int]) -> list[Found]:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bourse_cli.health import Monitor
+from bourse_cli.options import cluster_options, http_option
 from bourse_producer.calendar_file import CalendarFile, calendar_option
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.kafka import Cluster, cluster_options
-from bourse_schemas.monitor import Monitor, http_option
+from bourse_schemas.kafka import Cluster
 
 if TYPE_CHECKING:
     import httpx
 
-    from bourse_producer.finnotech import Credentials, Finnotech, Profile
+    from bourse_producer.finnotech import Credentials, Finnotech
+    from bourse_producer.responses import Profile
 
 __all__ = ["ExchangeOptions", "exchange_options", "produce"]
 
@@ -62,7 +64,7 @@ class ExchangeOptions:
     @property
     def profile(self) -> Profile:
         """Return the profile: which of the exchange's services is called."""
-        from bourse_producer.finnotech import PROFILES
+        from bourse_producer.responses import PROFILES
 
         return PROFILES[self.profile_name]
 
@@ -223,13 +225,6 @@ def exchange_options(command: F) -> F:
     help="A response of which more rows than this cannot be used is not published.",
 )
 @click.option(
-    "--backfill-calls",
-    type=click.IntRange(0, 1000),
-    default=0,
-    show_default=True,
-    help="After a gap fetch the missed minutes of at most so many companies, a charged call each.",
-)
-@click.option(
     "--quota-seconds",
     type=click.FloatRange(min=0),
     default=3600.0,
@@ -267,7 +262,6 @@ def produce(
     frozen_seconds: float,
     partial_share: float,
     max_rejected_share: float,
-    backfill_calls: int,
     quota_seconds: float,
     capture: Path | None,
     capture_required: bool,
@@ -277,18 +271,18 @@ def produce(
     """Poll the exchange and publish what changed, exactly once; of several instances one polls, the others stand by."""
     from datetime import timedelta
 
+    from bourse_cli.health import CAPTURE_ERRORS, EXCHANGE_CALLS
+    from bourse_cli.logs import configure_logging
     from bourse_producer.election import Election
     from bourse_producer.freshness import Freshness
     from bourse_producer.publisher import Publisher
     from bourse_producer.service import Producer, Settings
     from bourse_schemas.events import Outcome
-    from bourse_schemas.monitor import CAPTURE_ERRORS, EXCHANGE_CALLS
-    from bourse_schemas.telemetry import configure_logging
 
     configure_logging(ctx.find_root().obj or "info")
     profile = exchange.profile
-    if (rights or backfill_calls) and profile.name == "realTimeTrades":
-        raise ConfigurationError("--rights and --backfill-calls are for --profile trades-realtime: leave them out")
+    if rights and profile.name == "realTimeTrades":
+        raise ConfigurationError("--rights is for --profile trades-realtime: leave it out")
     settings = Settings(
         source=profile.source,
         poll_seconds=poll_seconds,
@@ -298,7 +292,6 @@ def produce(
         profile=profile,
         calendar=calendar_file.calendar,
         freshness=Freshness(timedelta(seconds=frozen_seconds), partial_share),
-        backfill_calls=backfill_calls,
         quota_seconds=quota_seconds,
         # A service tries again while the beat lasts; whoever polls once is told at once.
         retry_seconds=0.0 if once else 1.0,

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import click
-
 from bourse_schemas.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from socketserver import TCPServer
 
-__all__ = ["METRICS", "Metric", "Monitor", "http_option"]
+__all__ = ["METRICS", "Metric", "Monitor"]
 
 
 class Metric(NamedTuple):
@@ -35,8 +33,6 @@ POLLS = Metric("bourse_polls_total", "counter", "Polls by outcome.", ("outcome",
 EVENTS = Metric("bourse_events_total", "counter", "Trade events published, by kind.", ("op",))
 REJECTED_ROWS = Metric("bourse_rejected_rows_total", "counter", "Rows that could not be used.")
 STALE_ROWS = Metric("bourse_stale_rows_total", "counter", "Rows older than what was known.")
-BACKFILLED = Metric("bourse_backfilled_rows_total", "counter", "Minute rows that filled a gap.")
-BACKFILL_DROPPED = Metric("bourse_backfill_dropped_rows_total", "counter", "Minute rows fetched and not used.")
 FEED_STATE = Metric("bourse_feed_state", "gauge", "1 for the feed's present state.", ("state",))
 POLL_SEQUENCE = Metric("bourse_poll_sequence", "gauge", "The last poll's sequence.")
 LAST_GOOD_POLL = Metric("bourse_last_good_poll_timestamp_seconds", "gauge", "When the last good poll was received.")
@@ -225,13 +221,3 @@ def _server(host: str, port: int, answer: Callable[[str], tuple[int, str, str]])
         daemon_threads = allow_reuse_address = True
 
     return Server((host, port), Handler)
-
-
-def http_option(command: Any) -> Any:
-    """Add `--http`; the command gets `http: str | None`."""
-    return click.option(
-        "--http",
-        metavar="[HOST:]PORT",
-        envvar="BOURSE_HTTP",
-        help="Answer /livez, /readyz and /metrics here; without a host on this machine only. [default: nowhere]",
-    )(command)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Hashable
 
 import structlog
 
-__all__ = ["configure_logging", "get_logger", "kafka_logger"]
+__all__ = ["configure_logging", "get_logger"]
 
 
 def configure_logging(level: str = "info") -> None:
@@ -42,33 +40,4 @@ def configure_logging(level: str = "info") -> None:
 def get_logger(**context: object) -> structlog.typing.FilteringBoundLogger:
     """Return a logger with this context on every line."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(**context)
-    return logger
-
-
-class _Once(logging.Filter):
-    """Lets a line pass once in a while: of a broker that is away each thread of each client speaks all the time."""
-
-    SECONDS = 30.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._passed: dict[Hashable, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        # "FAIL [client] [thread]: broker: what happened (after 3ms in state CONNECT)": the same but for its last part.
-        text, now = record.getMessage().partition(" (after")[0], time.monotonic()
-        if now - self._passed.get(text, -self.SECONDS) < self.SECONDS:
-            return False
-        if len(self._passed) > 1_000:
-            self._passed.clear()
-        self._passed[text] = now
-        return True
-
-
-def kafka_logger() -> logging.Logger:
-    """Return the logger of librdkafka's own lines; it is silent where no logs are configured."""
-    logger = logging.getLogger("librdkafka")
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-        logger.addFilter(_Once())
     return logger

@@ -1,0 +1,121 @@
+"""Options that many commands share, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
+
+__all__ = ["cluster_options", "declared_topic", "http_option", "shared_default"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
+
+
+def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
+    """Return a default for an option that many commands share: the top level of `bourse.toml`, else `otherwise`."""
+
+    def default() -> Any:
+        context = click.get_current_context(silent=True)
+        value = ((context and context.find_root().default_map) or {}).get(key, otherwise)
+        kind, words = (list, "a list of strings") if otherwise is None else (str, "a string")
+        if value is not None and not isinstance(value, kind):
+            raise ConfigurationError(f"bourse.toml: {key} must be {words}")
+        return value
+
+    return default
+
+
+def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not key=value")
+        if value.startswith("@"):
+            try:
+                value = Path(value[1:]).read_text("utf-8").strip()
+            except OSError as error:
+                raise click.BadParameter(f"{key}: cannot read {value[1:]}: {error.strerror}") from error
+            except UnicodeDecodeError as error:
+                raise click.BadParameter(f"{key}: {value[1:]} is not text") from error
+        elif key.endswith(SECRETS):
+            raise click.BadParameter(f"{key} is a secret: put it into a file and say -X {key}=@FILE")
+        settings[key] = value
+    return settings
+
+
+def cluster_options(command: F) -> F:
+    """Add the options that name the cluster; the command gets `cluster: Cluster` in their place."""
+    from functools import wraps
+
+    @wraps(command)
+    def with_cluster(
+        *args: Any,
+        bootstrap_servers: str,
+        registry_url: str,
+        topic_prefix: str,
+        kafka_settings: dict[str, str],
+        **rest: Any,
+    ) -> Any:
+        return command(*args, cluster=Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings), **rest)
+
+    options = [
+        click.option(
+            "--bootstrap-servers",
+            metavar="HOST:PORT,…",
+            envvar="BOURSE_BOOTSTRAP_SERVERS",
+            default=shared_default("bootstrap_servers", "127.0.0.1:9092"),
+            help="Kafka brokers. [default: 127.0.0.1:9092]",
+        ),
+        click.option(
+            "--registry-url",
+            metavar="URL",
+            envvar="BOURSE_REGISTRY_URL",
+            default=shared_default("registry_url", "http://127.0.0.1:8081"),
+            help="Schema registry (Confluent's API). [default: http://127.0.0.1:8081]",
+        ),
+        click.option(
+            "--topic-prefix",
+            envvar="BOURSE_TOPIC_PREFIX",
+            default=shared_default("topic_prefix", DEFAULT_PREFIX),
+            help=f"Prefix of the topics' names. [default: {DEFAULT_PREFIX}]",
+        ),
+        click.option(
+            "-X",
+            "kafka_settings",
+            metavar="KEY=VALUE",
+            envvar="BOURSE_KAFKA_SETTINGS",
+            multiple=True,
+            default=shared_default("kafka_settings", None),
+            callback=_settings,
+            help="A librdkafka setting, or schema.registry.… for the registry's client; =@FILE reads it. Repeatable.",
+        ),
+    ]
+    for option in reversed(options):
+        with_cluster = option(with_cluster)
+    return with_cluster  # type: ignore[return-value]  # click's decorators keep the callable
+
+
+def http_option(command: Any) -> Any:
+    """Add `--http`; the command gets `http: str | None`."""
+    return click.option(
+        "--http",
+        metavar="[HOST:]PORT",
+        envvar="BOURSE_HTTP",
+        help="Answer /livez, /readyz and /metrics here; without a host on this machine only. [default: nowhere]",
+    )(command)
+
+
+def declared_topic(name: str, prefix: str | None) -> Topic:
+    """Return the topic of this name, with its prefix or without; with any prefix where that is None."""
+    for topic in TOPICS:
+        if name in {topic.name, topic.full_name(name.rpartition(".")[0] if prefix is None else prefix)}:
+            return topic
+    raise ConfigurationError(f"no topic {name!r}: there are {', '.join(topic.name for topic in TOPICS)}")

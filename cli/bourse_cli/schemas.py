@@ -1,0 +1,60 @@
+"""`bourse schemas`: register, check and show the schemas of the topics."""
+
+from __future__ import annotations
+
+import click
+
+from bourse_cli.options import cluster_options, declared_topic
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TOPICS
+
+__all__ = ["schemas"]
+
+
+@click.group
+def schemas() -> None:
+    """Register, check and show the schemas of the topics."""
+
+
+@schemas.command
+@cluster_options
+def register(cluster: Cluster) -> None:
+    """Register every topic's schema, compatibility FULL_TRANSITIVE. Repeating it changes nothing."""
+    for subject, schema_id in cluster.registry().register_all(cluster.prefix).items():
+        click.echo(f"{subject}: id {schema_id}")
+
+
+@schemas.command
+@cluster_options
+@click.pass_context
+def check(ctx: click.Context, cluster: Cluster) -> None:
+    """Say whether the registry has, or would take, this release's schemas. Exit 1 where not."""
+    registry = cluster.registry()
+    wrong = 0
+    for topic in TOPICS:
+        problem = registry.check(topic, cluster.prefix)
+        wrong += problem is not None
+        click.echo(problem or f"{topic.subject(cluster.prefix)}: well")
+    ctx.exit(1 if wrong else 0)
+
+
+@schemas.command
+@click.argument("topic", metavar="TOPIC")
+def show(topic: str) -> None:
+    """Print the schema of a topic's values."""
+    from bourse_schemas.codec import schema_text
+
+    click.echo(schema_text(declared_topic(topic, None).event), nl=False)
+
+
+@schemas.command
+@click.option("--bootstrap-servers", default="127.0.0.1:9092", show_default=True, help="What stands under `servers`.")
+@click.option("--registry-url", default="http://127.0.0.1:8081", show_default=True, help="The registry beside it.")
+def asyncapi(bootstrap_servers: str, registry_url: str) -> None:
+    """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas."""
+    import yaml
+
+    from bourse_schemas.asyncapi import asyncapi as document
+
+    found = document(bootstrap_servers, registry_url)
+    click.echo(yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=120), nl=False)
