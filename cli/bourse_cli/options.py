@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +14,7 @@ from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
 
-__all__ = ["cluster_options", "declared_topic", "http_option", "shared_default"]
+__all__ = ["cluster_options", "declared_topic", "http_option", "shared_default", "stop_on_signals"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
@@ -119,3 +121,11 @@ def declared_topic(name: str, prefix: str | None) -> Topic:
         if name in {topic.name, topic.full_name(name.rpartition(".")[0] if prefix is None else prefix)}:
             return topic
     raise ConfigurationError(f"no topic {name!r}: there are {', '.join(topic.name for topic in TOPICS)}")
+
+
+def stop_on_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set; the handler does nothing else, so it cannot block."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
