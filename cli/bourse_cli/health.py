@@ -75,6 +75,7 @@ class Monitor:
         self._service = service
         self._lock = threading.Lock()
         self._reasons = {"starting": "starting"}
+        self._checks: dict[str, Callable[[], str | None]] = {}
         self._alive_until = float("inf")
         self._beaten = time.monotonic()
         self._registry: Any = None
@@ -92,7 +93,17 @@ class Monitor:
     def reasons(self) -> dict[str, str]:
         """Return why the service is not ready, by subject; nothing when it is."""
         with self._lock:
-            return dict(self._reasons)
+            found = dict(self._reasons)
+        return found | {subject: why for subject, check in self._checks.items() if (why := check()) is not None}
+
+    def check(self, subject: str, reason: Callable[[], str | None]) -> None:
+        """Ask `reason` at every request of /readyz why the service is not ready: also while the service is stuck."""
+        self._checks[subject] = reason
+
+    def watch(self, metric: Metric, value: Callable[[], float]) -> None:
+        """Compute a gauge at every scrape instead of setting it: also while the service is stuck."""
+        if self._registry is not None:
+            self._child(metric, {}).set_function(value)
 
     def beat(self, within_seconds: float) -> None:
         """Give a sign of life; without another one within so long the service counts as dead."""

@@ -82,7 +82,7 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
         before = known.get(instrument)
         if before is None or candle.trading_day > before.trading_day:
             op, before = Op.OPENED, None
-        elif candle.trading_day < before.trading_day or candle.traded_at < before.traded_at:
+        elif candle.trading_day < before.trading_day or _is_older(candle, before):
             stale += 1
             continue
         elif _business(candle) == _business(before):
@@ -93,6 +93,12 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
         candles.append(after)
         events.append(_event(op, before, after))
     return Changes(events, candles, stale)
+
+
+def _is_older(candle: Candle, known: Candle) -> bool:
+    """Compare two trade times of one day; an estimated one is only the time of its receipt and proves nothing."""
+    estimated = candle.traded_at_estimated or known.traded_at_estimated
+    return not estimated and candle.traded_at < known.traded_at
 
 
 def _op(before: Candle, after: Candle) -> Op:

@@ -57,6 +57,24 @@ def business(candle: Candle) -> dict[str, object]:
     return {name: value for name, value in structs.asdict(candle).items() if name not in PROVENANCE}
 
 
+@pytest.mark.parametrize(("known", "now"), [(True, True), (True, False), (False, True)])
+def test_estimated_times_are_not_compared_within_a_day(known: bool, now: bool) -> None:
+    """A clock that was once two hours ahead, or a change of profile, must not hide a day's changes as stale."""
+    ahead = {"IRO1MADN0001": candle(minute=120, sequence=1, traded_at_estimated=known)}
+    later = candle(minute=1, volume=20, traded_at_estimated=now)
+    changes = diff(ahead, snapshot(later))
+    assert ([event.op for event in changes.events], changes.stale_rows) == ([Op.TRADED], 0)
+    yesterday = candle(day=-1, volume=20, traded_at_estimated=now)
+    assert diff(ahead, snapshot(yesterday)).stale_rows == 1
+
+
+def test_an_older_exact_time_is_stale() -> None:
+    """Both times are the exchange's own: the row is older than what is known."""
+    known = {"IRO1MADN0001": candle(minute=2, sequence=1)}
+    changes = diff(known, snapshot(candle(minute=1, volume=20)))
+    assert (changes.events, changes.stale_rows) == ([], 1)
+
+
 small = st.integers(0, 3)
 price = st.none() | st.integers(99, 101)
 candles = st.builds(

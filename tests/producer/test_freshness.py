@@ -109,7 +109,7 @@ def test_stale_with_yesterdays_rows() -> None:
     yesterday = TEN - timedelta(days=3)
     assert states(poll(0, latest_traded_at=yesterday), poll(1, rows=0, latest_traded_at=None)) == [
         FeedState.STALE,
-        FeedState.PARTIAL,
+        FeedState.FRESH,
     ]
     assert states(poll(1, rows=0, latest_traded_at=None)) == [FeedState.FRESH]
 
@@ -123,6 +123,29 @@ def test_partial_while_the_response_is_far_shorter() -> None:
     next_day = poll(0, rows=5, session_day=SATURDAY + tomorrow, latest_traded_at=TEN + tomorrow)
     assert states(poll(0), next_day) == [FeedState.FRESH, FeedState.FRESH]
     assert states(poll(0, error_kind="network")) == [FeedState.PARTIAL]
+
+
+def test_stale_rows_are_no_measure_of_a_whole_response() -> None:
+    """Yesterday's whole table, then the first rows of today: not PARTIAL."""
+    yesterday = TEN - timedelta(days=3)
+    old = poll(0, rows=600, stale_rows=600, latest_traded_at=yesterday)
+    mixed = poll(60, rows=600, stale_rows=560)
+    few = poll(120, rows=45)
+    assert states(old, mixed, few) == [FeedState.STALE, FeedState.FRESH, FeedState.FRESH]
+    assert states(poll(0), poll(60, rows=600, stale_rows=600), poll(120, rows=100))[-1] is FeedState.PARTIAL
+
+
+def test_only_stale_rows_are_not_fresh() -> None:
+    """Every usable row is older than what is known: rejected and duplicate ones prove nothing."""
+    stale = poll(60, Outcome.UNCHANGED, rows=10, stale_rows=7, rejected_rows=2, duplicate_rows=1)
+    assert states(poll(0, rows=10), stale) == [FeedState.FRESH, FeedState.STALE]
+    assert states(poll(0, rows=10), poll(60, rows=10, stale_rows=9)) == [FeedState.FRESH] * 2
+
+
+def test_a_clock_set_back_begins_the_wait_for_frozen_again() -> None:
+    """Otherwise nothing would be FROZEN until the clock has caught up."""
+    back = [poll(seconds - 3600, Outcome.UNCHANGED) for seconds in (0, 60, 120, 180)]
+    assert states(poll(0), *back) == [FeedState.FRESH] * 4 + [FeedState.FROZEN]
 
 
 @given(st.lists(st.sampled_from([Outcome.PUBLISHED, Outcome.UNCHANGED, Outcome.FAILED]), max_size=30))

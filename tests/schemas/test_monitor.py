@@ -58,6 +58,17 @@ def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[s
     assert monitor.reasons() == {"Kafka": "no answer", "trying again": "disk\nfull"}
 
 
+def test_what_is_computed_at_the_request(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+    """A gauge and a reason not to be ready that need no help of a service that may be stuck."""
+    monitor.unready("starting", None)
+    state: list[str | None] = [None]
+    monitor.check("polls", lambda: state[0])
+    monitor.watch(m.SESSION_OPEN, lambda: float(state[0] is not None))
+    assert (get("/readyz").text, samples(get)["bourse_session_open"]) == ("ready\n", 0.0)
+    state[0] = "no recent poll"
+    assert (get("/readyz").text, samples(get)["bourse_session_open"]) == ("polls: no recent poll\n", 1.0)
+
+
 def test_alive_until_no_sign_of_life_came_in_time(
     monitor: Monitor, get: Callable[[str], httpx.Response], wait_for: Callable[..., Any]
 ) -> None:
