@@ -16,15 +16,16 @@ A consumer's life, all calls from one thread:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from bourse_consumers.records import Offsets, Partition, Places, Record, Records
 from bourse_schemas.errors import BourseError
-from bourse_schemas.events import Event
-from bourse_schemas.topics import TRADES, Topic
+from bourse_schemas.events import Event, PollMarker, TradeEvent
+from bourse_schemas.topics import POLLS, TRADES, Topic
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,8 +38,10 @@ __all__ = [
     "Assignment",
     "Batch",
     "Consumer",
+    "Day",
     "Emit",
     "Hold",
+    "MarketConsumer",
     "Offsets",
     "Own",
     "Partition",
@@ -52,18 +55,8 @@ __all__ = [
     "Retry",
     "Rewind",
     "Start",
+    "WholePoll",
 ]
-
-
-class Partition(NamedTuple):
-    """One partition of one topic, by the topic's full name."""
-
-    topic: str
-    number: int
-
-
-Offsets = Mapping[Partition, int]
-"""Per partition the offset of the next record to read."""
 
 
 class Assignment(dict[Partition, int]):
@@ -142,65 +135,6 @@ class Hold:
 
 
 Start = Resume | Rebuild | Own | Hold
-
-
-class Record(NamedTuple):
-    """A Kafka record as it came."""
-
-    partition: Partition
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Mapping[str, bytes]
-
-
-class Places(NamedTuple):
-    """Records by columns: where they are, when they are of, and their bytes."""
-
-    partitions: Sequence[Partition]
-    offsets: Sequence[int]
-    timestamps: Sequence[int]
-    values: Sequence[bytes | None]
-
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> Places:
-        """Return the places of records."""
-        if isinstance(records, Records):
-            return records.places
-        each = [(record.partition, record.offset, record.timestamp, record.value) for record in records]
-        return cls(*zip(*each, strict=True)) if each else cls((), (), (), ())
-
-    def ends(self) -> Offsets:
-        """Return, per partition, the offset after its last record."""
-        return {partition: offset + 1 for partition, offset in zip(self.partitions, self.offsets, strict=True)}
-
-
-class Records(Sequence[Record]):
-    """Records that are made when the first of them is looked at: many consumers need their columns only."""
-
-    def __init__(self, places: Places, make: Callable[[], list[Record]]) -> None:
-        self.places = places
-        self._make = make
-        self._made: list[Record] | None = None
-
-    def __len__(self) -> int:
-        return len(self.places.offsets)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        return self._all()[index]
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._all())
-
-    def _all(self) -> list[Record]:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
 
 
 class Emit(NamedTuple):
@@ -328,3 +262,78 @@ class Consumer(ABC):
 
     def close(self) -> None:  # noqa: B027  # most consumers hold nothing
         """Release what is held. For `Own` and `Hold`: make durable what is buffered."""
+
+
+@dataclass(frozen=True)
+class WholePoll:
+    """A poll of the whole market: its marker and all events with its `poll_sequence`, in any order.
+
+    `replay` is set for polls that are already committed: they only rebuild state, and what is returned for them is
+    dropped. If `complete` is false, events are missing for good: do not judge the poll, use its events, and judge the
+    next one as after a gap.
+    """
+
+    marker: PollMarker
+    replay: bool = False
+    complete: bool = True
+    load_events: Callable[[], Sequence[TradeEvent]] = field(default=lambda: (), repr=False)
+    load_frame: Callable[[], pl.DataFrame] | None = field(default=None, repr=False)
+
+    @cached_property
+    def events(self) -> Sequence[TradeEvent]:
+        """Return the poll's trade events, decoded when they are first accessed."""
+        return self.load_events()
+
+    def frame(self) -> pl.DataFrame:
+        """Return the poll's trade events as a polars frame with all columns, also if it is empty."""
+        if self.load_frame is not None:
+            return self.load_frame()
+        from bourse_consumers.columns import to_frame
+
+        return to_frame(self.events, TradeEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """The trading day under way when a market consumer becomes active.
+
+    `date` is the Tehran date of the last committed poll, None if the topic has no polls. `read` is `Assignment.read`.
+    """
+
+    date: date | None
+    read: Callable[[Topic], Iterable[Event]] = lambda _: ()
+
+
+class MarketConsumer(ABC):
+    """A consumer that gets every poll of the whole market, in order, as one unit.
+
+    One member of the group is active; the others are on standby and take over. The polls processed and what was emitted
+    for them are one Kafka transaction. Raises Retry and Reopen like any other; `Reject` is not for it.
+    """
+
+    topics: Sequence[Topic] = (POLLS, TRADES)
+    emits: Sequence[Topic] = ()
+    """The topics it publishes, besides dead letters. They are checked at the start; other topics are refused."""
+    batch_size: int = 1000
+    """The most records it gets at a time, unless the operator sets --batch-size."""
+    monitor: Monitor | None = None
+    """The service's health; set before the first call."""
+
+    def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
+        """Do what is due by time, such as timers and flushing by age; return what to publish. `now` is in UTC."""
+        return None
+
+    def trouble(self) -> str | None:
+        """Return what an operator has to fix although the consumer goes on, else None; called before each `idle`."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  # most consumers hold nothing
+        """Release resources. For `Own`: store what is buffered."""
+
+    @abstractmethod
+    def open(self, day: Day) -> None:
+        """Begin: clear all state. The polls of the day up to the committed one come next, with `replay` set."""
+
+    @abstractmethod
+    def process_poll(self, poll: WholePoll) -> Sequence[Emit] | None:
+        """Process a poll; return what to publish."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
-from bourse_consumers.api import Places
+from bourse_consumers.records import Places
 from bourse_schemas.codec import FRAME, Deserializer, Schema, _bytes, _long, avro_schema
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Event
@@ -29,7 +29,7 @@ from bourse_schemas.events import Event
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Columns", "Decoded"]
+__all__ = ["Columns", "Decoded", "to_frame"]
 
 GUARD = "_guard"
 SYNC = bytes(16)
@@ -105,6 +105,15 @@ class Columns:
                 None if magic else _plan(self._deserializer.schema(schema_id), self._deserializer.event)
             )
         return self._plans[frame]
+
+
+def to_frame(events: Sequence[Event], event: type[Event] | None = None) -> pl.DataFrame:
+    """Return events of one type as a frame of the schema's fields; `event` is their type if there may be none."""
+    fields = avro_schema(event or type(events[0]))["fields"]
+    return pl.DataFrame(
+        {field["name"]: [getattr(each, field["name"]) for each in events] for field in fields},
+        {field["name"]: _dtype(field["type"]) for field in fields},
+    )
 
 
 def _plan(writer: Schema, event: type[Event]) -> _Plan | None:

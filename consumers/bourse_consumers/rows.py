@@ -16,7 +16,7 @@ from bourse_schemas.events import Event
 if TYPE_CHECKING:
     import polars as pl
 
-    from bourse_consumers.api import Places
+    from bourse_consumers.records import Places
 
 __all__ = ["arrow_schema", "as_table", "dictionary_columns", "to_table"]
 

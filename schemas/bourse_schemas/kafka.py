@@ -62,8 +62,10 @@ class Cluster:
         operator = {key: value for key, value in self.settings.items() if not key.startswith(REGISTRY_KEYS)}
         return {"client.id": "bourse-stream", **operator, **pinned}
 
-    def transactional_producer(self, transactional_id: str, timeout_ms: int = 20_000) -> Producer:
-        """Return a transactional producer, not yet initialised."""
+    def transactional_producer(
+        self, transactional_id: str, timeout_ms: int = 20_000, **callbacks: Callable[..., Any]
+    ) -> Producer:
+        """Return a transactional producer, not yet initialised; `callbacks` such as error_cb."""
         from confluent_kafka import Producer
 
         # A commit sends at once what lingers; without it the sending of tiny batches slows our own thread down.
@@ -77,10 +79,14 @@ class Cluster:
             # From the first day, so that Java, Flink and ksqlDB can co-partition.
             "partitioner": "murmur2_random",
         }
-        return self._make(Producer, {**tuned, **self._told(), **self.client(pinned)}, logger=kafka_logger())
+        settings = {**tuned, **self._told(), **self.client(pinned), **callbacks}
+        return self._make(Producer, settings, logger=kafka_logger())
 
     def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
-        """Return a read_committed consumer that never commits by itself; `pinned` are more settings (`a_b` is a.b)."""
+        """Return a read_committed consumer that never commits by itself.
+
+        `pinned` are more settings (`a_b` is a.b) and callbacks such as error_cb and on_commit.
+        """
         from confluent_kafka import Consumer
 
         tuned = {
@@ -96,7 +102,7 @@ class Cluster:
             "isolation.level": "read_committed",
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
-            **{key.replace("_", "."): value for key, value in pinned.items()},
+            **{key if callable(value) else key.replace("_", "."): value for key, value in pinned.items()},
         }
         return self._make(Consumer, {**tuned, **self._told(), **self.client(fixed)}, logger=kafka_logger())
 
@@ -167,11 +173,11 @@ class Cluster:
             raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
 
 
-def abandon(producer: Producer) -> None:
-    """Give a transactional producer up, whatever state it is in; a transaction under way is aborted.
+def abandon(client: Producer | Consumer) -> None:
+    """Close a client, whatever state it is in, within two seconds; an open transaction is aborted.
 
-    Without a broker an abort would wait for ever: it is then left to itself, and to the next producer of the same
-    transactional id, which settles it.
+    Without a broker an abort would wait for ever: it is then left to the next producer of the same transactional id,
+    which settles it.
     """
     from confluent_kafka import KafkaException
 
@@ -179,7 +185,7 @@ def abandon(producer: Producer) -> None:
         # A fenced producer cannot abort any more, and need not: its successor did. It warns of it, too, and where
         # warnings are errors the client makes a SystemError of that.
         with suppress(KafkaException, RuntimeWarning, SystemError):
-            producer.close()
+            client.close()
 
     closing = threading.Thread(target=close, daemon=True)
     closing.start()

@@ -1,0 +1,114 @@
+"""End the process when a call does not return: librdkafka does not honour the time-outs of some of its calls.
+
+    with deadline("commit_transaction", 30):
+        producer.commit_transaction(12)
+
+One thread watches all calls of the process. A process that hangs and looks alive is worse than one that ended: whatever
+supervises it starts it again, and what was not committed is delivered again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["deadline", "stop_on_signals"]
+
+TICK_SECONDS = 0.25
+# What a service may take to stop, in which its own orderly stop has to fit.
+STOP_SECONDS = 4.5
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    name: str
+    seconds: float
+    left: float
+
+
+class _Watchdog:
+    def __init__(self) -> None:
+        self._calls: dict[_Call, None] = {}
+        self._armed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def arm(self, name: str, seconds: float) -> _Call:
+        call = _Call(name, seconds, seconds)
+        self._calls[call] = None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+        self._armed.set()
+        return call
+
+    def disarm(self, call: _Call) -> None:
+        self._calls.pop(call, None)
+
+    def _run(self) -> None:
+        while True:
+            self._armed.wait()
+            began = time.monotonic()
+            time.sleep(TICK_SECONDS)
+            # No call can return while the process is stopped or the machine sleeps: that time does not count.
+            passed = min(time.monotonic() - began, 2 * TICK_SECONDS)
+            if not self._calls:
+                self._armed.clear()
+                if self._calls:  # armed in between
+                    self._armed.set()
+            for call in list(self._calls):
+                call.left -= passed
+                if call.left <= 0:
+                    _end(call)
+
+
+_watchdog = _Watchdog()
+
+
+@contextmanager
+def deadline(call: str, seconds: float) -> Iterator[None]:
+    """End the process with exit code 1, and print the call's name, if the block takes longer than `seconds`."""
+    armed = _watchdog.arm(call, seconds)
+    try:
+        yield
+    finally:
+        _watchdog.disarm(armed)
+
+
+def stop_on_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set; a process that has not ended 4.5 s later is ended with exit code 1.
+
+    A thread reads the signals: the main thread cannot, as long as it is inside a call into librdkafka.
+    """
+    stop = threading.Event()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        while ours.recv(1)[0] not in STOPPING:
+            pass
+        stop.set()
+        _watchdog.arm("the orderly stop", STOP_SECONDS)
+
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    for number in STOPPING:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    return stop
+
+
+def _end(call: _Call) -> None:
+    message = f"{call.name} did not return within {call.seconds:g} s: the process ends, start it again"
+    line = message if os.isatty(2) else json.dumps({"level": "critical", "event": message})
+    # Not through a logger, whose lock may be held; and not into a pipe that is full.
+    if select.select([], [2], [], 1)[1]:
+        os.write(2, line.encode() + b"\n")
+    os._exit(1)

@@ -1,0 +1,56 @@
+"""A call that does not return ends the process; a signal ends it within five seconds, whatever it does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+HANG = """
+import time
+from bourse_schemas.watchdog import deadline
+with deadline("quick", 0.1):
+    pass
+with deadline("commit_transaction", 0.5):
+    time.sleep(60)
+"""
+STOP = """
+import ctypes, sys
+from bourse_schemas.watchdog import stop_on_signals
+stop = stop_on_signals()
+print("ready", flush=True)
+if sys.argv[1] == "hangs":
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # unlike a sleep, no signal ends it
+else:
+    stop.wait(60)
+    print("stopped")
+"""
+
+
+def test_a_call_that_hangs_ends_the_process_and_is_named() -> None:
+    """Exit code 1 and one line; a call that returned in time does not count."""
+    ran = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=20, check=False)
+    assert ran.returncode == 1
+    assert json.loads(ran.stderr) == {
+        "level": "critical",
+        "event": "commit_transaction did not return within 0.5 s: the process ends, start it again",
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("what", "code"), [("waits", 0), ("hangs", 1)])
+def test_a_signal_ends_the_process_within_five_seconds(number: signal.Signals, what: str, code: int) -> None:
+    """In good order if it can, and else by force: also inside a call that does not return to Python."""
+    with subprocess.Popen([sys.executable, "-c", STOP, what], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(20) == code
+        assert time.monotonic() - began < 5
