@@ -26,7 +26,7 @@ from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech, Received
 from bourse_producer.publisher import State
-from bourse_producer.responses import Context
+from bourse_producer.responses import Reading
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent
@@ -104,7 +104,7 @@ class Fuzz:
         self._known: dict[str, Candle] = {}
         self._last: PollMarker | None = None
         self._delivered: list[Received] = []
-        self._contexts: list[Context] = []
+        self._contexts: list[Reading] = []
         transport = httpx.MockTransport(self._answer)
         client = httpx.Client(transport=transport)
         account = Credentials("fuzz", "fuzz", "0123456789")
@@ -176,7 +176,7 @@ class Fuzz:
     def committed(self, poll_sequence: int, outcome: Outcome) -> None:
         """Know it already."""
 
-    def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Any) -> None:
+    def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Any) -> None:
         """Take how the responses were read."""
         self._contexts = list(contexts)
 

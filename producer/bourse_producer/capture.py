@@ -27,7 +27,7 @@ from bourse_cli.logs import get_logger
 from bourse_producer.diff import InstrumentCode
 from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
-from bourse_producer.responses import Context
+from bourse_producer.responses import Reading
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Outcome
 
@@ -45,7 +45,7 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     at: datetime | None = None
     poll_sequence: int | None = None
     outcome: Outcome | None = None
-    calls: Sequence[Context] = ()
+    calls: Sequence[Reading] = ()
     track_id: str | None = None
     path: str | None = None
     query: Mapping[str, str] = {}
@@ -100,7 +100,7 @@ class Capture:
         fields = {name: getattr(received, name) for name in received.__dataclass_fields__ if name != "body"}
         self._pending.write(_record(Head("response", **fields), received.body))
 
-    def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Known) -> None:
+    def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Known) -> None:
         """Make the responses durable, and how they are read; `known` is what they are compared with."""
         self._pending.write(_record(Head("poll", poll_sequence=poll_sequence, calls=contexts)))
         full = self._file is None or os.fstat(self._file).st_size >= self._most_bytes

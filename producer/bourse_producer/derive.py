@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bourse_producer.diff import Changes, InstrumentCode, Snapshot, diff
-from bourse_producer.responses import Context, merge, parse
+from bourse_producer.responses import Reading, merge, parse
 from bourse_schemas.events import Candle
 
 __all__ = ["Derived", "derive"]
@@ -20,7 +20,7 @@ class Derived:
     changes: Changes
 
 
-def derive(known: Mapping[InstrumentCode, Candle], calls: Sequence[tuple[bytes, Context]]) -> Derived:
+def derive(known: Mapping[InstrumentCode, Candle], calls: Sequence[tuple[bytes, Reading]]) -> Derived:
     """Return what these responses change. Raises ExchangeError if one of them is not a response."""
     snapshot = merge([parse(body, context) for body, context in calls])
     return Derived(snapshot, diff(known, snapshot))

@@ -31,12 +31,16 @@ _business = attrgetter(*(name for name in Candle.__struct_fields__ if name not i
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A row that could not be used: `identity` is equal for the same mistake of the same instrument."""
+    """A row that could not be used: `identity` is equal for the same mistake of the same instrument.
+
+    `track_id` is that of the call which returned it.
+    """
 
     reason: Reason
     message: str
     payload: bytes
     identity: str
+    track_id: str
 
 
 @dataclass(frozen=True, slots=True)

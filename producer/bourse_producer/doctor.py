@@ -275,13 +275,13 @@ def _reach(client: httpx.Client, address: str) -> Generator[Check, None, bool]:
 
 def _call(finnotech: Any, exchange: ExchangeOptions) -> Check:
     from bourse_producer.calendar import Calendar
-    from bourse_producer.responses import Context, parse
+    from bourse_producer.responses import Reading, parse
 
     try:
         reply = finnotech.realtime(rights=False)
         now = reply.dated or reply.received_at
         day = Calendar().session_day(now)
-        context = Context(0, now, now, day, is_right=False, track_id=reply.track_id, profile=exchange.profile_name)
+        context = Reading(0, now, now, day, is_right=False, track_id=reply.track_id, profile=exchange.profile_name)
         snapshot = parse(reply.body, context)
     except ExchangeError as error:
         return Check("call", Status.FAIL, f"refused ({error.kind}): {error}", _REMEDIES.get(error.kind, ""))

@@ -19,7 +19,7 @@ from bourse_producer.calendar import Calendar
 from bourse_producer.derive import derive
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_producer.freshness import GOOD
-from bourse_producer.responses import Context
+from bourse_producer.responses import Reading
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ConfigurationError, ExchangeError
 from bourse_schemas.events import Candle, PollMarker, TradeEvent
@@ -29,7 +29,7 @@ from bourse_schemas.topics import POLLS, TRADES
 __all__ = ["Replay", "Topics"]
 
 SHOWN_DIFFERENCES = 10
-Calls = Sequence[tuple[bytes, Context]]
+Calls = Sequence[tuple[bytes, Reading]]
 
 
 class Poll(NamedTuple):
@@ -94,7 +94,7 @@ class Replay:
                     at = datetime.fromisoformat(said["received_at"]).astimezone(UTC)
                     whole = sorted(rows.values(), key=lambda row: row["CoID"])
                     body = msgspec.json.encode({"trackId": "replay", "result": whole, "state": "DONE"})
-                    context = Context(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
+                    context = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
                     self._publish(Poll(number, [(body, context)]))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is no captured day, or a damaged one: {error}") from error

@@ -28,8 +28,8 @@ __all__ = [
     "PROFILES",
     "SOURCE",
     "TRADES_REALTIME",
-    "Context",
     "Profile",
+    "Reading",
     "merge",
     "parse",
     "parse_minutes",
@@ -151,12 +151,11 @@ _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class Reading:
     """What a response does not say of itself.
 
     `received_at` is when it arrived; `dated` is its `Date` header, or our clock where it had none; `track_id` is what
-    was sent with the call, `is_right` which of the two calls it was, `minutes` that it asked for minute rows; `profile`
-    is a profile's name.
+    was sent with the call, `is_right` which of the two calls it was; `profile` is a profile's name.
     """
 
     poll_sequence: int
@@ -165,7 +164,6 @@ class Context:
     session_day: date | None
     is_right: bool
     track_id: str
-    minutes: bool = False
     profile: str = TRADES_REALTIME.name
 
 
@@ -176,7 +174,7 @@ class _BadRow(Exception):
         self.field = field_name
 
 
-def parse(body: bytes, context: Context) -> Snapshot:
+def parse(body: bytes, context: Reading) -> Snapshot:
     """Return what a response says.
 
     Raises ExchangeNonsense when the body is no response, and the matching ExchangeError when it says that the call
@@ -188,12 +186,12 @@ def parse(body: bytes, context: Context) -> Snapshot:
     return Snapshot(best, context.received_at, context.session_day, rejected, rows, duplicates, oddities)
 
 
-def parse_minutes(body: bytes, context: Context) -> list[Candle]:
+def parse_minutes(body: bytes, context: Reading) -> list[Candle]:
     """Return the usable rows of a response of minute rows, oldest first; raises as `parse` does."""
     return sorted(_read(body, context)[0], key=lambda candle: candle.traded_at)
 
 
-def _read(body: bytes, context: Context) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
+def _read(body: bytes, context: Reading) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
     try:
         envelope = _envelope.decode(body.removeprefix(_BOM))
     except UNREADABLE as error:
@@ -225,7 +223,7 @@ def _read(body: bytes, context: Context) -> tuple[list[Candle], list[RejectedRow
             candle = _candle(known, context, latest)
         except _BadRow as bad:
             raws = raws or _raw_rows.decode(result)
-            rejected.append(_rejected(bytes(raws[number]), bad))
+            rejected.append(_rejected(bytes(raws[number]), bad, context.track_id))
             continue
         candles.append(candle)
         if known.PrecedencyRight is not None and known.PrecedencyRight is not candle.is_right:
@@ -265,7 +263,7 @@ def _best(candles: Iterable[Candle]) -> tuple[dict[str, Candle], int]:
     return best, duplicates
 
 
-def _candle(row: _Row, context: Context, latest: datetime) -> Candle:
+def _candle(row: _Row, context: Reading, latest: datetime) -> Candle:
     instrument = row.TseSymbolCode
     if not _is_code(instrument):
         raise _BadRow(
@@ -364,7 +362,7 @@ def _number(name: str, value: Any) -> Any:
     return value
 
 
-def _rejected(payload: bytes, bad: _BadRow) -> RejectedRow:
+def _rejected(payload: bytes, bad: _BadRow, track_id: str) -> RejectedRow:
     try:
         fields = _anything.decode(payload)
     except UNREADABLE:
@@ -372,7 +370,7 @@ def _rejected(payload: bytes, bad: _BadRow) -> RejectedRow:
     named = {name.lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
     who = named.get("tsesymbolcode") or named.get("coid") or sha256(payload).hexdigest()
     identity = f"{str(who)[:64]}/{bad.reason}/{bad.field}"
-    return RejectedRow(bad.reason, str(bad)[:MOST_MESSAGE], payload[:MOST_PAYLOAD], identity)
+    return RejectedRow(bad.reason, str(bad)[:MOST_MESSAGE], payload[:MOST_PAYLOAD], identity, track_id)
 
 
 @lru_cache(1 << 16)

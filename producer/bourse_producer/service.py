@@ -25,7 +25,7 @@ from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot,
 from bourse_producer.finnotech import Reply
 from bourse_producer.freshness import GOOD, Freshness
 from bourse_producer.publisher import State
-from bourse_producer.responses import TRADES_REALTIME, Context, Profile, merge, parse
+from bourse_producer.responses import TRADES_REALTIME, Profile, Reading, merge, parse
 from bourse_schemas.errors import (
     ConfigurationError,
     ExchangeError,
@@ -105,7 +105,7 @@ class Capture(Protocol):
     def restored(self, state: State) -> None:
         """Keep what the next polls start from."""
 
-    def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Mapping[InstrumentCode, Candle]) -> None:
+    def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Mapping[InstrumentCode, Candle]) -> None:
         """Make the responses durable, how they are read, and what they are compared with."""
 
     def committed(self, poll_sequence: int, outcome: Outcome) -> None:
@@ -140,7 +140,7 @@ class _Attempt:
 
     sequence: int
     requested_at: datetime
-    contexts: list[Context] = field(default_factory=list)
+    contexts: list[Reading] = field(default_factory=list)
     parts: list[Snapshot] = field(default_factory=list)
     suspects: list[RejectedRow] = field(default_factory=list)
     track_ids: dict[bool, str | None] = field(default_factory=dict)
@@ -555,7 +555,7 @@ class Producer:
             self._hold_for = ExchangeRefused(error.kind, said, code=error.code)
             self._hold_until = time.monotonic() + seconds
 
-    def _context(self, attempt: _Attempt, reply: Reply, is_right: bool) -> Context:
+    def _context(self, attempt: _Attempt, reply: Reply, is_right: bool) -> Reading:
         if reply.dated is not None:
             skew = reply.dated - reply.received_at
             self._monitor.set(m.CLOCK_SKEW, skew.total_seconds())
@@ -568,7 +568,7 @@ class Producer:
                     seconds=round(skew.total_seconds()),
                 )
         received_at = _to_millis(reply.received_at + (self._skew or timedelta()))
-        return Context(
+        return Reading(
             poll_sequence=attempt.sequence,
             received_at=received_at,
             dated=reply.dated or received_at,
@@ -602,7 +602,7 @@ class Producer:
                 payload=row.payload,
                 original_headers={},
                 poll_sequence=attempt.sequence,
-                poll_id=marker.poll_id,
+                poll_id=row.track_id,
                 failed_at=marker.received_at or marker.requested_at,
             )
             for row in fresh.values()

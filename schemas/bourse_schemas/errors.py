@@ -9,6 +9,7 @@ BourseError
 │  └─ ExchangeNonsense         keep the body, count, skip this poll
 ├─ SchemaIncompatible          refuse to start
 ├─ Undecodable                 one record is at fault: dead-letter it
+├─ Stuck                       calls that cannot be ended: end the process
 └─ PublishError                throw the Kafka producer away, restore, go on
    └─ Fenced                   another instance took over: leave
 """
@@ -25,6 +26,7 @@ __all__ = [
     "Fenced",
     "PublishError",
     "SchemaIncompatible",
+    "Stuck",
     "Undecodable",
     "Unreachable",
 ]
@@ -45,8 +47,9 @@ class Unreachable(ConfigurationError):
 class ExchangeError(BourseError):
     """A call to the exchange gave no snapshot.
 
-    `kind` is one of token, scope, address, quota, rate, provider, nonsense, timeout, network, internal; `code` and the
-    text are the exchange's own words where it said any; `retry_after` is in seconds, `track_id` the last attempt's.
+    `kind` is one of token, scope, address, quota, rate, budget, provider, nonsense, timeout, network, internal; `code`
+    and the text are the exchange's own if it gave any; `retry_after` is in seconds, `track_id` the last attempt's.
+    `held` is true if no call was made, because of an earlier answer or of the budget.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class ExchangeError(BourseError):
         code: str | None = None,
         retry_after: float | None = None,
         track_id: str | None = None,
+        held: bool = False,
     ) -> None:
         super().__init__(message)
         self.kind = kind
         self.code = code
         self.retry_after = retry_after
         self.track_id = track_id
+        self.held = held
 
 
 class ExchangeUnavailable(ExchangeError):
@@ -83,6 +88,10 @@ class SchemaIncompatible(BourseError):
 
 class Undecodable(BourseError):
     """A record's bytes are not what the topic promises: it becomes a dead letter."""
+
+
+class Stuck(BourseError):
+    """Calls do not end, long after their deadline: the process must end, so that another one can start."""
 
 
 class PublishError(BourseError):

@@ -21,7 +21,7 @@ from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
 from bourse_producer.replay import Replay
 from bourse_producer.replay_command import replay
-from bourse_producer.responses import Context
+from bourse_producer.responses import Reading
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import Candle, Op, Outcome, PollMarker, TradeEvent
@@ -43,10 +43,10 @@ def received(text: bytes, track_id: str) -> Received:
     return Received(track_id, "/p", {"trackId": track_id}, 200, headers, text, OPENS, OPENS + timedelta(seconds=1))
 
 
-def context(sequence: int, track_id: str) -> Context:
+def context(sequence: int, track_id: str) -> Reading:
     """Return how the answer of this poll is read."""
     at = OPENS + timedelta(minutes=sequence)
-    return Context(sequence, at, at, DAY, is_right=False, track_id=track_id)
+    return Reading(sequence, at, at, DAY, is_right=False, track_id=track_id)
 
 
 class Service:

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from bourse_producer.finnotech import Credentials, Finnotech, Received
-from bourse_producer.responses import PROFILES, Context, parse
+from bourse_producer.responses import PROFILES, Reading, parse
 from bourse_sandbox.exchange import PracticeExchange, practice_exchange
 from bourse_sandbox.serving import serve
 from bourse_schemas.errors import (
@@ -103,7 +103,7 @@ def test_one_token_for_many_calls() -> None:
         replies = [exchange.realtime(rights=rights) for rights in (False, True, False)]
         assert (practice.tokens, practice.calls, practice.served) == (1, 3, 2)
     assert len({reply.track_id for reply in replies}) == 3
-    context = Context(1, datetime.now(UTC), datetime(2019, 8, 22, tzinfo=UTC), date(2019, 8, 21), False, "")
+    context = Reading(1, datetime.now(UTC), datetime(2019, 8, 22, tzinfo=UTC), date(2019, 8, 21), False, "")
     assert [parse(reply.body, context).rows > 100 for reply in replies] == [True, False, True]
     assert [reply.dated and reply.dated.date() for reply in replies] == [date(2019, 8, 21)] * 3
 
@@ -566,7 +566,7 @@ def test_the_content_type_does_not_matter(kind: str) -> None:
     script = Script(lambda: Response(b"\xef\xbb\xbf" + DONE, media_type=kind))
     with against(script) as exchange:
         reply = exchange.realtime(rights=False)
-    context = Context(1, datetime.now(UTC), datetime.now(UTC), None, False, reply.track_id)
+    context = Reading(1, datetime.now(UTC), datetime.now(UTC), None, False, reply.track_id)
     assert parse(reply.body, context).rows == 0
 
 

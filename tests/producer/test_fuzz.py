@@ -10,7 +10,7 @@ from msgspec import structs
 
 from bourse_producer import derive, service
 from bourse_producer.diff import Changes, Snapshot, diff
-from bourse_producer.responses import Context
+from bourse_producer.responses import Reading
 from bourse_schemas.events import Candle
 from reliability.fuzz import Fuzz
 
@@ -60,7 +60,7 @@ def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytes
 def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is no ExchangeError."""
 
-    def broken(body: bytes, context: Context) -> Snapshot:
+    def broken(body: bytes, context: Reading) -> Snapshot:
         raise KeyError("state")
 
     monkeypatch.setattr(service, "parse", broken)

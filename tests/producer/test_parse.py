@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from bourse_producer.diff import Snapshot, diff
-from bourse_producer.responses import PROFILES, SOURCE, Context, merge, parse, parse_minutes, refusal
+from bourse_producer.responses import PROFILES, SOURCE, Reading, merge, parse, parse_minutes, refusal
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -40,7 +40,7 @@ DOCUMENTED = (
 ROW: dict[str, Any] = json.loads(DOCUMENTED)["result"][0]
 
 
-def context(**changes: Any) -> Context:
+def context(**changes: Any) -> Reading:
     """Return the context of a call for shares, answered at NOW."""
     usual = {
         "poll_sequence": 7,
@@ -50,7 +50,7 @@ def context(**changes: Any) -> Context:
         "is_right": False,
         "track_id": TRACK_ID,
     }
-    return Context(**{**usual, **changes})
+    return Reading(**{**usual, **changes})
 
 
 def body(*rows: object, **envelope: object) -> bytes:
@@ -632,7 +632,7 @@ def test_minute_rows_come_oldest_first_and_all_of_them() -> None:
     """Several of one instrument, in order of their time; bad ones are left out."""
     clocks = ["09:03:00", "09:01:00", "09:02:00"]
     rows = [row(TradeDateGre=f"2020/01/19 {clock}") for clock in clocks] + [row(TradeVolume=-1)]
-    found = parse_minutes(body(*rows), context(minutes=True))
+    found = parse_minutes(body(*rows), context())
     assert [candle.traded_at.minute for candle in found] == [31, 32, 33]
     with pytest.raises(ExchangeNonsense):
-        parse_minutes(b"<html>", context(minutes=True))
+        parse_minutes(b"<html>", context())

@@ -19,7 +19,7 @@ from bourse_producer.calendar import Calendar
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Reply
 from bourse_producer.publisher import State
-from bourse_producer.responses import SOURCE, Context
+from bourse_producer.responses import SOURCE, Reading
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import (
     ConfigurationError,
@@ -843,7 +843,7 @@ def test_the_capture_comes_before_the_publication() -> None:
         def restored(self, state: State) -> None:
             told.append(f"state {state.poll_sequence}")
 
-        def poll(self, poll_sequence: int, contexts: Sequence[Context], known: Any) -> None:
+        def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Any) -> None:
             told.append(f"poll {poll_sequence} {[context.is_right for context in contexts]}")
             if len(told) > 6:
                 raise PublishError("disk full")
