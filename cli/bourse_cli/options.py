@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-import threading
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from bourse_cli.inputs import read_text
+from bourse_cli.proxies import proxy_for
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
+from bourse_schemas.watchdog import stop_on_signals
 
 __all__ = ["cluster_options", "declared_topic", "http_option", "shared_default", "stop_on_signals"]
 
@@ -42,13 +44,11 @@ def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> 
             raise click.BadParameter(f"{pair!r} is not key=value")
         if value.startswith("@"):
             try:
-                value = Path(value[1:]).read_text("utf-8").strip()
-            except OSError as error:
-                raise click.BadParameter(f"{key}: cannot read {value[1:]}: {error.strerror}") from error
-            except UnicodeDecodeError as error:
-                raise click.BadParameter(f"{key}: {value[1:]} is not text") from error
+                value = read_text(Path(value[1:]), key).strip()
+            except ConfigurationError as error:
+                raise click.BadParameter(str(error)) from error
         elif key.endswith(SECRETS):
-            raise click.BadParameter(f"{key} is a secret: put it into a file and say -X {key}=@FILE")
+            raise click.BadParameter(f"{key} is a secret: write it to a file and use -X {key}=@FILE")
         settings[key] = value
     return settings
 
@@ -66,7 +66,9 @@ def cluster_options(command: F) -> F:
         kafka_settings: dict[str, str],
         **rest: Any,
     ) -> Any:
-        return command(*args, cluster=Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings), **rest)
+        proxy = proxy_for(registry_url, environ=os.environ)
+        cluster = Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings, registry_proxy=proxy)
+        return command(*args, cluster=cluster, **rest)
 
     options = [
         click.option(
@@ -121,11 +123,3 @@ def declared_topic(name: str, prefix: str | None) -> Topic:
         if name in {topic.name, topic.full_name(name.rpartition(".")[0] if prefix is None else prefix)}:
             return topic
     raise ConfigurationError(f"no topic {name!r}: there are {', '.join(topic.name for topic in TOPICS)}")
-
-
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGTERM and SIGINT set; the handler does nothing else, so it cannot block."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop

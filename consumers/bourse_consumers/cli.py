@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import signal
-import threading
 from dataclasses import replace
 from typing import Any
 
 import click
 
 from bourse_cli.health import Monitor
-from bourse_cli.options import cluster_options, http_option
+from bourse_cli.options import cluster_options, http_option, stop_on_signals
 from bourse_cli.root import LazyGroup
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
@@ -94,9 +92,7 @@ def _run(consumer: Any, name: str, cluster: Cluster, group: str | None, http: st
 
     if not isinstance(consumer, Consumer):
         raise ConfigurationError(f"the consumer {name!r} returned {type(consumer).__name__}, not a Consumer")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     group = group or f"{cluster.prefix}-{name}"
     monitor = Monitor(name)
     with monitor.serve(http) as url:

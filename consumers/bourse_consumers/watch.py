@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import queue
-import signal
 import sys
 import textwrap
 import threading
@@ -23,7 +22,7 @@ from unicodedata import bidirectional
 
 import click
 
-from bourse_cli.options import cluster_options
+from bourse_cli.options import cluster_options, stop_on_signals
 from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.events import (
     TEHRAN,
@@ -732,9 +731,7 @@ def watch(cluster: Cluster, seconds: float | None) -> None:
     console, view = Console(), View()
     on_screen = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
     screen = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     with _Feed(cluster) as feed, screen if on_screen else nullcontext() as live:
         began, drawn = time.monotonic(), None
         while not stop.is_set() and (seconds is None or time.monotonic() - began < seconds):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from bourse_cli.health import Monitor
 from bourse_cli.options import cluster_options, http_option
@@ -280,6 +281,8 @@ def produce(
     from bourse_schemas.events import Outcome
 
     configure_logging(ctx.find_root().obj or "info")
+    if once and ctx.get_parameter_source("http") is not ParameterSource.COMMANDLINE:
+        http = None  # from file or environment it is meant for the service, which may run next to this command
     profile = exchange.profile
     if rights and profile.name == "realTimeTrades":
         raise ConfigurationError("--rights is for --profile trades-realtime: leave it out")

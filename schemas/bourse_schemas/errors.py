@@ -16,6 +16,8 @@ BourseError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "BourseError",
     "ConfigurationError",
@@ -29,6 +31,7 @@ __all__ = [
     "Stuck",
     "Undecodable",
     "Unreachable",
+    "did_you_mean",
 ]
 
 
@@ -100,3 +103,11 @@ class PublishError(BourseError):
 
 class Fenced(PublishError):
     """Another instance with the same transactional id took over."""
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `; did you mean x?` for the known name most like this one, or nothing; append it to a message."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -37,13 +37,15 @@ class Cluster:
     """A Kafka cluster and its schema registry, as the operator named them.
 
     `settings` are librdkafka's (`-X key=value`); they may hold secrets and are therefore never shown. `on_statistics`
-    gets what librdkafka says of itself, from whoever polls a client.
+    is called with librdkafka's statistics, on the thread that polls a client. `registry_proxy` is the proxy for the
+    registry, None for a direct connection; bourse_cli.proxies decides.
     """
 
     bootstrap_servers: str
     registry_url: str
     prefix: str = DEFAULT_PREFIX
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
+    registry_proxy: str | None = field(default=None, repr=False)
     on_statistics: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,8 @@ class Cluster:
 
         prefix = len(REGISTRY_KEYS)
         own = {key[prefix:]: value for key, value in self.settings.items() if key.startswith(REGISTRY_KEYS)}
+        if self.registry_proxy is not None:
+            own.setdefault("proxy", self.registry_proxy)
         return Registry(self.registry_url, own)
 
     def metadata(self, timeout: float = 8.0) -> ClusterMetadata:

@@ -289,7 +289,7 @@ def test_a_secret_on_the_command_line_is_refused(bourse: Run, shown: list[tuple[
         ("nonsense", "'nonsense' is not key=value"),
         ("=x", "'=x' is not key=value"),
         ("sasl.password=@nowhere", "cannot read nowhere: No such file"),
-        ("sasl.password=@binary", "binary is not text"),
+        ("sasl.password=@binary", "binary is not UTF-8 text"),
     ],
 )
 def test_a_setting_that_is_none(

@@ -1,0 +1,104 @@
+"""One decision for every HTTP client: which proxy, if any, leads to an address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+from bourse_cli.inputs import read_text
+from bourse_schemas.errors import ConfigurationError
+
+__all__ = ["proxy_for"]
+
+SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+def proxy_for(
+    url: str, *, proxy: str | None = None, proxy_file: Path | None = None, environ: Mapping[str, str]
+) -> str | None:
+    """Return the URL of the proxy for `url`, or None for a direct connection. The result may hold a password.
+
+    `proxy` and `proxy_file` are the operator's options and go before the environment: `<SCHEME>_PROXY`, then
+    `ALL_PROXY`, unless `NO_PROXY` names the host. Of two spellings the lower-case one wins, as in curl. A loopback
+    address is never proxied, so the variables of a desktop do not break a local set-up.
+
+    Raises ConfigurationError that names the option or variable and never quotes its value. Pass the result on as
+    `httpx.Client(transport=httpx.HTTPTransport(proxy=...))`: a client without a transport reads the environment again.
+    """
+    chosen = None
+    if proxy is not None and proxy_file is not None:
+        raise ConfigurationError("--proxy and --proxy-file: use one of them")
+    if proxy is not None:
+        chosen = _proxy_url("--proxy", proxy)
+        if urlsplit(chosen).password is not None:
+            raise ConfigurationError("--proxy holds a password: write the URL to a file and use --proxy-file FILE")
+    elif proxy_file is not None:
+        chosen = _proxy_url(f"--proxy-file {proxy_file}", read_text(proxy_file, "--proxy-file").strip())
+    target = urlsplit(url)
+    host = (target.hostname or "").rstrip(".")
+    if _is_loopback(host):
+        return None
+    if chosen is None:
+        for name in (f"{target.scheme}_proxy", "all_proxy"):
+            variable = next((each for each in (name, name.upper()) if environ.get(each, "").strip()), None)
+            if variable is not None:
+                chosen = None if _exempt(host, target, environ) else _proxy_url(variable, environ[variable].strip())
+                break
+    return chosen
+
+
+def _proxy_url(origin: str, value: str) -> str:
+    url = value if "://" in value else f"http://{value}"  # as curl reads it
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0 and not any(each.isspace() for each in url)
+    except ValueError:
+        parts, usable = SplitResult("", "", "", "", ""), False
+    if parts.scheme == "socks":
+        raise ConfigurationError(f"{origin}: socks:// is not a supported proxy scheme; did you mean socks5://?")
+    if not usable or parts.scheme not in SCHEMES:
+        raise ConfigurationError(
+            f"{origin} is not a proxy address such as http://127.0.0.1:3128 (schemes: {', '.join(SCHEMES)})"
+        )
+    return url
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return host == "localhost" or host.endswith(".localhost") if address is None else address.is_loopback
+
+
+def _exempt(host: str, target: SplitResult, environ: Mapping[str, str]) -> bool:
+    """Return whether NO_PROXY names the host: a name with its subdomains, an address, a network, or *; maybe a port."""
+    variable = "no_proxy" if environ.get("no_proxy", "").strip() else "NO_PROXY"
+    port = target.port or (443 if target.scheme == "https" else 80)
+    entries = [entry.strip().lower() for entry in environ.get(variable, "").split(",")]
+    named = [_names(entry, host, port, variable) for entry in entries if entry]  # a bad entry always raises
+    return any(named)
+
+
+def _names(entry: str, host: str, port: int, variable: str) -> bool:
+    if entry == "*":
+        return True
+    name, colon, number = entry.rpartition(":")
+    if colon and number.isdecimal() and (":" not in name or name.endswith("]")):
+        return int(number) == port and _names(name, host, port, variable)
+    name = entry[1:-1] if entry.startswith("[") and entry.endswith("]") else entry
+    if ":" in name or "/" in name:
+        try:
+            network = ip_network(name, strict=False)
+        except ValueError:
+            raise ConfigurationError(f"{variable}: {entry} is not a host name, an address or a network") from None
+        address = _address(host)
+        return address is not None and address in network
+    suffix = name.removeprefix("*").lstrip(".")
+    return host == suffix or host.endswith(f".{suffix}")
