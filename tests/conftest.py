@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bourse_cli.root import main
 from bourse_sandbox.jars import Artifact, fetch
 from bourse_sandbox.kafka import Kafka, KafkaUnavailable, MockKafka, free_port, java
 from bourse_sandbox.processes import spawn
@@ -43,6 +44,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def rewrite_golden(request: pytest.FixtureRequest) -> bool:
     """Tell whether golden files are to be written instead of compared."""
     return bool(request.config.getoption("--rewrite-golden"))
+
+
+@pytest.fixture
+def bourse(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int | str | None, str, str]]:
+    """Return `bourse(*arguments)`: runs the command line in an empty folder; exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bourse", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture
