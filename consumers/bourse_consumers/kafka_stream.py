@@ -49,13 +49,6 @@ READ_SECONDS = 15.0
 # How far before an offset the last record is looked for at first: transaction markers lie between.
 LOOK_BACK = 100
 
-REFUSED = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-}
-
 
 @lru_cache(4096)
 def _partition(topic: str, number: int) -> Partition:
@@ -66,11 +59,11 @@ class KafkaStream:
     """One member of a consumer group, with a transactional producer beside it."""
 
     def __init__(self, cluster: Cluster, group: str, topics: Sequence[Topic], emits: Sequence[Topic]) -> None:
-        self._cluster = cluster
+        self._cluster, self._group = cluster, group
         self._log = get_logger(group=group)
         names = [topic.full_name(cluster.prefix) for topic in topics]
         publishes = {*emits, DEAD_LETTERS}
-        cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)])
+        cluster.require_topics(names, [topic.full_name(cluster.prefix) for topic in publishes])
         self._registry = registry = cluster.registry()
         self._serializers = {topic: registry.serializer(topic, cluster.prefix) for topic in publishes}
         self._decoders: dict[str, Deserializer[Any]] = {
@@ -151,8 +144,10 @@ class KafkaStream:
                 positions[_partition(message.topic(), message.partition())] = int(message.offset() or 0)
             elif error.fatal():
                 raise KafkaException(error)
-            elif error.code() in REFUSED or error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # its name
-                raise _broken(error)
+            elif refusal := self._refusal(error, message.topic()):
+                raise refusal
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # the client's public name for it
+                raise StreamBroken(error.str())
             else:
                 self._log.warning("kafka", error=error.str())
 
@@ -190,7 +185,7 @@ class KafkaStream:
             else:
                 raise StreamBroken("the group gave our partitions away")
         except KafkaException as error:
-            raise _broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
 
     def hint(self, offsets: Offsets) -> None:
         """Commit offsets for dashboards, without waiting; `close` waits for what is under way."""
@@ -248,6 +243,14 @@ class KafkaStream:
         if self._producer is not None:
             abandon(self._producer)
 
+    def _refusal(self, error: KafkaError, topic: str | None = None) -> ConfigurationError | None:
+        return self._cluster.refusal(
+            error, topic=topic or "", group=self._group, transactional_id=self._transactional_id
+        )
+
+    def _broken(self, error: KafkaError) -> BourseError:
+        return self._refusal(error) or StreamBroken(error.str())
+
     # --- publishing ---------------------------------------------------------------------------------------------------
 
     def _new_producer(self) -> Producer:
@@ -256,7 +259,7 @@ class KafkaStream:
             producer.init_transactions(ASK_SECONDS)
         except KafkaException as error:
             abandon(producer)
-            raise _broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
         return producer
 
     def _transact(
@@ -305,7 +308,7 @@ class KafkaStream:
                 # Waits until transactions that hold offsets of ours are settled.
                 answer = self._client.committed(asked, ASK_SECONDS)
             except KafkaException as error:
-                raise _broken(error.args[0]) from error
+                raise self._broken(error.args[0]) from error
             for told in answer:
                 partition, at = Partition(told.topic, told.partition), told.offset
                 low, self._ends[partition] = self._watermarks(partition)
@@ -332,7 +335,7 @@ class KafkaStream:
         try:
             low, high = self._client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
         except KafkaException as error:
-            raise _broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
         return low, high
 
     # --- other topics -------------------------------------------------------------------------------------------------
@@ -341,7 +344,7 @@ class KafkaStream:
         """Yield what is committed on a topic; see Assignment.read."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._registry.deserializer(topic.event)
-        client = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+        client = self._cluster.consumer(self._group, enable_partition_eof=True, auto_offset_reset="earliest")
         try:
             places = [Partition(name, number) for number in range(self._cluster.require_topics([name])[name])]
             # With what is still in a transaction: ours may be committed for the group and not yet on this topic.
@@ -372,10 +375,10 @@ class KafkaStream:
                             yield decode(message.value())
                     elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                         reached[place] = max(reached[place], int(message.offset() or 0))
-                    elif error.code() in REFUSED:
-                        raise _broken(error)
+                    elif refusal := self._refusal(error, name):
+                        raise refusal
         except KafkaException as error:
-            raise _broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
         finally:
             client.close()
 
@@ -383,11 +386,11 @@ class KafkaStream:
 
     def _day_start(self, committed: dict[Partition, int | None]) -> dict[Partition, int]:
         """Return where the trading day of the last record before each offset begins (of the last one where None)."""
-        client = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
+        client = self._cluster.consumer(self._group, enable_partition_eof=True, auto_offset_reset="earliest")
         try:
             return {partition: self._day_start_of(client, partition, at) for partition, at in committed.items()}
         except KafkaException as error:
-            raise _broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
         finally:
             client.close()
 
@@ -435,9 +438,3 @@ def _record(partition: Partition, message: Message) -> Record:
         value.encode() if isinstance(value, str) else value,
         {name: header or b"" for name, header in pairs},
     )
-
-
-def _broken(error: KafkaError) -> BourseError:
-    if error.code() in REFUSED:
-        return ConfigurationError(f"Kafka does not allow it: {error.str()}; see the ACLs of this user")
-    return StreamBroken(error.str())

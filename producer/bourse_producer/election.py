@@ -9,10 +9,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from confluent_kafka import OFFSET_END, KafkaError, KafkaException
+from confluent_kafka import OFFSET_END, KafkaException
 
 from bourse_cli.logs import get_logger
-from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS
 
@@ -102,11 +101,8 @@ class Election:
                 error = message.error() if message is not None else None
                 if error is None:
                     continue
-                if error.code() in {KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED}:
-                    raise ConfigurationError(
-                        f"Kafka does not allow it: {error.str()}; this user must be allowed to read the group "
-                        f"{self._group} and the topic {name}"
-                    )
+                if refusal := self._cluster.refusal(error, topic=name, group=self._group):
+                    raise refusal
                 if error.fatal():
                     raise KafkaException(error)
         finally:

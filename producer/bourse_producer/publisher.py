@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
-from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
@@ -64,8 +64,11 @@ class Publisher:
         self._candles = registry.serializer(CANDLES, cluster.prefix)
         self._polls = registry.serializer(POLLS, cluster.prefix)
         self._letters = registry.serializer(DEAD_LETTERS, cluster.prefix)
-        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)])
-        self._producer: Producer = cluster.transactional_producer(f"{cluster.prefix}-producer-{source}")
+        writes = [topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)]
+        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (CANDLES, POLLS)], writes)
+        cluster.require_sizes(writes)
+        self._transactional_id = f"{cluster.prefix}-producer-{source}"
+        self._producer: Producer = cluster.transactional_producer(self._transactional_id)
 
     def restore(self) -> State:
         """Fence any older instance, then return what is committed.
@@ -104,7 +107,7 @@ class Publisher:
                 return self._producer.init_transactions(POLL_SECONDS)
             except KafkaException as error:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
-                    raise _publish_error(error.args[0]) from error
+                    raise self._error(error.args[0]) from error
 
     def publish(self, changes: Changes, letters: Iterable[DeadLetter], markers: Iterable[PollMarker]) -> None:
         """Publish one poll: events, candles, dead letters and markers in one transaction, or nothing of it.
@@ -155,17 +158,22 @@ class Publisher:
                 # The queue is full; what brokers do not take is thrown out of it in time, and the commit fails.
                 self._producer.poll(POLL_SECONDS)
             except KafkaException as error:
-                if error.args[0].code() == KafkaError._FATAL:  # noqa: SLF001
-                    # Only the transaction says what is fatal: taken over by another instance, or something else.
-                    self._do(self._producer.commit_transaction)
-                raise _publish_error(error.args[0]) from error
+                if error.args[0].code() in {KafkaError._FATAL, KafkaError._STATE}:  # noqa: SLF001
+                    # Only the commit reports why: fenced, or a record was refused while others were being produced.
+                    self._do(lambda: self._producer.commit_transaction(COMMIT_SECONDS))
+                raise self._error(error.args[0]) from error
 
-    @staticmethod
-    def _do(step: Callable[[], object]) -> None:
+    def _do(self, step: Callable[[], object]) -> None:
         try:
             step()
         except KafkaException as error:
-            raise _publish_error(error.args[0]) from error
+            raise self._error(error.args[0]) from error
+
+    def _error(self, error: KafkaError) -> PublishError:
+        if error.code() in {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}:  # noqa: SLF001
+            return Fenced("another instance with the same source took over")
+        refusal = self._cluster.refusal(error, "WRITE", transactional_id=self._transactional_id)
+        return PublishError(str(refusal or error.str()))
 
     def _committed(self, topic: Topic, event: type[E], tail: int | None = None) -> Iterable[E]:
         """Yield the committed events of a topic, in order per partition; of the last `tail` offsets, if given."""
@@ -265,12 +273,3 @@ def _until(consumer: Consumer, ends: Mapping[int, int], seconds: float) -> Itera
 
 def _bytes(value: str | bytes | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else value
-
-
-def _publish_error(error: KafkaError) -> PublishError | Unreachable:
-    fenced = error.code() in {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}  # noqa: SLF001
-    if fenced:
-        return Fenced("another instance with the same source took over")
-    if error.code() in {KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED}:
-        return PublishError(f"Kafka does not allow it: {error.str()}")
-    return PublishError(error.str())

@@ -1,35 +1,52 @@
-"""How to reach the cluster, and the client settings that correctness needs."""
+"""How to reach the cluster, the client settings that correctness needs, and what a refusal of the brokers means."""
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
 
 if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Producer
+    from confluent_kafka import Consumer, KafkaError, Producer
     from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
     from bourse_schemas.registry import Registry
 
 __all__ = ["Cluster", "abandon", "kafka_logger"]
 
-# Where a transaction cannot be aborted its successor does it: nothing an operator need read.
+# If a transaction cannot be aborted, its successor aborts it: an operator need not read of it.
 warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 
 C = TypeVar("C")
 
 STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
+# Metadata and brokers together take less than 15 s, however the cluster fails.
+METADATA_SECONDS, BROKER_SECONDS = 8.0, 5.0
 REGISTRY_KEYS = "schema.registry."
+# Kafka allows 249 characters in a topic's name; the longest of ours after the prefix is `.dead-letters`.
+PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,200}")
+# The most that one of our producers sends in a batch (librdkafka's default), and the largest record it has to send.
+BATCH_BYTES, RECORD_BYTES = 1_000_000, 128 * 1024
+# The protocol's error codes for a missing right, the kind of resource, and the right that we need on it.
+REFUSALS = {29: ("topic", ""), 30: ("group", "READ"), 31: ("cluster", ""), 53: ("transactional id", "WRITE")}
+
+
+class TopicState(NamedTuple):
+    """A topic as the brokers describe it; `rights` are this user's, None if the brokers do not report them."""
+
+    partitions: int
+    replicas: int
+    rights: frozenset[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +54,7 @@ class Cluster:
     """A Kafka cluster and its schema registry, as the operator named them.
 
     `settings` are librdkafka's (`-X key=value`); they may hold secrets and are therefore never shown. `on_statistics`
-    is called with librdkafka's statistics, on the thread that polls a client. `registry_proxy` is the proxy for the
+    is called with librdkafka's statistics, on the polling thread. `registry_proxy` is the proxy for the
     registry, None for a direct connection; bourse_cli.proxies decides.
     """
 
@@ -51,9 +68,21 @@ class Cluster:
     def __post_init__(self) -> None:
         if "@" in self.registry_url:
             raise ConfigurationError(
-                "--registry-url holds credentials: put USER:PASSWORD into a file and say "
+                "--registry-url contains credentials: put USER:PASSWORD into a file and pass "
                 "-X schema.registry.basic.auth.user.info=@FILE"
             )
+        if not PREFIX.fullmatch(self.prefix):
+            raise ConfigurationError(
+                f"--topic-prefix {self.prefix!r} is not legal in a topic name: use 1 to 200 of a-z A-Z 0-9 . _ -"
+            )
+
+    @property
+    def user(self) -> str:
+        """Return the principal that brokers know us by, as far as the settings tell."""
+        if name := self.settings.get("sasl.username"):
+            return f"User:{name}"
+        secured = self.settings.get("security.protocol", "PLAINTEXT").upper() != "PLAINTEXT"
+        return "the user of this client" if secured else "User:ANONYMOUS"
 
     def client(self, pinned: Mapping[str, Any]) -> dict[str, Any]:
         """Return a client's settings: ours, then the operator's, then those that correctness needs."""
@@ -81,32 +110,38 @@ class Cluster:
             # From the first day, so that Java, Flink and ksqlDB can co-partition.
             "partitioner": "murmur2_random",
         }
-        settings = {**tuned, **self._told(), **self.client(pinned), **callbacks}
+        settings = {**tuned, **self._statistics(), **self.client(pinned), **callbacks}
         return self._make(Producer, settings, logger=kafka_logger())
 
     def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
         """Return a read_committed consumer that never commits by itself.
 
-        `pinned` are more settings (`a_b` is a.b) and callbacks such as error_cb and on_commit.
+        `pinned` are more settings (`a_b` is a.b) and callbacks such as error_cb and on_commit. Without a group it can
+        only be assigned partitions. The client needs a group's name all the same and asks for its coordinator; the
+        answer, GROUP_AUTHORIZATION_FAILED for a user without rights on it, comes out of `consume` once and means
+        nothing: a reader ignores it.
         """
         from confluent_kafka import Consumer
 
         tuned = {
             "fetch.wait.max.ms": 10,
             "fetch.queue.backoff.ms": 5,
-            # What lies ready is 60 MB by default, and no reader is faster for more than this.
+            # The client prefetches 60 MB by default; no reader is faster for more than this.
             "queued.min.messages": 2000,
             "queued.max.messages.kbytes": 2048,
             "fetch.message.max.bytes": 1 << 18,
         }
         fixed = {
-            "group.id": group or "bourse-unused",
+            "group.id": group or f"{self.prefix}-reader",
             "isolation.level": "read_committed",
+            # With the commits of its own a consumer without rights on its group closes only after 45 s.
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
+            # Eager `assign()` fails with a cooperative strategy.
+            "partition.assignment.strategy": "range",
             **{key if callable(value) else key.replace("_", "."): value for key, value in pinned.items()},
         }
-        return self._make(Consumer, {**tuned, **self._told(), **self.client(fixed)}, logger=kafka_logger())
+        return self._make(Consumer, {**tuned, **self._statistics(), **self.client(fixed)}, logger=kafka_logger())
 
     def admin(self) -> AdminClient:
         """Return an administration client."""
@@ -124,43 +159,186 @@ class Cluster:
             own.setdefault("proxy", self.registry_proxy)
         return Registry(self.registry_url, own)
 
-    def metadata(self, timeout: float = 8.0) -> ClusterMetadata:
-        """Return the cluster's brokers and topics.
+    def metadata(self, timeout: float = METADATA_SECONDS) -> ClusterMetadata:
+        """Return the cluster's brokers and topics; topics that this user may not see are missing.
 
         Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when it refuses us.
         """
-        from confluent_kafka import KafkaError, KafkaException
-        from confluent_kafka.admin import AdminClient
+        return self._metadata(*self._probe(), timeout)
 
-        said: list[KafkaError] = []
-        admin = self._make(AdminClient, {**self.client({}), "error_cb": said.append}, logger=kafka_logger())
-        try:
-            return admin.list_topics(timeout=timeout)
-        except KafkaException as error:
-            # Why it did not come to a connection is said beside the time-out.
-            admin.poll(0)
-            for refusal in said:
-                if refusal.code() in {KafkaError._AUTHENTICATION, KafkaError._SSL}:  # noqa: SLF001  # its public names
-                    raise ConfigurationError(
-                        f"Kafka at {self.bootstrap_servers} refuses us: {refusal.str()}; see -X sasl… and -X ssl…"
-                    ) from error
-            raise Unreachable(
-                f"Kafka at {self.bootstrap_servers} does not answer ({error.args[0].str()}): "
-                "is it running, and is --bootstrap-servers right?"
-            ) from error
+    def require_topics(self, reads: Iterable[str], writes: Iterable[str] = ()) -> dict[str, int]:
+        """Return the number of partitions of each topic, once all of them exist and may be read or written.
 
-    def require_topics(self, names: Sequence[str]) -> dict[str, int]:
-        """Return the number of partitions of each topic; raise ConfigurationError when one is missing."""
-        found = self.metadata().topics
-        missing = [name for name in names if name not in found or found[name].error is not None]
-        if missing:
+        Also asks every broker at the address it advertises. Raises ConfigurationError with topic, right and user, and
+        Unreachable with the broker's address, within 15 seconds.
+        """
+        wanted = [("WRITE", name) for name in writes] + [("READ", name) for name in reads]
+        admin, failures = self._probe()
+        metadata = self._metadata(admin, failures, METADATA_SECONDS)
+        self._require_brokers(admin, failures, metadata)
+        names = dict.fromkeys(name for _, name in wanted)
+        found = self._topics(admin, metadata, names)
+        if refused := [
+            f"{right} on topic {name}"
+            for right, name in wanted
+            if name in found and (rights := found[name].rights) is not None and right not in rights
+        ]:
+            raise self._not_allowed(", ".join(refused))
+        if missing := [name for name in names if name not in found]:
             raise ConfigurationError(
                 f"no topic {', '.join(missing)} on {self.bootstrap_servers}: create what is declared with "
                 f"`bourse topics apply --bootstrap-servers {self.bootstrap_servers}`"
             )
-        return {name: len(found[name].partitions) for name in names}
+        return {name: found[name].partitions for name in names}
 
-    def _told(self) -> dict[str, Any]:
+    def topics(self, names: Iterable[str]) -> dict[str, TopicState]:
+        """Return those of these topics that exist; one that this user may not see has no partitions and no rights."""
+        admin, failures = self._probe()
+        return self._topics(admin, self._metadata(admin, failures, METADATA_SECONDS), names)
+
+    def require_brokers(self) -> None:
+        """Raise Unreachable, naming the address, when a broker does not answer where it says it is."""
+        admin, failures = self._probe()
+        self._require_brokers(admin, failures, self._metadata(admin, failures, METADATA_SECONDS))
+
+    def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the settings of topics that exist; nothing if the brokers cannot tell them."""
+        from confluent_kafka import KafkaException
+        from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+
+        admin, failures = self._probe()
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+        if not asked or _is_mock(self._metadata(admin, failures, METADATA_SECONDS)):
+            return {}
+        settings = {}
+        for resource, answer in admin.describe_configs(asked, request_timeout=METADATA_SECONDS).items():
+            try:
+                settings[resource.name] = {key: entry.value for key, entry in answer.result().items()}
+            except KafkaException as error:
+                raise self.refusal(error.args[0], "DESCRIBE_CONFIGS", topic=resource.name) or ConfigurationError(
+                    f"cannot read the settings of {resource.name}: {error.args[0].str()}"
+                ) from error
+        return settings
+
+    def require_sizes(self, names: Iterable[str]) -> None:
+        """Raise ConfigurationError if a topic refuses the largest batch that our producers send."""
+        for name, settings in self.topic_settings(names).items():
+            self.require_size(name, settings)
+
+    def require_size(self, name: str, settings: Mapping[str, str]) -> None:
+        """Raise ConfigurationError if these settings of a topic refuse the largest batch that our producers send."""
+        limit = settings.get("max.message.bytes")
+        batch = int(self.settings.get("message.max.bytes", BATCH_BYTES))
+        if batch < RECORD_BYTES:
+            raise ConfigurationError(
+                f"-X message.max.bytes={batch} is too small: our records need {RECORD_BYTES}; leave it out"
+            )
+        if limit is not None and int(limit) < batch:
+            raise ConfigurationError(
+                f"{name} refuses our largest batch, {batch} bytes: its max.message.bytes is {limit}; raise it, "
+                f"or send smaller batches with -X message.max.bytes (at least {RECORD_BYTES})"
+            )
+
+    def refusal(self, error: KafkaError, right: str = "READ", **names: str) -> ConfigurationError | None:
+        """Return what to raise for an error that means a missing right, None for any other error.
+
+        `names` are those of the resources in use: topic, group, transactional_id. `right` is the one on the topic.
+        """
+        kind, only = REFUSALS.get(error.code(), ("", ""))
+        name = names.get(kind.replace(" ", "_")) or f"({error.str()})"
+        return self._not_allowed(f"{only or right} on {kind} {name}") if kind else None
+
+    def _not_allowed(self, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"Kafka does not allow {self.user}: {what}; `bourse acls` prints the rights that each service needs"
+        )
+
+    def _probe(self) -> tuple[AdminClient, _Failures]:
+        from confluent_kafka.admin import AdminClient
+
+        failures = _Failures()
+        logger = logging.Logger("librdkafka.probe")
+        logger.addHandler(failures)
+        return self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger=logger), failures
+
+    def _metadata(self, admin: AdminClient, failures: _Failures, timeout: float) -> ClusterMetadata:
+        from confluent_kafka import KafkaException
+
+        try:
+            return admin.list_topics(timeout=timeout)
+        except KafkaException as error:
+            admin.poll(0)  # calls back with what the client reported meanwhile
+            if failures.refusal:
+                raise ConfigurationError(
+                    f"Kafka at {self.bootstrap_servers} refuses {self.user}: {failures.refusal}; "
+                    "see -X sasl… and -X ssl…"
+                ) from error
+            reason = next(reversed(failures.reasons.values()), error.args[0].str())
+            raise Unreachable(
+                f"Kafka at {self.bootstrap_servers} does not answer ({reason}): "
+                f"is it running, and is --bootstrap-servers right?{self._hint(reason)}"
+            ) from error
+
+    def _hint(self, reason: str) -> str:
+        protocol = self.settings.get("security.protocol", "PLAINTEXT").upper()
+        expected = "TLS (SSL or SASL_SSL)" if "SSL" not in protocol else "SASL, or no TLS"
+        return f" The port may expect {expected}: -X security.protocol is {protocol}" * ("Disconnected" in reason)
+
+    def _require_brokers(self, admin: AdminClient, failures: _Failures, metadata: ClusterMetadata) -> None:
+        from confluent_kafka import KafkaError
+        from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+
+        # Sent to the broker itself; a refusal is an answer, too.
+        asked = {
+            broker: admin.describe_configs(
+                [ConfigResource(ResourceType.BROKER, str(broker.id))], request_timeout=BROKER_SECONDS
+            )
+            for broker in metadata.brokers.values()
+        }
+        for broker, answers in asked.items():
+            for answer in answers.values():
+                error = answer.exception()
+                code = error.args[0].code() if error else 0
+                if code < 0 and code != KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
+                    admin.poll(0)
+                    address = f"{broker.host}:{broker.port}"
+                    reason = failures.reasons.get(f"{address}/{broker.id}", "no answer")
+                    raise Unreachable(
+                        f"broker {broker.id} cannot be reached at {address} ({reason}): {self.bootstrap_servers} "
+                        f"answers, and this address comes from the brokers' advertised.listeners{self._hint(reason)}"
+                    )
+
+    def _topics(self, admin: AdminClient, metadata: ClusterMetadata, names: Iterable[str]) -> dict[str, TopicState]:
+        from confluent_kafka import KafkaError, KafkaException, TopicCollection
+
+        names = list(names)
+        if _is_mock(metadata):
+            return {
+                name: TopicState(len(found.partitions), 1, None)
+                for name in names
+                if (found := metadata.topics.get(name)) and not found.error
+            }
+        states = {}
+        answers = admin.describe_topics(
+            TopicCollection(names), include_authorized_operations=True, request_timeout=METADATA_SECONDS
+        )
+        for name, answer in answers.items():
+            try:
+                topic = answer.result()
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code in REFUSALS:
+                    states[name] = TopicState(0, 0, frozenset())
+                elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
+            else:
+                replicas = min(len(partition.replicas) for partition in topic.partitions)
+                rights = topic.authorized_operations
+                known = None if rights is None else frozenset(right.name for right in rights)
+                states[name] = TopicState(len(topic.partitions), replicas, known)
+        return states
+
+    def _statistics(self) -> dict[str, Any]:
         if self.on_statistics is None:
             return {}
         return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": self.on_statistics}
@@ -177,17 +355,21 @@ class Cluster:
             raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
 
 
+def _is_mock(metadata: ClusterMetadata) -> bool:
+    """Return whether this is librdkafka's mock cluster, which has no controller and cannot describe topics."""
+    return metadata.controller_id not in metadata.brokers
+
+
 def abandon(client: Producer | Consumer) -> None:
     """Close a client, whatever state it is in, within two seconds; an open transaction is aborted.
 
-    Without a broker an abort would wait for ever: it is then left to the next producer of the same transactional id,
-    which settles it.
+    Without a broker an abort would wait for ever. It is then left to the next producer of the same transactional id.
     """
     from confluent_kafka import KafkaException
 
     def close() -> None:
-        # A fenced producer cannot abort any more, and need not: its successor did. It warns of it, too, and where
-        # warnings are errors the client makes a SystemError of that.
+        # A fenced producer cannot abort, and need not: its successor did. The client warns of it, and makes a
+        # SystemError of the warning if warnings are errors.
         with suppress(KafkaException, RuntimeWarning, SystemError):
             client.close()
 
@@ -196,8 +378,31 @@ def abandon(client: Producer | Consumer) -> None:
     closing.join(ABANDON_SECONDS)
 
 
+class _Failures(logging.Handler):
+    """Remembers why connections failed, from what an administration client logs and calls back with."""
+
+    # FAIL [client] [thread]: sasl_ssl://host:port/id: reason (after 3ms in state CONNECT)
+    LINE = re.compile(r"\]: (?:\w+://)?(\S+?): (.+?)(?: \(after .*)?$")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}  # by "host:port/id", the latest one last
+        self.refusal = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a line of librdkafka's."""
+        if found := self.LINE.search(record.getMessage()):
+            self.reasons.pop(found[1], None)
+            self.reasons[found[1]] = found[2]
+
+    def note(self, error: KafkaError) -> None:
+        """Note an error that is called back with."""
+        if error.code() in {error._AUTHENTICATION, error._SSL}:  # noqa: SLF001  # its public names
+            self.refusal = error.str().partition(" (after")[0]
+
+
 class _Once(logging.Filter):
-    """Lets a line pass once in a while: of a broker that is away each thread of each client speaks all the time."""
+    """Lets a line pass every 30 seconds: while a broker is down, every client thread logs continuously."""
 
     SECONDS = 30.0
 
@@ -206,7 +411,7 @@ class _Once(logging.Filter):
         self._passed: dict[Hashable, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # "FAIL [client] [thread]: broker: what happened (after 3ms in state CONNECT)": the same but for its last part.
+        # "FAIL [client] [thread]: broker: reason (after 3ms in state CONNECT)": only the last part differs.
         text, now = record.getMessage().partition(" (after")[0], time.monotonic()
         if now - self._passed.get(text, -self.SECONDS) < self.SECONDS:
             return False
@@ -217,7 +422,7 @@ class _Once(logging.Filter):
 
 
 def kafka_logger() -> logging.Logger:
-    """Return the logger of librdkafka's own lines; it is silent where no logs are configured."""
+    """Return the logger of librdkafka's own lines; it is silent unless logs are configured."""
     logger = logging.getLogger("librdkafka")
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())

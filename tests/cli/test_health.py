@@ -239,7 +239,7 @@ def test_a_cluster_tells_its_statistics_only_where_it_is_asked_to() -> None:
     told = replace(cluster, on_statistics=print)
     assert cluster == told
     assert "print" not in repr(told)
-    assert (cluster._told(), told._told()["stats_cb"]) == ({}, print)
+    assert (cluster._statistics(), told._statistics()["stats_cb"]) == ({}, print)
 
 
 def test_alarms_are_of_metrics_there_are() -> None:
