@@ -24,6 +24,12 @@ from typing import Any, NoReturn
 __all__ = ["main", "pinned_uv", "pip_settings_for_uv", "require_space"]
 
 NEEDED_MB = 600  # an environment with everything in it has 0.5 GB
+# What every start of `bourse` imports: where Python may not write bytecode, it would compile it each time.
+COMPILE = """
+import compileall, importlib.util
+for name in ("click", "bourse_schemas", "bourse_cli", "bourse_producer", "bourse_consumers", "bourse_sandbox"):
+    compileall.compile_dir(importlib.util.find_spec(name).submodule_search_locations[0], quiet=2)
+"""
 UV_FILES = ("~/.config/uv/uv.toml", "/etc/uv/uv.toml")
 
 
@@ -138,6 +144,8 @@ def main(environment: Path, lock: Path, what: Sequence[str]) -> None:
     if "--project" in what:
         # The lock brings the build backend too: nothing is fetched that has no hash.
         run([*install, "--no-deps", "--no-build-isolation", "--editable", "."], environ)
+    if what:
+        run([python, "-c", COMPILE])
 
 
 if __name__ == "__main__":

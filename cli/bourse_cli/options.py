@@ -16,24 +16,10 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
 from bourse_schemas.watchdog import stop_on_signals
 
-__all__ = ["cluster_options", "declared_topic", "http_option", "shared_default", "stop_on_signals"]
+__all__ = ["cluster_options", "declared_topic", "http_option", "stop_on_signals"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
-
-
-def shared_default(key: str, otherwise: str | None) -> Callable[[], Any]:
-    """Return a default for an option that many commands share: the top level of `bourse.toml`, else `otherwise`."""
-
-    def default() -> Any:
-        context = click.get_current_context(silent=True)
-        value = ((context and context.find_root().default_map) or {}).get(key, otherwise)
-        kind, words = (list, "a list of strings") if otherwise is None else (str, "a string")
-        if value is not None and not isinstance(value, kind):
-            raise ConfigurationError(f"bourse.toml: {key} must be {words}")
-        return value
-
-    return default
 
 
 def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
@@ -75,21 +61,24 @@ def cluster_options(command: F) -> F:
             "--bootstrap-servers",
             metavar="HOST:PORT,…",
             envvar="BOURSE_BOOTSTRAP_SERVERS",
-            default=shared_default("bootstrap_servers", "127.0.0.1:9092"),
-            help="Kafka brokers. [default: 127.0.0.1:9092]",
+            default="127.0.0.1:9092",
+            show_default=True,
+            help="Kafka brokers.",
         ),
         click.option(
             "--registry-url",
             metavar="URL",
             envvar="BOURSE_REGISTRY_URL",
-            default=shared_default("registry_url", "http://127.0.0.1:8081"),
-            help="Schema registry (Confluent's API). [default: http://127.0.0.1:8081]",
+            default="http://127.0.0.1:8081",
+            show_default=True,
+            help="Schema registry (Confluent's API).",
         ),
         click.option(
             "--topic-prefix",
             envvar="BOURSE_TOPIC_PREFIX",
-            default=shared_default("topic_prefix", DEFAULT_PREFIX),
-            help=f"Prefix of the topics' names. [default: {DEFAULT_PREFIX}]",
+            default=DEFAULT_PREFIX,
+            show_default=True,
+            help="Prefix of the topics' names.",
         ),
         click.option(
             "-X",
@@ -97,7 +86,6 @@ def cluster_options(command: F) -> F:
             metavar="KEY=VALUE",
             envvar="BOURSE_KAFKA_SETTINGS",
             multiple=True,
-            default=shared_default("kafka_settings", None),
             callback=_settings,
             help="A librdkafka setting, or schema.registry.… for the registry's client; =@FILE reads it. Repeatable.",
         ),

@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+import re
 import sys
-import tomllib
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
+from bourse_cli.configuration import TOP, check_environment, check_keys, origin, prepare, read_config, removed
 from bourse_schemas.errors import BourseError, ConfigurationError
 
 __all__ = ["LazyGroup", "bourse", "main"]
 
-# What may stand at the top of bourse.toml, besides a table per command.
-SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings", "log_level", "topic")
+
+class EntryPoint(NamedTuple):
+    """A command that an installed distribution provides: `value` is module:attribute."""
+
+    name: str
+    value: str
+    distribution: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} ({self.value})"
+
+    def load(self) -> Any:
+        """Import the module and return the attribute."""
+        module, _, attribute = self.value.partition(":")
+        return getattr(import_module(module), attribute)
+
+    def help(self) -> str | None:
+        """Return the command's help text without importing it, None if the source does not show it plainly."""
+        from importlib.util import find_spec
+
+        module, _, attribute = self.value.partition(":")
+        try:
+            spec = find_spec(module)
+            source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
+        except (ImportError, OSError, ValueError):
+            return None
+        signature = rf"^def {re.escape(attribute)}\((?:(?!\ndef ).)*?:\n +"
+        found = re.search(rf'{signature}"""(.*?)"""', source, re.DOTALL | re.MULTILINE)
+        return found[1] if found else None
+
+
+@lru_cache
+def entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Return the entry points of a group in the distributions on a path, sorted by name.
+
+    importlib.metadata does the same, and importing it takes as long as all of `bourse --help`.
+    """
+    texts: dict[str, str] = {}
+    for file in (file for folder in path for file in Path(folder).glob("*-info/entry_points.txt")):
+        texts.setdefault(file.parent.name.partition("-")[0].replace("_", "-"), file.read_text("utf-8"))
+    found = []
+    for distribution, text in texts.items():
+        _, _, section = text.partition(f"[{group}]\n")
+        for line in section.partition("\n[")[0].splitlines():
+            name, equals, value = line.partition("=")
+            if equals:
+                found.append(EntryPoint(name.strip(), value.strip(), distribution))
+    return tuple(sorted(found))
 
 
 class LazyGroup(click.Group):
-    """A group whose commands come from an entry-point group; each is imported when it is looked at.
+    """A group whose commands come from an entry-point group; a command is imported when it is used.
 
-    One that cannot be imported does not take the others down; two of one name are an error that names both origins.
+    One that cannot be imported does not disable the others; two of one name are an error that names both origins.
     """
 
     def __init__(self, *args: Any, entry_point_group: str, **kwargs: Any) -> None:
@@ -32,12 +78,12 @@ class LazyGroup(click.Group):
 
     def _found(self) -> dict[str, EntryPoint]:
         found: dict[str, EntryPoint] = {}
-        for point in entry_points(group=self.entry_point_group):
+        for point in entry_points(self.entry_point_group, tuple(sys.path)):
             other = found.setdefault(point.name, point)
             if other.value != point.value:
                 raise ConfigurationError(
-                    f"two installed packages provide {self.entry_point_group} {point.name!r}: "
-                    f"{_origin(other)} and {_origin(point)}; uninstall one"
+                    f"two installed packages provide {self.entry_point_group} {point.name!r}: {other} and {point}; "
+                    "uninstall one"
                 )
         return found
 
@@ -45,24 +91,36 @@ class LazyGroup(click.Group):
         """Return the names of all commands."""
         return sorted({*super().list_commands(ctx), *self._found()})
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line for each command, without importing those whose source shows their help text."""
+        found, rows = self._found(), []
+        limit = formatter.width - 6 - max(map(len, self.list_commands(ctx)), default=0)
+        for name in self.list_commands(ctx):
+            text = found[name].help() if name in found and name not in self.commands else None
+            command = click.Command(name, help=text) if text else self.get_command(ctx, name)
+            if command is not None:
+                rows.append((name, command.get_short_help_str(limit)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command called; its part of the configuration file must be a table."""
+        """Return the command to run, after a check of what configures it; --help needs no check."""
         name, command, rest = super().resolve_command(ctx, args)
-        if name is not None and command is not None:
-            table = (ctx.default_map or {}).get(name, {})
-            require_options(name, command, table)
+        if name is None or command is None:
+            return name, command, rest
+        path = ".".join([*ctx.command_path.split()[1:], name])
+        if ctx.default_map is not None:
             if ctx.parent is None:
-                shared = {*SHARED, *self.list_commands(ctx)}
-                _require_known(ctx.default_map or {}, shared, "")
-            if not isinstance(command, LazyGroup):
-                known = {option.name for option in command.params} | set(getattr(command, "commands", ()))
-                _require_known(table, known, f" of [{name}]")
+                check_keys(ctx, ctx.default_map, {*TOP, *self.list_commands(ctx)}, "")
+            prepare(ctx, path, command, ctx.default_map.setdefault(name, {}))
+        if ctx.parent is None and not {"-h", "--help"} & set(rest):
+            check_environment(self, ctx, name, command, lambda text: click.echo(f"Warning: {text}", err=True))
         return name, command, rest
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command; one whose import fails becomes a command that says why."""
+        """Return the command; one whose import fails becomes a command that prints why."""
         own = super().get_command(ctx, cmd_name)
         point = self._found().get(cmd_name)
         if own is not None or point is None:
@@ -72,49 +130,14 @@ class LazyGroup(click.Group):
         except Exception as error:  # a foreign module may raise anything; the others must still work
             return _broken(cmd_name, point, error)
         if not isinstance(command, click.Command):
-            return _broken(cmd_name, point, TypeError(f"{point.value} is no click command"))
+            return _broken(cmd_name, point, TypeError(f"{point.value} is not a click command"))
         return command
 
 
-def _require_known(table: Mapping[str, Any], known: Iterable[str | None], where: str) -> None:
-    """Raise ConfigurationError for a key that means nothing; a table may be that of a plug-in not installed here."""
-    names = [name.replace("-", "_") for name in known if name]
-    for key, value in table.items():
-        near = get_close_matches(key, names, 1)
-        if key.replace("-", "_") in names or (isinstance(value, dict) and not near):
-            continue
-        raise ConfigurationError(f"bourse.toml: unknown key {key}{where}" + (f": is {near[0]} meant?" if near else ""))
-
-
-def require_options(name: str, command: click.Command, table: Any) -> None:
-    """Bring a command's part of the configuration file to what stands on a command line: one text an option.
-
-    Raises ConfigurationError where it is no table of such. (click takes a number for an open file.)
-    """
-    if not isinstance(table, dict):
-        raise ConfigurationError(f"bourse.toml: {name} is a command, its options stand in a table: [{name}]")
-    options = {option.name: option for option in command.params}
-    for key in list(table):
-        if (option := options.get(key.replace("-", "_"))) is not None:
-            multiple = getattr(option, "multiple", False)
-            value = table.pop(key)
-            values = value if multiple and isinstance(value, list) else [value]
-            if any(isinstance(each, list | dict) for each in values):
-                wanted = "a list of texts" if multiple else "one value"
-                raise ConfigurationError(f"bourse.toml: {key} of [{name}] must be {wanted}")
-            table[option.name] = [str(each) for each in values] if multiple else str(value)
-    for inner, subcommand in getattr(command, "commands", {}).items():
-        require_options(f"{name}.{inner}", subcommand, table.get(inner, {}))
-
-
-def _origin(point: EntryPoint) -> str:
-    return f"{point.dist.name} ({point.value})" if point.dist else point.value
-
-
 def _broken(name: str, point: EntryPoint, error: Exception) -> click.Command:
-    hint = f"{_origin(point)} cannot be imported: {error!r}"
-    if isinstance(error, ModuleNotFoundError) and point.dist and point.dist.name == "bourse-stream":
-        hint = f"`{name}` needs the module {error.name}: pip install 'bourse-stream[sandbox]' brings everything"
+    hint = f"{point} cannot be imported: {error!r}"
+    if isinstance(error, ModuleNotFoundError) and point.distribution == "bourse-stream":
+        hint = f"`{name}` needs the module {error.name}: pip install 'bourse-stream[sandbox]' installs everything"
 
     def fail(**_: Any) -> None:
         raise ConfigurationError(hint)
@@ -129,19 +152,6 @@ def _broken(name: str, point: EntryPoint, error: Exception) -> click.Command:
     )
 
 
-def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    if path is None:
-        if not Path("bourse.toml").is_file():
-            return
-        path = Path("bourse.toml")
-    try:
-        ctx.default_map = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise click.BadParameter(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is not TOML: {error}") from error
-
-
 @click.group(
     cls=LazyGroup,
     entry_point_group="bourse.commands",
@@ -150,17 +160,17 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 @click.version_option(package_name="bourse-stream")
 @click.option(
     "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    callback=_read_config,
+    type=click.Path(path_type=Path),
+    callback=read_config,
     is_eager=True,
     expose_value=False,
-    help="Defaults for any option, a table per command. [default: bourse.toml, where there is one]",
+    help="File with defaults for any option, a table per command. [default: bourse.toml, if it exists]",
 )
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
 )
 def bourse(log_level: str) -> None:
-    """The Tehran exchange's market on Apache Kafka: nothing lost, nothing twice, nothing stale unnoticed."""
+    """Publish the Tehran exchange's market on Apache Kafka: nothing lost, nothing twice, nothing stale unnoticed."""
     context = click.get_current_context()
     context.obj = log_level
 
@@ -170,11 +180,15 @@ def main() -> None:
     try:
         code = bourse.main(standalone_mode=False)
     except click.ClickException as error:
+        if isinstance(error, click.BadParameter) and error.ctx and error.param:
+            place = origin(error.ctx, error.param)
+            error.param_hint = error.param.get_error_hint(error.ctx) + (f" (from {place})" if place else "")
         error.show()
+        if isinstance(error, click.NoSuchOption) and error.ctx:
+            path = ".".join([*error.ctx.command_path.split()[1:], error.option_name.lstrip("-")])
+            click.echo(removed(path), err=True, nl=False)
         code = error.exit_code
-    except click.Abort:
-        code = 3
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         code = 3
     except BourseError as error:
         click.echo(f"Error: {error}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from bourse_cli.configuration import config_name
 from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
@@ -120,7 +121,7 @@ def plan_topics(
         if has is not None and has > topic.partitions:
             raise ConfigurationError(
                 f"{name} has {has} partitions and {topic.partitions} are declared: partitions cannot be taken away; "
-                f"put `partitions = {has}` under [topic.{declared.name}] in bourse.toml"
+                f"put `partitions = {has}` under [topic.{declared.name}] in {config_name()}"
             )
         settings = topic.settings(replicas=replicas, any_time=any_time)
         settings |= {key: _setting(value) for key, value in override.get("config", {}).items()}
@@ -143,17 +144,17 @@ def plan_topics(
 def _check_overrides(overrides: Any) -> None:
     names = [topic.name for topic in TOPICS]
     if not isinstance(overrides, dict) or not all(isinstance(table, dict) for table in overrides.values()):
-        raise ConfigurationError("bourse.toml: overrides stand in a table per topic, [topic.trades] and the like")
+        raise ConfigurationError(f"{config_name()}: overrides stand in a table per topic, [topic.trades] and the like")
     for name, override in overrides.items():
         if name not in names or not override.keys() <= OVERRIDES.keys():
             raise ConfigurationError(
-                f"bourse.toml: [topic.{name}] is not understood; topics are {', '.join(names)}, "
+                f"{config_name()}: [topic.{name}] is not understood; topics are {', '.join(names)}, "
                 f"keys {', '.join(OVERRIDES)}"
             )
         for key, value in override.items():
             if type(value) is not OVERRIDES[key] or (isinstance(value, int) and value < 1):
                 what = "a table" if OVERRIDES[key] is dict else "a whole number from 1 on"
-                raise ConfigurationError(f"bourse.toml: {key} of [topic.{name}] must be {what}")
+                raise ConfigurationError(f"{config_name()}: {key} of [topic.{name}] must be {what}")
 
 
 def _setting(value: Any) -> str:

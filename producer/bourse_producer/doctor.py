@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from bourse_cli.configuration import prepare
 from bourse_cli.options import cluster_options
-from bourse_cli.root import require_options
 from bourse_cli.topics import Plan, plan_topics
 from bourse_producer.calendar_file import CalendarFile, calendar_option
 from bourse_producer.command import ExchangeOptions, exchange_options, produce
@@ -86,7 +86,8 @@ class _Doctor(click.Command):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:
         table = ((parent.default_map if parent else None) or {}).get("produce", {})
-        require_options("produce", self, table)
+        if parent:
+            prepare(parent, "produce", self, table)
         return super().make_context(info_name, args, parent, default_map=table, **extra)
 
 

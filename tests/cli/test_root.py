@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -25,6 +27,7 @@ HEAVY = {
     "httpx",
     "httpx2",
     "pyarrow",
+    "prometheus_client",
     "pydantic",
     "rich",
     "starlette",
@@ -60,14 +63,33 @@ def _install(site: Path, name: str, commands: dict[str, str]) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """`bourse --help` and a subcommand's `--help` are light."""
+    """`bourse --help` and a subcommand's `--help` are light; the former imports no command at all."""
     for arguments in (["--help"], ["tail", "--help"], ["topics", "apply", "--help"]):
         code = (
             "import sys, json; from bourse_cli.root import bourse\n"
             f"bourse.main({arguments}, standalone_mode=False)\nprint('\\n' + json.dumps(sorted(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert not HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+        imported = set(json.loads(done.stdout.splitlines()[-1]))
+        assert not HEAVY & imported
+        if arguments == ["--help"]:
+            assert not {"importlib.metadata", "msgspec", "tomllib", "zoneinfo"} & imported
+            ours = {name for name in imported if name.startswith("bourse_") and "." in name}
+            assert ours == {"bourse_cli.root", "bourse_cli.configuration", "bourse_schemas.errors"}
+
+
+def test_the_list_of_commands_shows_the_texts_of_the_commands() -> None:
+    """They are read from the sources without an import; here the commands are imported and compared."""
+    context = click.Context(root, info_name="bourse", max_content_width=100)
+    with context:
+        lines = root.get_help(context).partition("Commands:\n")[2].splitlines()
+        names = root.list_commands(context)
+        assert len(lines) == len(names) > 12
+        for name, line in zip(names, lines, strict=True):
+            command = root.get_command(context, name)
+            assert command
+            limit = context.make_formatter().width - 6 - max(map(len, names))
+            assert line.split(maxsplit=1) == [name, command.get_short_help_str(limit)]
 
 
 def test_every_command_has_one_line_in_the_help(bourse: Run) -> None:
@@ -158,17 +180,20 @@ def test_a_flag_beats_the_environment_and_that_the_file(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("bootstrap_server = 'x'", "unknown key bootstrap_server: is bootstrap_servers meant?"),
-        ("[where]\nbootstrap_server = 'x'", "unknown key bootstrap_server of [where]: is bootstrap_servers meant?"),
-        ("[wher]\nx = 1", "unknown key wher: is where meant?"),
+        ("bootstrap_server = 'x'", "bourse.toml:1: unknown key bootstrap_server; did you mean bootstrap_servers?"),
+        (
+            "[where]\nbootstrap_server = 'x'",
+            "bourse.toml:2: unknown key bootstrap_server of [where]; did you mean bootstrap_servers?",
+        ),
+        ("[wher]\nx = 1", "unknown key wher; did you mean where?"),
         ("nosuch = 1", "unknown key nosuch"),
         ("nonsense", "bourse.toml is not TOML"),
-        ("a = '\\xff'", "bourse.toml is not TOML"),
-        ("log_level = 3", "'--log-level': 3 is not one of"),
+        ("a = '\\xff'", "bourse.toml is not UTF-8 text"),
+        ("log_level = 3", "'--log-level' (from bourse.toml:1): 3 is not one of"),
         ("[where]\nregistry_url = [3]", "registry_url of [where] must be one value"),
         ("[where]\nregistry_url = {a = 1}", "registry_url of [where] must be one value"),
-        ("[where]\nkafka_settings = [[3]]", "kafka_settings of [where] must be a list of texts"),
-        ("where = 3", "where is a command, its options stand in a table: [where]"),
+        ("[where]\nkafka_settings = [[3]]", "kafka_settings of [where] must be a list of strings"),
+        ("where = 3", "bourse.toml:1: options of `where` belong in the table [where]"),
         ('bootstrap_servers = ["a:1", "b:1"]', "bootstrap_servers must be a string"),
         ("registry_url = 3", "registry_url must be a string"),
         ("kafka_settings = 'a=b'", "kafka_settings must be a list of strings"),
@@ -186,6 +211,135 @@ def test_a_wrong_configuration_file_is_said_in_a_line(
     assert (code, out, shown) == (2, "", [])
     assert says in err
     assert "hidden" not in err
+
+
+ORIGINS = """
+registry_url = "http://me:hidden@h"
+[where]
+kafka_settings = ["nonsense"]
+topic-prefix = "p"
+"""
+
+
+def test_a_bad_value_names_its_origin(
+    bourse: Run, shown: list[tuple[Cluster, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The variable, or the file that was really read and the line; nothing for a flag, which the reader has typed."""
+    (tmp_path / "mine.toml").write_text(ORIGINS)
+
+    def error(*arguments: str) -> str:
+        code, out, err = bourse(*arguments)
+        assert (code, out, shown) == (2, "", [])
+        return err
+
+    file = ("--config", "mine.toml", "where")
+    assert "'-X' (from mine.toml:4): 'nonsense' is not" in error(*file)
+    assert error(*file, "-X", "a=b").endswith("@FILE (--registry-url is set by mine.toml:2)\n")
+    monkeypatch.setenv("BOURSE_KAFKA_SETTINGS", "nonsense")
+    assert "'-X' (from BOURSE_KAFKA_SETTINGS): 'nonsense' is not" in error("where")
+    monkeypatch.setenv("BOURSE_WHERE_REGISTRY_URL", "http://me:hidden@h")
+    assert error("where", "-X", "a=b").endswith("@FILE (--registry-url is set by BOURSE_WHERE_REGISTRY_URL)\n")
+    assert "'-X': 'nonsense' is not" in error("where", "-X", "nonsense")
+    assert error("where", "-X", "a=b", "--registry-url", "http://me@h").endswith("@FILE\n")
+    monkeypatch.setenv("BOURSE_LOG_LEVEL", "loud")
+    assert "'--log-level' (from BOURSE_LOG_LEVEL): 'loud' is not one of" in error("where")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("BOURSE_LOG_LEVL", "Error: unknown variable BOURSE_LOG_LEVL; did you mean BOURSE_LOG_LEVEL?\n"),
+        ("BOURSE_TOPIC_PERFIX", "Error: unknown variable BOURSE_TOPIC_PERFIX; did you mean BOURSE_TOPIC_PREFIX?\n"),
+        ("BOURSE_TAIL_LIMITS", "Error: unknown variable BOURSE_TAIL_LIMITS; did you mean BOURSE_TAIL_LIMIT?\n"),
+        ("BOURSE_NONSENSE", "Warning: unknown variable BOURSE_NONSENSE\n"),
+        ("BOURSE_TOPIC_PREFIX", ""),
+        # Variables of other commands, right or wrong
+        ("BOURSE_PRODUCE_POLL_SECONDS", ""),
+        ("BOURSE_PRODUCE_NONSENSE", ""),
+        ("BOURSE_CLIENT_ID", ""),
+        ("BOURSE_CLIENT_SECRET", ""),
+        ("BOURSE_CLIENT_SECRT", ""),
+        ("BOURSE_DSN", ""),
+        # What Kubernetes sets for a service called bourse-board
+        ("BOURSE_BOARD_SERVICE_HOST", ""),
+        ("BOURSE_BOARD_SERVICE_PORT", ""),
+        ("BOURSE_BOARD_SERVICE_PORT_HTTP", ""),
+        ("BOURSE_BOARD_PORT", ""),
+        ("BOURSE_BOARD_PORT_8080_TCP", ""),
+        ("BOURSE_BOARD_PORT_8080_TCP_ADDR", ""),
+    ],
+)
+def test_an_unknown_variable(bourse: Run, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    """An error if it is nearly one that the command reads, else a warning; its value is never shown."""
+    monkeypatch.setenv(name, "hush")
+    code, _, err = bourse("tail", "nonsense")
+    rest = "Error: no topic 'nonsense'"
+    assert code == 2
+    assert err.startswith(says if says.startswith("Error") else says + rest)
+    assert "hush" not in err
+    assert bourse("tail", "--help")[0] == 0
+
+
+def test_the_file_may_begin_with_a_byte_order_mark(
+    bourse: Run, shown: list[tuple[Cluster, str]], tmp_path: Path
+) -> None:
+    """As Windows' editors write it, and so may the files of secrets."""
+    (tmp_path / "bourse.toml").write_bytes(b"\xef\xbb\xbf" + b'topic_prefix = "p"\r\n')
+    (tmp_path / "secret").write_bytes(b"\xef\xbb\xbfhush\r\n")
+    assert bourse("where", "-X", "sasl.password=@secret") == (0, "", "")
+    assert (shown[-1][0].prefix, shown[-1][0].settings) == ("p", {"sasl.password": "hush"})
+
+
+OLD = Path(__file__).parent.parent / "golden" / "bourse-0.1.toml"
+
+
+def _options(table: dict[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Return every option of a file: its table, its key, its value; an empty table is one too."""
+    if not table:
+        yield path[:-1], path[-1], {}
+    for key, value in table.items():
+        if isinstance(value, dict) and path != ("topic", "trades"):
+            yield from _options(value, *path, key)
+        else:
+            yield path, key, value
+
+
+def test_the_options_file_of_the_previous_release(bourse: Run, tmp_path: Path) -> None:
+    """Each option is still one, or the error says what replaces it; with the former ones the new release starts."""
+    still: dict[str, Any] = {}
+    gone = set()
+    for path, key, value in _options(tomllib.loads(OLD.read_text())):
+        inner: dict[str, Any] = {key: value}
+        for name in reversed(path):
+            inner = {name: inner}
+        (tmp_path / "bourse.toml").write_text(_toml(inner))
+        command = [*path, key] if value == {} else path
+        code, _, err = bourse(*(command if path and path[0] != "topic" else ["calendar"]), "--help")
+        if code == 0:
+            table = still
+            for name in path:
+                table = table.setdefault(name, {})
+            table[key] = value
+        else:
+            assert re.fullmatch(r"Error: bourse.toml(:\d+)?: \S+ was removed: .+\n", err), (path, key, err)
+            gone.add(".".join([*path, key]))
+    assert "produce.backfill_calls" in gone
+    still["calendar"] = {"as_json": True}
+    (tmp_path / "bourse.toml").write_text(_toml(still))
+    assert bourse("calendar")[0] == 0
+
+
+def test_an_option_that_was_removed(bourse: Run) -> None:
+    """On the command line too."""
+    code, _, err = bourse("produce", "--backfill-calls", "3")
+    assert (code, err.splitlines()[-1]) == (2, "produce.backfill-calls was removed: use `bourse minutes`")
+
+
+def _toml(table: dict[str, Any], *path: str) -> str:
+    """Return the file of these tables."""
+    own = "".join(f'"{key}" = {json.dumps(value)}\n' for key, value in table.items() if not isinstance(value, dict))
+    below = "".join(_toml(value, *path, key) for key, value in table.items() if isinstance(value, dict))
+    return (f"[{'.'.join(path)}]\n" if path else "") + own + below
 
 
 @pytest.mark.parametrize("path", [".", "nowhere.toml"])

@@ -1,0 +1,238 @@
+"""Where an option's value comes from: `bourse.toml` and the environment, checked, and named when a value is bad."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from click.core import ParameterSource
+
+from bourse_schemas.errors import ConfigurationError, did_you_mean
+
+__all__ = [
+    "Context",
+    "check_environment",
+    "check_keys",
+    "config_name",
+    "origin",
+    "prepare",
+    "read_config",
+    "removed",
+    "variables",
+]
+
+# Options that many commands share: they may also be set at the top of the file, next to the tables of the commands.
+SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings")
+TOP = (*SHARED, "log_level", "topic")
+# Options and commands of earlier versions, by their place in the file, and what replaces them.
+REMOVED = {
+    "dead-letters.redrive": "use `bourse dead-letters show OFFSET --raw` and kcat",
+    "produce.backfill_calls": "use `bourse minutes`",
+    "schemas.contract": "it writes a page of this repository, see scripts/contract_page.py",
+    "schemas.diff": "`bourse schemas check` lists the differences",
+    "schemas.export": "use `bourse schemas show TOPIC`",
+}
+# Read by the code itself. Besides, NAME may be set for each option with NAME_FILE: a secret, without a file.
+ALSO_READ = ("BOURSE_MAVEN_REPOSITORY",)
+KUBERNETES = re.compile(r".*_SERVICE_HOST|.*_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?|_.*)?")
+KEY = "bourse_cli.configuration"
+
+
+class _File(NamedTuple):
+    path: str
+    text: str
+
+    def place(self, table: str, key: str) -> str:
+        """Return `file:line` of a key, or the file alone if the key is written in an unusual way."""
+        here = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
+                here = header[1].replace('"', "")
+            elif here == table and (found := re.match(r'\s*"?([\w-]+)"?\s*=', line)) and _name(found[1]) == key:
+                return f"{self.path}:{number}"
+        return self.path
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _file(ctx: click.Context | None) -> _File:
+    found: _File = (ctx.meta if ctx else {}).get(KEY, _File("bourse.toml", ""))
+    return found
+
+
+def config_name() -> str:
+    """Return the name of the configuration file in use, for messages."""
+    return _file(click.get_current_context(silent=True)).path
+
+
+def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Read the file of --config, else bourse.toml if it exists."""
+    named = path or Path("bourse.toml")
+    if path is None and not named.is_file():
+        return
+    import tomllib
+
+    from bourse_cli.inputs import read_text
+
+    text = read_text(named, "--config")
+    ctx.meta[KEY] = file = _File(str(named), text)
+    try:
+        ctx.default_map = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{named} is not TOML: {error}") from error
+    for key in SHARED:
+        value, kind = ctx.default_map.get(key), list if key == "kafka_settings" else str
+        if value is not None and not isinstance(value, kind):
+            what = "a list of strings" if kind is list else "a string"
+            raise ConfigurationError(f"{file.place('', key)}: {key} must be {what}")
+
+
+def prepare(ctx: click.Context, path: str, command: click.Command, table: Any) -> None:
+    """Bring a command's table of the file to the form of a command line, each value a string; add the shared options.
+
+    `path` is the table's name. Raises ConfigurationError if it is not a table of such values.
+    """
+    file, shared = _file(ctx), ctx.find_root().default_map or {}
+    command.context_class = Context
+    if not isinstance(table, dict):
+        outer, _, key = path.rpartition(".")
+        raise ConfigurationError(f"{file.place(outer, key)}: options of `{path}` belong in the table [{path}]")
+    for option in command.params:
+        if option.name in SHARED and option.name in shared:
+            table = _defaulted(table, option.name, shared[option.name])
+    options = {option.name: option for option in command.params}
+    for key in list(table):
+        if (known := options.get(_name(key))) is not None and known.name:
+            multiple = getattr(known, "multiple", False)
+            value = table.pop(key)
+            values = value if multiple and isinstance(value, list) else [value]
+            if any(isinstance(each, list | dict) for each in values):
+                what = "a list of strings" if multiple else "one value"
+                raise ConfigurationError(f"{file.place(path, _name(key))}: {key} of [{path}] must be {what}")
+            table[known.name] = [str(each) for each in values] if multiple else str(value)
+    inner_commands = getattr(command, "commands", {})
+    if not hasattr(command, "entry_point_group"):  # a lazy group does not know its commands yet
+        check_keys(ctx, table, {*options, *inner_commands}, path)
+    for name, inner in inner_commands.items():
+        prepare(ctx, f"{path}.{name}", inner, table.setdefault(name, {}))
+
+
+def _defaulted(table: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    if not any(_name(key) == name for key in table):
+        table[name] = value
+    return table
+
+
+def check_keys(ctx: click.Context, table: Mapping[str, Any], known: Iterable[str | None], path: str) -> None:
+    """Raise ConfigurationError for an unknown key; an unknown table may be that of a plug-in that is not installed."""
+    names = [_name(name) for name in known if name]
+    for key, value in table.items():
+        if _name(key) in names:
+            continue
+        hint = did_you_mean(key, names)
+        gone = removed(f"{path}.{key}")
+        if gone or hint or not isinstance(value, dict):
+            where = f" of [{path}]" if path else ""
+            what = "" if gone else "unknown key "
+            raise ConfigurationError(f"{_file(ctx).place(path, _name(key))}: {what}{gone or key + where + hint}")
+
+
+def removed(place: str) -> str:
+    """Return what replaces an option of an earlier version, or nothing; `place` is its place in the file."""
+    table, _, key = place.replace("doctor", "produce").rpartition(".")  # doctor takes the options of produce
+    advice = REMOVED.get(f"{table}.{key}") or REMOVED.get(f"{table}.{_name(key)}")
+    return f"{place} was removed: {advice}" if advice else ""
+
+
+class Context(click.Context):
+    """The context of a command: its configuration errors name the origin of the values they complain about."""
+
+    def invoke(self, callback: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the command; add to its error where the options named in it were set."""
+        try:
+            return super().invoke(callback, *args, **kwargs)
+        except ConfigurationError as error:
+            text = str(error)
+            for option in self.command.params:
+                spelled = "|".join(map(re.escape, option.opts))
+                if re.search(rf"(?<![\w-])({spelled})(?![\w-])", text) and (place := origin(self, option)):
+                    text += f" ({option.opts[-1]} is set by {place})"
+            error.args = (text,)
+            raise
+
+
+def origin(ctx: click.Context, option: click.Parameter) -> str | None:
+    """Return the variable, or the file and line, that set an option; None if it is from the command line or unset."""
+    source = ctx.get_parameter_source(option.name or "")
+    if source is ParameterSource.ENVIRONMENT:
+        return next((name for name in _variables_of(option, ctx.auto_envvar_prefix) if os.environ.get(name)), None)
+    if source is ParameterSource.DEFAULT_MAP:
+        table, file = ".".join(ctx.command_path.split()[1:]), _file(ctx)
+        place = file.place(table, option.name or "")
+        return file.place("", option.name or "") if place == file.path else place
+    return None
+
+
+def _variables_of(option: click.Parameter, prefix: str | None) -> list[str]:
+    named = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+    return [*named, f"{prefix}_{(option.name or '').upper()}"]
+
+
+def variables(command: click.Command, prefix: str) -> set[str]:
+    """Return the environment variables of a command and of the commands below it."""
+    prefix = (command.context_settings or {}).get("auto_envvar_prefix", prefix)
+    found = {name for option in command.params for name in _variables_of(option, prefix)}
+    found |= {name.removesuffix("_FILE") for name in found}
+    if isinstance(command, click.Group):
+        ctx = click.Context(command)
+        for name in command.list_commands(ctx):
+            if inner := command.get_command(ctx, name):
+                found |= variables(inner, f"{prefix}_{_name(name).upper()}")
+    return found
+
+
+def check_environment(
+    root: click.Group, ctx: click.Context, name: str, command: click.Command, warn: Callable[[str], None]
+) -> None:
+    """Raise ConfigurationError for a variable that is nearly one of this command's; warn of any other unknown one.
+
+    Variables of other commands and those that Kubernetes sets for its services are ignored.
+    """
+    given = [variable for variable in os.environ if variable.startswith("BOURSE_")]
+    if not given:
+        return
+    own = {"BOURSE_LOG_LEVEL", "BOURSE_CONFIG", *ALSO_READ, *variables(command, f"BOURSE_{_name(name).upper()}")}
+    others = [_name(other).upper() for other in root.list_commands(ctx) if other != name]
+    unknown = [
+        variable
+        for variable in given
+        if variable not in own
+        and not KUBERNETES.fullmatch(variable)
+        and not any(variable.startswith(f"BOURSE_{other}_") for other in others)
+    ]
+    if not unknown:
+        return
+    known = variables(root, "BOURSE")  # imports every command, which takes a moment
+    for variable in unknown:
+        if variable in known:
+            continue
+        if near := [each for each in sorted(own) if _distance(variable, each) <= 2]:
+            raise ConfigurationError(f"unknown variable {variable}; did you mean {near[0]}?")
+        if not any(_distance(variable, each) <= 2 for each in known):
+            warn(f"unknown variable {variable}")
+
+
+def _distance(one: str, other: str) -> int:
+    """Return how many letters must be inserted, deleted or replaced to make one text of the other."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, row = row, [i]
+        for j, theirs in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != theirs)))
+    return row[-1]
