@@ -1,4 +1,4 @@
-# `make` lists the targets. ARGS adds options: make demo ARGS="--replay real --speed max"
+# `make` lists the targets. ARGS adds options: make demo ARGS="--speed max"
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
@@ -10,7 +10,7 @@ BIN := .venv/bin
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.installed ## the Tehran market through the whole chain, on your screen
+demo: .venv/.installed ## a real day of the Tehran market through the whole chain, on your screen
 	@# A job of its own on the terminal: Ctrl-C reaches the demo, which ends with 0, and not make.
 	@if [ -t 0 ]; then set -m; fi; $(BIN)/bourse demo $(ARGS)
 

@@ -36,7 +36,7 @@ def memory(polls: int = 100) -> Figure:
     bourse = [sys.executable, "-m", "bourse_cli"]
     with Stack("mock") as stack, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "exchange.log", Path(folder) / "produce.log"
-        market = ["sandbox", "exchange", "--port", "0", "--instruments", "2000", "--speed", "300"]
+        market = ["sandbox", "exchange", "--port", "0", "--instruments", "2200", "--speed", "300"]
         with spawn([*bourse, *market], stdout=out):
             _until(lambda: out.exists() and b"\n" in out.read_bytes(), 30)
             address = out.read_text("utf-8").split()[2]
@@ -52,7 +52,7 @@ def memory(polls: int = 100) -> Figure:
 def visible() -> Figure:
     """Return how long after the exchange's last byte a consumer had the poll's last event, on a real day."""
     with tempfile.TemporaryDirectory() as folder:
-        demo = ["demo", "--replay", "real", "--speed", "max", "--broker", "kafka", "--json", "--data", folder]
+        demo = ["demo", "--speed", "max", "--broker", "kafka", "--json", "--data", folder]
         ran = subprocess.run([BIN / "bourse", *demo], stdout=subprocess.PIPE, check=False)
     what = "`visible_ms`: a real day at full speed on Apache Kafka, alerts and archive running"
     target = "p50 ≤ 60 ms, p99 ≤ 150 ms"

@@ -34,7 +34,7 @@ from bourse_producer.publisher import committed
 from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import PracticeExchange
 from bourse_sandbox.kafka import Kafka
-from bourse_sandbox.market import REAL_DAY, CapturedDay
+from bourse_sandbox.market import REAL_DAY, PracticeMarket
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import serve
@@ -216,7 +216,7 @@ class _Day:
         self._brokers = brokers
         self._folder = folder
         folder.mkdir(parents=True)
-        day = CapturedDay.load(REAL_DAY)
+        day = PracticeMarket.load(REAL_DAY)
         self._responses = Responses(day.times)
         self._exchange = PracticeExchange(day, self._responses)
         self._children: list[Child] = []

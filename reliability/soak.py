@@ -1,4 +1,4 @@
-"""Memory of one producer over many polls of a market that goes by: `make soak POLLS=10000`."""
+"""Memory of one producer over many polls of the practice market: `make soak POLLS=10000`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SAMPLE_SECONDS = 0.05
 
 
 def main() -> int:
-    """Run as told on the command line; return the exit code."""
+    """Run it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--polls", type=int, default=10_000)
     parser.add_argument("--broker", choices=["kafka", "mock"], default="kafka")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--instruments", type=int, default=2000)
     options = parser.parse_args()
-    # A market day every few hundred polls: new days, whole markets and quiet evenings come by many times.
-    practice = practice_exchange(speed=1000, seed=options.seed)
+    # A new trading day every 98 polls, with all its events, quiet evenings included.
+    practice = practice_exchange(advance="poll", days=1 + options.polls // 90, instruments=options.instruments)
     with tempfile.TemporaryDirectory(prefix="bourse-soak-") as folder, ExitStack() as stack:
         log = Path(folder) / "log"
         server = stack.enter_context(practice.serve())
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def _resident(child: Child, log: Path, polls: int) -> float:
-    """Return the resident megabytes as soon as the log has so many polls."""
+    """Return the resident megabytes as soon as the log has N polls."""
     shown = 0
     while (done := _polls(_lines(log))) < polls:
         if child.poll() is not None:

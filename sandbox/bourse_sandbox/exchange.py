@@ -1,8 +1,8 @@
 """A practice exchange: the exchange's API as a real HTTP server, so that no account is needed to try or to test.
 
-Market        what is traded           SimulatedMarket | CapturedDay   (market.py)
+PracticeMarket                         what is traded (market.py)
 Clock         what time it is there    MarketClock | PollClock
-PracticeExchange(market, clock)        the API, as an ASGI app, with its errors and quirks
+PracticeExchange(market, clock)        the API as an ASGI application, with its errors and quirks
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import base64
 import gzip
 import hmac
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as wall_time
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -30,29 +27,29 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bourse_sandbox.faults import PEEK, Fault, Faults, fault_option
-from bourse_sandbox.market import (
-    REAL_DAY,
-    TEHRAN,
-    CapturedDay,
-    Market,
-    Row,
-    SimulatedMarket,
-    is_trading_day,
-    jalali,
-    next_trading_day,
-)
+from bourse_cli.options import stop_on_signals
+from bourse_sandbox.faults import PEEK, Fault, Faults
+from bourse_sandbox.market import REAL_DAY, PracticeMarket, Row, jalali
+from bourse_sandbox.options import market_options
 from bourse_sandbox.serving import Server, serve
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["SCOPE", "Clock", "MarketClock", "PollClock", "PracticeExchange", "exchange", "practice_exchange"]
+__all__ = [
+    "SCOPE",
+    "Clock",
+    "MarketClock",
+    "PollClock",
+    "PracticeExchange",
+    "exchange",
+    "practice_exchange",
+]
 
 T = TypeVar("T")
 
 SCOPE: Final = "bourse:trades-realtime:get"
 SUCCESSOR_SCOPE: Final = "bourse:realTime-trades:get"
 _SCOPES: Final = frozenset({SCOPE, SUCCESSOR_SCOPE})
-# What the successor calls fields other than the legacy name with a small first letter.
+# Names of the successor, where they are not the legacy name with a small first letter.
 _RENAMED: Final = {
     "CoID": "companyId",
     "BourseSymbol": "companySymbol",
@@ -61,65 +58,52 @@ _RENAMED: Final = {
     "ClosingPChgPercent": "closingPriceChangePercent",
     "ShareCount": "sharedCount",
 }
-_TOTALS: Final = ("TradeVolume", "TradeValue", "TradeQty")
 _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
-_DAY_STARTS: Final = wall_time(8, 59)
-_DAY_ENDS: Final = wall_time(13, 5)
-
-
-def _at(day: date, at: wall_time) -> datetime:
-    return datetime.combine(day, at, TEHRAN)
+_AFTER_THE_LAST: Final = timedelta(minutes=5)
 
 
 class Clock(Protocol):
     """What time it is at the market."""
 
     def now(self) -> datetime:
-        """Return the market's time, in Tehran."""
+        """Return the market's time."""
 
     def polled(self) -> None:
-        """Take notice that an accepted call for all shares is about to be answered."""
+        """Note that an accepted call for all shares is about to be answered."""
 
 
 class MarketClock:
-    """A clock `speed` times as fast as the wall's; with `skip_nights` the next day's 08:59 follows 13:05."""
+    """A clock `speed` times as fast as the wall clock; five minutes after a day's last response the next day begins."""
 
-    def __init__(
-        self, start: datetime, speed: float = 1, *, skip_nights: bool = True, wall: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._market, self._speed, self._wall, self._since = start.astimezone(TEHRAN), speed, wall, wall()
-        self._ends = datetime.max.replace(tzinfo=UTC)
-        if skip_nights:
-            close = _at(self._market.date(), _DAY_ENDS)
-            self._ends = close if is_trading_day(close.date()) and self._market < close else self._market
+    def __init__(self, market: PracticeMarket, speed: float = 1, wall: Callable[[], float] = time.monotonic) -> None:
+        self._market, self._speed, self._wall, self._since = market, speed, wall, wall()
+        self._day = market.times[-1] - market.times[0] + _AFTER_THE_LAST
 
     def now(self) -> datetime:
-        """Return the market's time, in Tehran."""
-        wall = self._wall()
-        now = self._market + timedelta(seconds=(wall - self._since) * self._speed)
-        while now >= self._ends:
-            day = next_trading_day(self._ends.date())
-            now = _at(day, _DAY_STARTS) + (now - self._ends)
-            self._market, self._since, self._ends = now, wall, _at(day, _DAY_ENDS)
-        return now
+        """Return the market's time."""
+        elapsed, responses = timedelta(seconds=(self._wall() - self._since) * self._speed), len(self._market.times)
+        day = elapsed // self._day
+        if self._market.responses is not None:  # the last day goes on
+            day = min(day, self._market.responses // responses - 1)
+        return self._market.moment(day * responses) + (elapsed - day * self._day)
 
     def polled(self) -> None:
-        """Do nothing: this clock goes by itself."""
+        """Do nothing: time passes by itself."""
 
 
 class PollClock:
-    """A clock that stands until it is polled: each accepted call for all shares moves it to the next response."""
+    """A clock that stands still until it is polled: each accepted call for all shares moves it to the next response."""
 
-    def __init__(self, times: Sequence[datetime]) -> None:
-        self._times, self._polls = times, 0
+    def __init__(self, market: PracticeMarket) -> None:
+        self._market, self._polls = market, 0
 
     def now(self) -> datetime:
-        """Return when the response whose turn it is was received; before the first, a second earlier."""
-        return self._times[self._polls - 1] if self._polls else self._times[0] - timedelta(seconds=1)
+        """Return when the newest response served was received; before the first poll, a second earlier."""
+        return self._market.moment(self._polls - 1) if self._polls else self._market.times[0] - timedelta(seconds=1)
 
     def polled(self) -> None:
         """Move to the next response; the last one is repeated."""
-        self._polls = min(self._polls + 1, len(self._times))
+        self._polls += 1
 
 
 class _Refused(Exception):
@@ -141,7 +125,7 @@ def _remember(known: dict[str, T], key: str, value: T, most: int) -> None:
 
 
 class _Timed(Response):
-    """A response that says when its last byte was handed to the socket."""
+    """A response that reports when its last byte was handed to the socket."""
 
     sent: Callable[[], None] | None = None
 
@@ -167,29 +151,27 @@ class _Grant(msgspec.Struct, frozen=True):
 class PracticeExchange:
     """The API of the exchange, the legacy one and its successor, over a market and a clock.
 
-    Quirks of the real one are kept: `trackId` stands twice in a response, either may be the echo; `status_key` is
-    `state` where every other service says `status`; the lowest price is `minPrice`. `calls` counts the calls that would
-    be charged. `nid` None accepts any ten digits.
+    Quirks of the real one are kept: `trackId` is twice in a response, and either may be the echo; the outcome is called
+    `state`, not `status`; the lowest price is `minPrice`. `calls` counts the calls that would be charged. `nid` None
+    accepts any ten digits.
     """
 
     def __init__(
         self,
-        market: Market,
+        market: PracticeMarket,
         clock: Clock,
         *,
         client_id: str = "practice",
         client_secret: str = "practice",  # noqa: S107 - a practice exchange has nothing to protect
         nid: str | None = None,
         token_seconds: float = 864_000,
-        status_key: str = "state",
-        minutes: str = "cumulative",
         faults: Sequence[str] = (),
         seed: int = 1,
         wall: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._market, self._clock, self._token_seconds, self._status_key = market, clock, token_seconds, status_key
+        self._market, self._clock, self._token_seconds = market, clock, token_seconds
         self._client_id, self._basic, self._nid = client_id, f"{client_id}:{client_secret}".encode(), nid
-        self._wall, self._minutes = wall, minutes
+        self._wall = wall
         self._grants: dict[str, _Grant] = {}
         self._refreshes: dict[str, list[str]] = {}
         self._track_ids: dict[str, None] = {}
@@ -216,11 +198,9 @@ class PracticeExchange:
 
     def state(self) -> dict[str, Any]:
         """Return what `GET /practice/state` shows; `sent` is epoch milliseconds by track id, of the last calls."""
-        now = self._clock.now()
-        seen = now if self._market.responses is None else self._last_poll
         return {
-            "day_over": seen is not None and self._market.over(seen),
-            "market_time": now.isoformat(timespec="seconds"),
+            "day_over": self._last_poll is not None and self._market.over(self._last_poll),
+            "market_time": self._clock.now().isoformat(timespec="seconds"),
             "served": self.served,
             "responses": self._market.responses,
             "calls": self.calls,
@@ -268,7 +248,7 @@ class PracticeExchange:
         try:
             asked = msgspec.json.decode(body, type=_TokenRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise _invalid(f"the body is no token request: {error}") from None
+            raise _invalid(f"the body is not a token request: {error}") from None
         if asked.grant_type == "client_credentials":
             scopes = [scope.strip() for scope in asked.scopes.split(",")]
             if not re.fullmatch("[0-9]{10}", asked.nid) or self._nid not in {None, asked.nid}:
@@ -341,11 +321,8 @@ class PracticeExchange:
             start, end = query.get("fromTime") or "0000", query.get("toTime") or "2359"
             if start > end:
                 raise _invalid("fromTime is after toTime")
-            rows = self._market.history(self._clock.now(), company, "00:00", f"{end[:2]}:{end[2:]}")
-            rows = [row for row in rows if row["PrecedencyRight"] is rights]
-            rows = _each(rows) if self._minutes == "each" else rows
-            begin = f"{start[:2]}:{start[2:]}"
-            result = msgspec.json.encode([row for row in rows if row["TradeDateGre"][11:16] >= begin])
+            rows = self._market.history(self._clock.now(), company, _colon(start), _colon(end))
+            result = msgspec.json.encode([row for row in rows if row["PrecedencyRight"] is rights])
         elif company:
             rows = self._market.rows(self._clock.now(), rights)
             result = msgspec.json.encode([row for row in rows if row["CoID"] == company])
@@ -386,7 +363,7 @@ class PracticeExchange:
         # As the documentation shows it: two values, and either may be the echo.
         ids = [track_id.encode(), uuid4().hex.encode()]
         first, second = ids if self.calls % 2 else reversed(ids)
-        key = b'responseCode":"FN-BRSE-20000000000","status' if successor else self._status_key.encode()
+        key = b'responseCode":"FN-BRSE-20000000000","status' if successor else b"state"
         body = b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}' % (first, result, second, key)
         response = self._respond(request, body)
         if counted:
@@ -400,98 +377,55 @@ class PracticeExchange:
             known = self._encoded[rights] = rows, msgspec.json.encode(rows)
         return known[1]
 
-    def serve(self, host: str = "127.0.0.1", port: int = 0) -> Server:
+    def serve(self, host: str = "127.0.0.1", port: int = 0, tls: Path | None = None) -> Server:
         """Serve in a thread until the handle is closed; port 0 takes any free one."""
-        return serve(self.app, host, port)
+        return serve(self.app, host, port, tls)
 
 
-def _each(rows: list[Row]) -> list[Row]:
-    """Return minute rows whose totals are the minute's own."""
-    before = [dict.fromkeys(_TOTALS, 0), *rows]
-    return [
-        {**row, **{name: row[name] - last[name] for name in _TOTALS}} for last, row in zip(before, rows, strict=False)
-    ]
+def _colon(time_of_day: str) -> str:
+    return f"{time_of_day[:2]}:{time_of_day[2:]}"
 
 
 def practice_exchange(
-    replay: str | Path | None = None,
+    replay: str | Path = "real",
     advance: str = "clock",
     *,
     speed: float = 1,
-    seed: int = 1,
-    instruments: int = 660,
-    start: datetime | None = None,
+    days: int | None = None,
+    instruments: int | None = None,
     **account: Any,
 ) -> PracticeExchange:
     """Make a practice exchange as the command does; `account` goes on to `PracticeExchange`.
 
-    `replay` is a capture or "real"; without it the market is simulated, one instrument in eleven a right. `start` is
-    market time: by default 08:59 of the latest trading day, or the first response of the capture.
+    `replay` is a capture, or "real" for the bundled day. `days` None is one day if polls move it on, else no end.
     """
-    if replay is not None:
-        day = CapturedDay.load(REAL_DAY if replay == "real" else Path(replay))
-        if advance == "poll":
-            return PracticeExchange(day, PollClock(day.times), seed=seed, **account)
-        return PracticeExchange(day, MarketClock(start or day.times[0], speed, skip_nights=False), seed=seed, **account)
-    if advance == "poll":
-        raise ConfigurationError("--advance poll needs a captured day: give one with --replay FILE or --replay real")
-    if start is None:
-        today = datetime.now(TEHRAN).date()
-        while not is_trading_day(today):
-            today -= timedelta(days=1)
-        start = _at(today, _DAY_STARTS)
-    clock, rights = MarketClock(start, speed), instruments // 11
-    market = SimulatedMarket(seed, clock.now().date(), instruments - rights, rights)
-    return PracticeExchange(market, clock, seed=seed, **account)
+    days = 1 if days is None and advance == "poll" else days
+    market = PracticeMarket.load(REAL_DAY if replay == "real" else Path(replay), days, instruments)
+    return PracticeExchange(market, PollClock(market) if advance == "poll" else MarketClock(market, speed), **account)
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 takes any free one.")
-@click.option("--replay", metavar="FILE|real", help="A captured day instead of the simulated market; real: 2019-08-21.")
+@click.option("--speed", type=click.FloatRange(0, min_open=True), default=1, help="Market seconds per second.")
 @click.option(
-    "--advance",
-    type=click.Choice(["poll", "clock"]),
-    default="clock",
-    help="What moves a captured day on: each accepted call for all shares, or the market's clock.",
-)
-@click.option("--speed", type=click.FloatRange(0, min_open=True), default=1, help="Market seconds a second.")
-@click.option("--seed", type=int, default=1, help="Of the simulated market: same seed, same market.")
-@click.option("--instruments", type=click.IntRange(1, 300_000), default=660, help="How many; one in eleven is a right.")
-@click.option(
-    "--start",
-    type=click.DateTime(["%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"]),
-    help="Market time, in Tehran, to begin at.  [default: 08:59 of the latest trading day, or the first response]",
-)
-@click.option(
-    "--token-seconds", type=click.FloatRange(0, min_open=True), default=864_000, help="How long a token lives."
+    "--token-seconds", type=click.FloatRange(0, min_open=True), default=864_000, help="How long a token is valid."
 )
 @click.option("--client-id", default="practice", help="The one client that has an account.")
-@click.option("--client-secret-file", type=click.Path(path_type=Path), help="Its secret.  [default: the word practice]")
+@click.option(
+    "--client-secret-file", type=click.Path(path_type=Path), help="File with its secret.  [default: the word practice]"
+)
 @click.option("--nid", help="The one national id that is accepted, made up.  [default: any ten digits]")
-@click.option(
-    "--status-key",
-    type=click.Choice(["state", "status"]),
-    default="state",
-    help="What the outcome of a call is called; the provider's other services say status.",
-)
-@click.option(
-    "--minutes",
-    type=click.Choice(["cumulative", "each"]),
-    default="cumulative",
-    help="What the totals of minute rows are: the day's so far, or the minute's own.",
-)
-@fault_option
-def exchange(host: str, port: int, start: datetime | None, client_secret_file: Path | None, **options: Any) -> None:
-    """Run a practice exchange: the exchange's API over a made-up market or a day that happened."""
+@market_options
+def exchange(host: str, port: int, client_secret_file: Path | None, **options: Any) -> None:
+    """Run a practice exchange: the exchange's API over a captured day."""
     try:
-        options["client_secret"] = client_secret_file.read_text("utf-8").strip() if client_secret_file else "practice"
+        options["client_secret"] = (
+            client_secret_file.read_text("utf-8-sig").strip() if client_secret_file else "practice"
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--client-secret-file {client_secret_file} cannot be read: {error}") from None
-    practice = practice_exchange(start=start.replace(tzinfo=TEHRAN) if start else None, **options)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    practice, stop = practice_exchange(**options), stop_on_signals()
     with practice.serve(host, port) as server:
         market_time = practice.state()["market_time"]
         click.echo(f"practice exchange: {server.url}  client id: {options['client_id']}  market time: {market_time}")

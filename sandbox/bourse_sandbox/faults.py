@@ -1,7 +1,7 @@
-"""A practice exchange that misbehaves on purpose: everything that was seen of the real one, and worse.
+"""A practice exchange that misbehaves on purpose: an ASGI wrapper with all that was seen of the real one, and worse.
 
-A fault spoils answers to accepted calls for all shares. What was not delivered whole is served again, so that a
-captured day comes out exact whatever happened on the way.
+A fault changes answers to accepted calls for all shares. A response that was not delivered whole is served again, so
+that a captured day comes out exact whatever happened on the way.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
-import click
 import msgspec
 
 from bourse_schemas.errors import ConfigurationError
 
-if TYPE_CHECKING:  # a command line without the exchange's HTTP server can still tell what is missing
+if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["KINDS", "PEEK", "Fault", "Faults", "fault_option"]
+__all__ = ["KINDS", "PEEK", "Fault", "Faults"]
 
 Row = dict[str, Any]
 _Answer = tuple[int, dict[bytes, bytes], bytes]
 
 PEEK: Final = "practice.peek"
-"""In a request's scope: true where the answer will not be delivered, and must not count."""
+"""In a request's scope: true if the answer will not be delivered and must not count."""
 
 _REFUSALS: Final[dict[str, tuple[int, str, str]]] = {
     "scope": (403, "FORBIDDEN", "the client has no such scope"),
@@ -45,6 +44,7 @@ _REFUSALS: Final[dict[str, tuple[int, str, str]]] = {
     "token-200": (200, "UNAUTHORIZED", "توکن نامعتبر است"),
     "address": (403, "FORBIDDEN", "your IP address is not whitelisted"),
     "quota": (400, "QUOTA", "quota exceeded"),
+    "quota-503": (503, "SERVICE_UNAVAILABLE", "the quota service is down"),
     "rate": (429, "TOO_MANY_REQUESTS", "slow down"),
     "duplicate-track-id": (400, "VALIDATION_ERROR", "trackId is duplicated"),
     "provider": (400, "SERVICE_CALL_ERROR", "the provider does not answer"),
@@ -53,7 +53,9 @@ _REFUSALS: Final[dict[str, tuple[int, str, str]]] = {
 }
 _BODIES: Final[dict[str, tuple[str, Callable[[bytes], bytes]]]] = {
     "token-bare": ("200 with nothing but a message", lambda _: b'{"message":"invalid token"}'),
-    "html": ("502 with a page of a gateway's", lambda _: b"<html><body>502 Bad Gateway</body></html>"),
+    "html": ("502 with a gateway's page", lambda _: b"<html><body>502 Bad Gateway</body></html>"),
+    "forbidden-page": ("403 with a page, not JSON", lambda _: b"<html><body>403 Forbidden</body></html>"),
+    "maintenance": ("503 with a page and Retry-After: 86400", lambda _: b"<html><body>Maintenance</body></html>"),
     "empty": ("200 without a body", lambda _: b""),
     "broken-gzip": ("the compressed body breaks off", lambda body: gzip.compress(body, 1)[:-20]),
     "wrong-encoding": ("the body is UTF-16", lambda body: body.decode().encode("utf-16")),
@@ -71,22 +73,26 @@ _ROWS: Final[dict[str, tuple[str, Callable[[list[Row]], list[Row]]]]] = {
     "other-day": ("rows of the next day", lambda rows: [_dated(row, 1) for row in rows]),
     "yesterday": ("rows of the day before", lambda rows: [_dated(row, -1) for row in rows]),
 }
+_STATUS: Final = {"html": 502, "forbidden-page": 403, "maintenance": 503}
+_RETRY_AFTER: Final = {"rate": b"5", "maintenance": b"86400"}
 KINDS: Final[dict[str, str]] = {
     **{kind: f"{status} {code}: {message}" for kind, (status, code, message) in _REFUSALS.items()},
     **{kind: doc for kind, (doc, _) in (*_BODIES.items(), *_ROWS.items())},
-    "expired": "the token's life is over",
-    "revoked": "no token and no refresh token given so far is good any more",
+    "expired": "the token has expired",
+    "revoked": "no token and no refresh token given so far is valid any more",
     "truncated": "the connection ends in the middle of the body",
     "reset": "the connection is reset in the middle of the body",
-    "silence": "no answer at all",
-    "slow": "the body drips for half a minute",
+    "silence": "nothing comes, and the connection stays open",
+    "stall": "half of the body comes, and the connection stays open",
+    "slow": "the body takes half a minute",
+    "drip": "the body comes byte by byte, five a second",
     "huge": "200 MB of body",
-    "wrong-type": "a good body that calls itself HTML",
+    "wrong-type": "a good body that is labelled as HTML",
     "old-response": "the rows of an earlier response again",
-    "frozen": "the data stand still, in fresh envelopes (told once the market's time has gone on for 3 minutes)",
+    "frozen": "the data do not change, in fresh envelopes (reported once the market's time has passed for 3 minutes)",
     "skew": "the exchange's clock is ten minutes ahead",
 }
-"""What can go wrong, each with a line about it."""
+"""What can go wrong, each with a description."""
 
 _DELIVERED: Final = {None, "duplicates", "wrong-type", "skew"}
 _RESULT: Final = re.compile(rb'(?<="result":)\[.*\]', re.DOTALL)
@@ -108,7 +114,7 @@ def _dated(row: Row, days: int) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, and when: with a probability, or from one call to another."""
+    """What goes wrong and when: with a probability, or from one call to another."""
 
     kind: str
     probability: float = 1.0
@@ -131,10 +137,10 @@ class Fault:
 
 
 class Faults:
-    """An ASGI application around the exchange's own, which spoils some of its answers.
+    """An ASGI application around the exchange's own that changes some of its answers.
 
-    A request with PEEK in its scope must be answered without a step of the market. `forget` makes every token unknown,
-    and every refresh token too if told so.
+    A request with PEEK in its scope must be answered without a step of the market. `forget(refreshes)` makes every
+    token unknown, and the refresh tokens too.
     """
 
     def __init__(self, app: ASGIApp, faults: Sequence[Fault], *, forget: Callable[[bool], None], seed: int = 1) -> None:
@@ -161,7 +167,7 @@ class Faults:
                 self._forget(kind == "revoked")
                 answer = await self._ask(scope, receive, None)
             else:
-                answer = self._spoilt(kind, answer, query["trackId"][0])
+                answer = self._changed(kind, answer, query["trackId"][0])
         await _deliver(kind, answer, receive, send)
 
     async def _ask(self, scope: Scope, receive: Receive, kind: str | None) -> _Answer:
@@ -176,7 +182,7 @@ class Faults:
         headers = {name: value for name, value in messages[0]["headers"] if name != b"content-length"}
         return messages[0]["status"], headers, body
 
-    def _spoilt(self, kind: str | None, answer: _Answer, track_id: str) -> _Answer:
+    def _changed(self, kind: str | None, answer: _Answer, track_id: str) -> _Answer:
         status, headers, body = answer
         rows = _RESULT.search(gzip.decompress(body) if b"content-encoding" in headers else body)
         result = rows[0] if rows else b""
@@ -187,17 +193,16 @@ class Faults:
         if kind in _REFUSALS:
             status, code, message = _REFUSALS[kind]
             error = {"status": "FAILED", "trackId": track_id, "error": {"code": code, "message": message}}
-            retry = {b"retry-after": b"5"} if kind == "rate" else {}
-            return status, headers | retry, msgspec.json.encode(error)
+            return status, headers | _retry(kind), msgspec.json.encode(error)
         if kind == "skew":
             ahead = parsedate_to_datetime(headers[b"date"].decode()) + timedelta(minutes=10)
             headers[b"date"] = format_datetime(ahead, usegmt=True).encode()
         elif kind == "broken-gzip":
             headers[b"content-encoding"] = b"gzip"
-        elif kind in {"html", "wrong-type"}:
+        elif kind in {*_STATUS, "wrong-type"}:
             headers[b"content-type"] = b"text/html"
         if kind in _BODIES:
-            return 502 if kind == "html" else status, headers, _BODIES[kind][1](body)
+            return _STATUS.get(kind, status), headers | _retry(kind), _BODIES[kind][1](body)
         if kind == "old-response" and self._earlier:
             result = self._earlier[0]
         elif self._frozen is not None:
@@ -207,21 +212,27 @@ class Faults:
         return status, headers, _RESULT.sub(lambda _: result, body)
 
 
+def _retry(kind: str) -> dict[bytes, bytes]:
+    return {b"retry-after": _RETRY_AFTER[kind]} if kind in _RETRY_AFTER else {}
+
+
 async def _deliver(kind: str | None, answer: _Answer, receive: Receive, send: Send) -> None:
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
     (status, headers, body), left = answer, asyncio.ensure_future(gone())
-    streamed, cut = kind in {"huge", "slow"}, kind in {"truncated", "reset"}
+    streamed, cut = kind in {"huge", "slow", "drip"}, kind in {"truncated", "reset"}
     headers |= {} if streamed else {b"content-length": b"%d" % len(body)}
-    step = max(1, len(body) // (30 if streamed else 1))
+    seconds = {"slow": 1.0, "drip": 0.2}.get(kind or "", 0.0)
+    step = max(1, {"slow": len(body) // 30, "drip": 1}.get(kind or "", len(body)))
     pieces = (body[at : at + step] for at in range(0, len(body), step))
     if kind != "silence":
         await send({"type": "http.response.start", "status": status, "headers": list(headers.items())})
         for piece in repeat(b" " * 1_000_000, 200) if kind == "huge" else pieces:
-            await send({"type": "http.response.body", "body": piece[: len(piece) // (1 + cut)], "more_body": True})
-            if streamed and (await asyncio.wait({left}, timeout=kind == "slow"))[0]:
+            half = len(piece) // (1 + (cut or kind == "stall"))
+            await send({"type": "http.response.body", "body": piece[:half], "more_body": True})
+            if streamed and (await asyncio.wait({left}, timeout=seconds))[0]:
                 return
     if cut:
         transport = send.__self__.transport  # type: ignore[attr-defined]  # uvicorn's: ASGI itself cannot hang up
@@ -230,27 +241,8 @@ async def _deliver(kind: str | None, answer: _Answer, receive: Receive, send: Se
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             transport.abort()
         transport.close()
-    if cut or kind == "silence":
+    if cut or kind in {"silence", "stall"}:
         await left
     else:
         left.cancel()
         await send({"type": "http.response.body"})
-
-
-def _help(ctx: click.Context, _: click.Parameter, faults: tuple[str, ...]) -> tuple[str, ...]:
-    if "help" in faults:
-        click.echo("\n".join(f"{kind:<20}{doc}" for kind, doc in KINDS.items()))
-        ctx.exit()
-    return faults
-
-
-fault_option = click.option(
-    "--fault",
-    "faults",
-    metavar="KIND[:PROBABILITY|@CALL]",
-    multiple=True,
-    callback=_help,
-    help="Misbehave: always, with a probability, at one call for all shares or from one to another (@7-20). "
-    "Repeatable; `--fault help` lists what there is.",
-)
-"""Adds `--fault` to a command, which gets `faults: tuple[str, ...]`."""

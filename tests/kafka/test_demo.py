@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pyarrow import dataset
+from confluent_kafka.schema_registry import SchemaRegistryClient
 
 from bourse_sandbox.faults import KINDS
 from bourse_sandbox.kafka import Kafka, free_port
-from bourse_sandbox.market import REAL_DAY, CapturedDay
 from bourse_sandbox.processes import Child, spawn
+from bourse_sandbox.stack import Stack
+from bourse_schemas.errors import BourseError
 
 pytestmark = pytest.mark.kafka
 BOURSE = (sys.executable, "-m", "bourse_cli")
@@ -60,12 +63,13 @@ def check_day(summary: dict[str, Any], expected: dict[str, int]) -> None:
 @pytest.mark.usefixtures("kafka")
 def test_the_real_day_that_ships(tmp_path: Path) -> None:
     """2019-08-21 through real Kafka, alerts and archive gives exactly its events."""
-    summary = last_object(
-        bourse("demo", "--replay", "real", "--speed", "max", "--broker", "kafka", "--json", cwd=tmp_path)
-    )
+    summary = last_object(bourse("demo", "--speed", "max", "--broker", "kafka", "--json", cwd=tmp_path))
     check_day(summary, events(548, 18_711, 2, 85))
     assert summary["broker"] == "kafka"
     assert 0 < summary["visible_ms"]["p50"] <= summary["visible_ms"]["p99"]
+    (log,) = tmp_path.glob("data/demo-*/logs/alerts.log")
+    assert "fast-rise" in log.read_text("utf-8")
+    assert "feed-silent" not in log.read_text("utf-8")
 
 
 @pytest.mark.usefixtures("kafka")
@@ -77,40 +81,19 @@ def test_the_other_real_day(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kafka")
-def test_services_that_are_killed_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    """What a killed producer had fetched and not published is in its successor's first response: totals are exact."""
-    options = ["--replay", "real", "--speed", "max", "--broker", "kafka", "--kill-every", "4", "--json"]
-    summary = last_object(bourse("demo", *options, cwd=tmp_path))
-    assert summary["kills"] >= 1
-    assert (summary["lost"], summary["twice"], summary["dead_letters"]) == (0, 0, 0)
-    assert summary["archived_rows"] == summary["events"]["total"]
-    assert summary["events"]["OPENED"] == 548
-    (archive,) = tmp_path.glob("data/demo-*/archive")
-    table = dataset.dataset(archive).to_table(["instrument", "volume_delta"])
-    traded = table.unify_dictionaries().group_by("instrument").aggregate([("volume_delta", "sum")]).to_pydict()
-    day = CapturedDay.load(REAL_DAY)
-    shares = day.rows(day.times[-1], rights=False)
-    assert dict(zip(traded["instrument"], traded["volume_delta_sum"], strict=True)) == {
-        row["TseSymbolCode"]: row["TradeVolume"] for row in shares
-    }
-
-
-@pytest.mark.usefixtures("kafka")
 def test_an_exchange_that_misbehaves_gives_the_same_day(tmp_path: Path) -> None:
-    """What it spoils is fetched again; none of it ends the demo or makes another event."""
-    spoilt = ["truncated:0.1", "half:0.1", "nan@5", "reset@9", "old-response@20-22", "duplicates@40-42"]
-    faults = [word for fault in spoilt for word in ("--fault", fault)]
-    options = ["--replay", "real", "--speed", "max", "--broker", "kafka", "--json", *faults]
+    """A bad answer is fetched again; none ends the demo or makes another event."""
+    faulty = ["truncated:0.1", "half:0.1", "nan@5", "reset@9", "old-response@20-22", "duplicates@40-42"]
+    faults = [word for fault in faulty for word in ("--fault", fault)]
+    options = ["--speed", "max", "--broker", "kafka", "--json", *faults]
     summary = last_object(bourse("demo", *options, cwd=tmp_path))
     check_day(summary, events(548, 18_711, 2, 85))
     assert summary["polls"] > 98 + 5
 
 
 def test_the_mock_cluster_will_do(tmp_path: Path) -> None:
-    """Where no jar can be had the chain still runs, and says on what."""
-    summary = last_object(
-        bourse("demo", "--replay", "real", "--speed", "max", "--broker", "mock", "--json", cwd=tmp_path)
-    )
+    """If no jar is available the chain still runs, and names its broker."""
+    summary = last_object(bourse("demo", "--speed", "max", "--broker", "mock", "--json", cwd=tmp_path))
     check_day(summary, events(548, 18_711, 2, 85))
     assert summary["broker"] == "mock"
 
@@ -133,24 +116,61 @@ def test_without_jars_auto_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_ctrl_c_ends_a_simulated_day_in_good_order(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """Exit code 0, a summary, the files, what to do next, and no process left."""
+def test_ctrl_c_ends_it_at_once_and_what_it_prints_can_be_pasted(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """A check list while it starts; within seconds exit code 0, a summary, and commands that work from that folder."""
     out = tmp_path / "out"
     with spawn([*BOURSE, "demo", "--broker", "mock"], cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
-        wait_for(lambda: out.is_file() and "poll" in out.read_text("utf-8"), 40)
+        wait_for(lambda: out.is_file() and " poll " in out.read_text("utf-8"), 60)
+        demo.send(signal.SIGINT)
+        began = time.monotonic()
+        assert demo.wait(30) == 0
+        assert time.monotonic() - began < 5  # 3 on a machine that does nothing else
+    text = out.read_text("utf-8")
+    assert "Traceback" not in text + (tmp_path / "err").read_text("utf-8")
+    first, checks = text.split("\n\n")[:2]
+    assert "21 August 2019" in first
+    assert "Nothing here is live" in first
+    assert "Ctrl-C" in first
+    steps = ("Kafka", "practice exchange", "archive", "alerts", "producer")
+    assert [line.split()[0] for line in checks.splitlines()[: len(steps)]] == ["✓"] * len(steps)
+    assert all(step in checks for step in steps)
+    assert "rows archived" in text
+    commands = re.findall(r"^  (\S*(?:bourse|python) .*)$", text.partition("\nNext:\n")[2], re.MULTILINE)
+    assert [re.search(r"replay|python|sandbox up|tail", command)[0] for command in commands] == [  # type: ignore[index]
+        *("replay", "python", "sandbox up", "tail"),
+    ]
+    for command in commands[:2]:
+        ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "IRO" in ran.stdout, ran.stderr
+    # Of the others other ports may be in use here.
+    (tmp_path / "up").mkdir()
+    (up, tail), ports = commands[2:], (str(free_port()), str(free_port()))
+    for known, port in zip(("9092", "8081"), ports, strict=True):
+        up, tail = up.replace(known, port), tail.replace(known, port)
+    with spawn(
+        ["bash", "-c", f"exec {up}"], cwd=tmp_path, stdout=tmp_path / "up/out", stderr=tmp_path / "up/err"
+    ) as child:
+        wait_for(lambda: "Ctrl-C" in (tmp_path / "up/out").read_text("utf-8"), 40)
+        found = tmp_path / "up/tail"
+        with spawn(["bash", "-c", f"exec {tail}"], cwd=tmp_path, stdout=found):
+            wait_for(lambda: "IRO" in found.read_text("utf-8"), 60)
+        child.send(signal.SIGINT)
+        assert child.wait(20) == 0
+
+
+def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """Exit code 0, no error."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    with spawn([*BOURSE, "demo", "--broker", "mock"], cwd=tmp_path, stdout=out, stderr=err) as demo:
+        wait_for(lambda: out.is_file() and "✓" in out.read_text("utf-8"), 40)
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0
-    text = out.read_text("utf-8")
-    assert "rows archived" in text
-    assert "Parquet files:" in text
-    assert all(step in text for step in ("bourse tail", "rules.yaml", "--client-id"))
-    assert "Traceback" not in text + (tmp_path / "err").read_text("utf-8")
+    assert err.read_text("utf-8") == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["--speed", "max"], "--replay"),
         (["--speed", "0"], "--speed"),
         (["--speed", "fast"], "--speed"),
         (["--replay", "nowhere.gz"], "nowhere.gz"),
@@ -169,8 +189,8 @@ def test_mistakes_are_named_in_a_line_or_two(tmp_path: Path, arguments: list[str
 
 
 @pytest.mark.parametrize("command", [["demo"], ["sandbox", "up"], ["sandbox", "exchange"]])
-def test_an_unknown_fault_is_told_with_all_there_are(tmp_path: Path, command: list[str]) -> None:
-    """Exit code 2, a line each, before anything starts."""
+def test_an_unknown_fault_is_reported_with_all_kinds(tmp_path: Path, command: list[str]) -> None:
+    """Exit code 2, one line for each kind, before anything starts."""
     ran = bourse(*command, "--fault", "nosuch", cwd=tmp_path, timeout=30)
     assert ran.returncode == 2, ran.stderr
     assert all(kind in ran.stderr for kind in KINDS)
@@ -199,7 +219,7 @@ def sandbox(folder: Path, wait_for: Callable[..., Any], *options: str) -> Iterat
 def test_the_sandbox_may_have_a_producer_and_ports_of_its_own(
     kafka: Kafka, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """With them the documents' commands can be pasted: events come without another terminal's doing."""
+    """With them the documents' commands can be pasted: events come without a second terminal."""
     ports = free_port(), free_port()
     asked = ["--produce", "--kafka-port", str(ports[0]), "--registry-port", str(ports[1])]
     with sandbox(tmp_path, wait_for, *asked) as (child, addresses):
@@ -216,7 +236,7 @@ def test_the_sandbox_may_have_a_producer_and_ports_of_its_own(
 
 @pytest.mark.usefixtures("kafka")
 def test_the_sandbox_serves_producers_and_subscribers(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """Its first line is all that a producer, `bourse tail` and kcat need."""
+    """Its first line has everything that a producer, `bourse tail` and kcat need."""
     with sandbox(tmp_path, wait_for) as (child, addresses):
         assert set(addresses) == {
             *("bootstrap_servers", "registry_url", "exchange_url", "client_id", "client_secret_file", "nid"),
@@ -262,3 +282,62 @@ def test_the_sandbox_serves_producers_and_subscribers(tmp_path: Path, wait_for: 
             assert sorted(ran.stdout.split()) == sorted(record["instrument"] for record in records)
         child.send(signal.SIGINT)
         assert child.wait(20) == 0
+
+
+@pytest.mark.usefixtures("kafka")
+def test_a_sandbox_whose_kafka_dies_ends_with_1(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """It does not keep an exchange and a registry for a broker that is gone; the reason is on stderr."""
+    with sandbox(tmp_path, wait_for, "--data", str(tmp_path / "kept")) as (child, addresses):
+        port = addresses["bootstrap_servers"].rpartition(":")[2]
+        (pid,) = java_with(tmp_path / "kept", port)
+        os.kill(pid, signal.SIGKILL)
+        assert child.wait(10) == 1
+    errors = (tmp_path / "up.err").read_text("utf-8")
+    assert "Apache Kafka has ended" in errors
+    assert "Traceback" not in errors
+
+
+def java_with(data: Path, port: str) -> list[int]:
+    """Return the processes that run in this folder and listen on this port."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with suppress(OSError):
+                if (process / "cwd").readlink() == data and b"kafka.Kafka" in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
+    assert port in (data / "server.properties").read_text("utf-8")
+    return found
+
+
+@pytest.mark.usefixtures("kafka")
+def test_a_stack_notices_that_its_registry_has_ended() -> None:
+    """As it does for Kafka."""
+    with Stack("mock") as stack:
+        stack.require_running()
+        assert stack._registry is not None
+        stack._registry.close()
+        with pytest.raises(BourseError, match="the schema registry has ended"):
+            stack.require_running()
+
+
+@pytest.mark.usefixtures("kafka")
+def test_data_keeps_records_and_schema_ids(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """After a restart on the same folder old records are still readable: ids mean the same schemas."""
+    kept = ["--data", str(tmp_path / "kept")]
+    subjects: list[dict[str, int]] = []
+    texts = []
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        producing = ["--produce"] if run == "one" else []
+        with sandbox(tmp_path / run, wait_for, *kept, *producing) as (child, addresses):
+            at = ["--bootstrap-servers", addresses["bootstrap_servers"], "--registry-url", addresses["registry_url"]]
+            tail = ["tail", "trades", "--from-beginning", "--exit-at-end", "--json", *at]
+            texts.append(wait_for(lambda tail=tail: bourse(*tail, cwd=tmp_path).stdout, 60))
+            with SchemaRegistryClient({"url": addresses["registry_url"]}) as client:
+                names = client.get_subjects()
+                subjects.append({name: client.get_latest_version(name).schema_id or 0 for name in names})
+            child.send(signal.SIGINT)
+            assert child.wait(20) == 0
+    assert len(subjects[0]) == 5
+    assert subjects[0] == subjects[1]
+    assert set(texts[0].splitlines()) <= set(texts[1].splitlines())

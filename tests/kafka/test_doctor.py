@@ -120,7 +120,7 @@ class Place:
 @pytest.fixture
 def exchange() -> Iterator[Server]:
     """Run a practice exchange in the middle of a session."""
-    with practice_exchange(client_secret=SECRET, start=datetime(2026, 11, 21, 7, 0, tzinfo=UTC)).serve() as server:
+    with practice_exchange(client_secret=SECRET).serve() as server:
         yield server
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bourse_producer.calendar import Calendar
 from bourse_producer.freshness import Freshness
-from bourse_sandbox.market import REAL_DAY, CapturedDay
+from bourse_sandbox.market import REAL_DAY, PracticeMarket
 from bourse_schemas.events import TEHRAN, FeedState, Outcome, Phase, PollMarker
 
 SATURDAY = date(2026, 11, 21)
@@ -169,7 +169,7 @@ DAYS = [
 @pytest.mark.parametrize("path", DAYS, ids=["2019-08-21", "2019-08-24"])
 def test_frozen_where_a_real_day_pauses_and_nowhere_else(path: Path, offset: int) -> None:
     """Minute polls of a captured day by the clock: it is noticed within four minutes, and never without a reason."""
-    day = CapturedDay.load(path)
+    day = PracticeMarket.load(path)
     calendar = Calendar()
     times = [moment.astimezone(UTC) for moment in day.times]
     opens = times[0].astimezone(TEHRAN).replace(hour=9, minute=0, second=0, microsecond=0).astimezone(UTC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -143,27 +144,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "bourse-stream" / "maven"
 
 
+def jars(asked: list[str]) -> list[str]:
+    """Return the jars asked for, without their checksum files."""
+    return sorted(path for path in asked if path.endswith(".jar"))
+
+
 def test_jars_are_downloaded_once(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the mirror, by two starters at a time; afterwards nothing is asked, and one plain line was shown."""
+    """From the mirror, by two processes at a time; afterwards nothing is asked, and one plain line was shown."""
     with _mirror(CONTENT, monkeypatch) as asked:
         with ThreadPoolExecutor(2) as pool:
             first, second = pool.map(lambda _: fetch(ARTIFACTS, "five jars"), range(2))
         assert first == second == [cache / path for path in CONTENT]
         assert [file.read_bytes() for file in first] == list(CONTENT.values())
-        assert sorted(asked) == sorted(CONTENT)
+        assert jars(asked) == sorted(CONTENT)
         first[3].unlink()
         fetch(ARTIFACTS, "five jars")
-        assert len(asked) == 6
+        assert len(jars(asked)) == 6
     assert fetch(ARTIFACTS, "five jars") == first
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "downloading five jars (5 files), 0 MB\ndownloading five jars (1 files), 0 MB\n"
+    assert captured.err == "downloading five jars, 0 MB\n" * 2
 
 
 def test_a_mirror_that_serves_something_else_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash decides, nothing of it stays, and the mirror's password is not told."""
+    """The hash decides, nothing of it remains, and the mirror's password is not printed."""
     bad = dict(CONTENT)
     bad[next(iter(bad))] = b"something else"
     with _mirror(bad, monkeypatch), pytest.raises(KafkaUnavailable) as error:
@@ -174,23 +180,22 @@ def test_a_mirror_that_serves_something_else_is_refused(cache: Path, monkeypatch
     assert not list(cache.rglob("*.part"))
 
 
-def test_a_mirror_without_the_file_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the file's name, the host and the status."""
-    with (
-        _mirror({}, monkeypatch),
-        pytest.raises(KafkaUnavailable, match=r"jar\d-1.0.jar from 127.0.0.1 \(status 404\)"),
-    ):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # jgo leaves the connection open
+def test_a_mirror_without_the_file_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the file's name and the host."""
+    with _mirror({}, monkeypatch), pytest.raises(KafkaUnavailable, match=r"127.0.0.1 does not serve jar\d-1.0.jar"):
         fetch(ARTIFACTS, "five jars")
+    gc.collect()
 
 
-def test_no_network_is_said_in_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it names the way out."""
-    monkeypatch.setattr("bourse_sandbox.jars._ATTEMPTS", 1)
+def test_no_network_is_reported_in_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the line names the variable that helps."""
     with _mirror({}, monkeypatch):
         pass
-    with pytest.raises(KafkaUnavailable, match="BOURSE_MAVEN_REPOSITORY") as error:
+    with pytest.raises(KafkaUnavailable, match=r"cannot download .*BOURSE_MAVEN_REPOSITORY") as error:
         fetch(ARTIFACTS, "five jars")
     assert "\n" not in str(error.value)
+    assert "geheim" not in str(error.value)
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
-"""Whatever the exchange does, the producer makes no wrong event of it, says what it was, and goes on."""
+"""Whatever the exchange does, the producer makes no wrong event of it, reports what it was, and goes on."""
 
 from __future__ import annotations
 
+import ssl
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +23,7 @@ from bourse_sandbox.exchange import SCOPE, practice_exchange
 from bourse_sandbox.faults import KINDS, Fault
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, DeadLetter, FeedState, Outcome, PollMarker, TradeEvent
+from reliability.certificate import self_signed
 
 PUBLISHED, UNCHANGED, FAILED = Outcome.PUBLISHED, Outcome.UNCHANGED, Outcome.FAILED
 
@@ -113,9 +117,56 @@ EXPECTED = {
 }
 
 
+# (status, content type, Retry-After, does the body end within a second)
+ON_THE_WIRE = {
+    "quota-503": (503, "application/json; charset=utf-8", None, True),
+    "forbidden-page": (403, "text/html", None, True),
+    "maintenance": (503, "text/html", "86400", True),
+    "rate": (429, "application/json; charset=utf-8", "5", True),
+    "stall": (200, "application/json; charset=utf-8", None, False),
+    "drip": (200, "application/json; charset=utf-8", None, False),
+}
+
+
 def test_every_kind_is_tried() -> None:
-    """None of them is without an expectation."""
-    assert EXPECTED.keys() == KINDS.keys()
+    """Each has an expectation, on the producer or on the wire."""
+    assert EXPECTED.keys() | ON_THE_WIRE.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", ON_THE_WIRE)
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+def test_what_a_client_sees(kind: str, secure: bool, tmp_path: Path) -> None:
+    """Status, headers, and whether the body ends; the next call gets the response that was not delivered."""
+    status, content_type, retry_after, ends = ON_THE_WIRE[kind]
+    practice = practice_exchange("real", "poll", faults=[f"{kind}@1"])
+    pem = self_signed(tmp_path / "exchange.pem") if secure else None
+    trusted: Any = ssl.create_default_context(cafile=str(pem)) if secure else True
+    with practice.serve(tls=pem) as server, httpx.Client(base_url=server.url, verify=trusted, timeout=0.5) as client:
+        body = {"grant_type": "client_credentials", "nid": "0123456789", "scopes": SCOPE}
+        grant = client.post("/dev/v2/oauth2/token", auth=("practice", "practice"), json=body).json()["result"]
+        call: dict[str, Any] = {
+            "url": "/bourse/v2/clients/practice/trades/realtime",
+            "headers": {"Authorization": f"Bearer {grant['value']}"},
+        }
+        params = {"isTimePeriod": "false", "precedencyRight": "false"}
+        with client.stream("GET", params=params | {"trackId": uuid4().hex}, **call) as response:
+            assert response.status_code == status
+            assert response.headers["content-type"] == content_type
+            assert response.headers.get("retry-after") == retry_after
+            began, length = time.monotonic(), 0
+            try:
+                for piece in response.iter_raw():
+                    length += len(piece)
+                    if time.monotonic() - began > 1:
+                        break
+                else:
+                    assert ends
+            except httpx.ReadTimeout:
+                assert kind == "stall"
+        if kind == "drip":
+            assert 0 < length < 10
+        assert practice.state()["served"] == 0
+        assert len(client.get(params=params | {"trackId": uuid4().hex}, **call).json()["result"]) == 533
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +175,9 @@ def undisturbed() -> list[TradeEvent]:
     return play()[0].events
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPECTED)
 def test_no_wrong_event_the_outcome_on_the_marker_and_on_it_goes(kind: str, undisturbed: list[TradeEvent]) -> None:
-    """The third call is spoilt, with its retry where a new token is tried; all five responses come out all the same."""
+    """The third call fails, and its retry if a new token is tried; all five responses come out nevertheless."""
     retried = kind.startswith("token") or kind == "scope"
     log, state = play(f"{kind}@3-4" if retried else f"{kind}@3", polls=6)
     marker = log.markers[2]
@@ -137,15 +188,15 @@ def test_no_wrong_event_the_outcome_on_the_marker_and_on_it_goes(kind: str, undi
     assert [business(event) for event in events] == [business(event) for event in undisturbed]
     assert [each.outcome for each in log.markers[3:5]] == [PUBLISHED] * 2
     assert [each.poll_sequence for each in log.markers] == list(range(1, 7))
-    told = {"half": FeedState.PARTIAL, "yesterday": FeedState.STALE}
-    assert marker.feed_state is told.get(kind, FeedState.DOWN if marker.outcome is FAILED else FeedState.FRESH)
+    states = {"half": FeedState.PARTIAL, "yesterday": FeedState.STALE}
+    assert marker.feed_state is states.get(kind, FeedState.DOWN if marker.outcome is FAILED else FeedState.FRESH)
     if kind == "bad-rows":
         assert (marker.rejected_rows, log.letters) == (-(-marker.rows // 10), marker.rejected_rows)
     if kind == "duplicates":
         assert marker.duplicate_rows == marker.rows // 2
 
 
-def test_a_frozen_feed_is_told() -> None:
+def test_a_frozen_feed_is_reported() -> None:
     """Answers come, with a fresh Date, and nothing moves."""
     settings = Settings()
     frozen = replace(settings.freshness, frozen_after=timedelta(seconds=-1))
@@ -180,15 +231,15 @@ def test_the_successor_gives_the_same_market() -> None:
         "html@3-2",
     ],
 )
-def test_when_it_should_happen_is_told_in_one_line(text: str) -> None:
+def test_a_bad_time_is_reported_in_one_line(text: str) -> None:
     """The kind is right: no list of them."""
     with pytest.raises(ConfigurationError, match=r"KIND@FIRST-LAST$"):
         Fault.parse(text)
 
 
 @pytest.mark.parametrize("text", ["nosuch", ""])
-def test_what_is_no_fault_is_told_with_all_there_is(text: str) -> None:
-    """Every kind with a line of its own."""
+def test_an_unknown_fault_is_reported_with_all_kinds(text: str) -> None:
+    """Every kind on its own line."""
     with pytest.raises(ConfigurationError) as caught:
         Fault.parse(text)
     lines = str(caught.value).splitlines()[1:]
@@ -208,8 +259,8 @@ def test_when_a_fault_happens() -> None:
     assert play("html:0.5", polls=12)[1]["faults"] == state["faults"]
 
 
-def test_only_an_accepted_call_is_spoilt() -> None:
-    """Calls that would be refused anyway, for rights, or for one company are answered as ever and do not count."""
+def test_only_an_accepted_call_is_changed() -> None:
+    """Calls that would be refused anyway, for rights, or for one company are answered as usual and do not count."""
     practice = practice_exchange("real", "poll", faults=["html@1"])
     with practice.serve() as server, httpx.Client(base_url=server.url) as client:
         body = {"grant_type": "client_credentials", "nid": "0123456789", "scopes": SCOPE}
@@ -230,7 +281,7 @@ def test_only_an_accepted_call_is_spoilt() -> None:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "reset", "slow", "huge", "silence", "nesting"])
-def test_the_server_has_nothing_to_say_about_it(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_server_does_not_log_it(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Hanging up, and being hung up on, leaves no line in the exchange's log."""
     play(f"{kind}@1", polls=2)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")] == []

@@ -1,51 +1,32 @@
-"""The markets of the practice exchange: the simulated one's properties, and the captured day's exact responses."""
+"""The market of the practice exchange: the captured day exactly, and the days that repeat it."""
 
 from __future__ import annotations
 
 import gzip
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from datetime import date, datetime, time, timedelta
+from collections.abc import Mapping
+from datetime import date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from bourse_sandbox.market import (
-    REAL_DAY,
-    TEHRAN,
-    CapturedDay,
-    Market,
-    Row,
-    SimulatedMarket,
-    is_trading_day,
-    jalali,
-    next_trading_day,
-)
+from bourse_sandbox.market import REAL_DAY, PracticeMarket, Row, jalali
 from bourse_schemas.errors import ConfigurationError
 
-SATURDAY = date(2026, 11, 21)
 SECOND_DAY = Path(__file__).parents[3] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
 TOTALS = ("TradeVolume", "TradeValue", "TradeQty")
 
 
-def at(hour: int, minute: int = 0, day: date = SATURDAY) -> datetime:
-    return datetime.combine(day, time(hour, minute), TEHRAN)
-
-
-def minutes(day: date = SATURDAY) -> Iterator[datetime]:
-    return (at(9, 0, day) + timedelta(minutes=minute) for minute in range(246))
-
-
-def everything(market: Market, now: datetime) -> dict[str, Row]:
+def everything(market: PracticeMarket, now: datetime) -> dict[str, Row]:
     return {row["TseSymbolCode"]: row for rights in (False, True) for row in market.rows(now, rights)}
 
 
 def changes(before: Mapping[str, Row], after: Mapping[str, Row]) -> Counter[str]:
-    """Count the changes as the contract names them, told from the rows alone."""
+    """Count the changes as the contract names them, from the rows alone."""
     counted: Counter[str] = Counter()
     for code, row in after.items():
         known = before.get(code)
@@ -86,165 +67,123 @@ def test_jalali_days_follow_each_other(day: date) -> None:
     assert tuple(map(int, jalali(day + timedelta(days=1)).split("/"))) in following
 
 
-def test_trading_days() -> None:
-    """The market opens on Saturday to Wednesday, not on official holidays."""
-    week = [SATURDAY + timedelta(days=number) for number in range(7)]
-    assert [is_trading_day(day) for day in week] == [True] * 5 + [False] * 2
-    assert not is_trading_day(date(2026, 3, 21))  # Nowruz, a Saturday
-    assert next_trading_day(date(2026, 11, 25)) == date(2026, 11, 28)
+CHANGES = {"OPENED": 548, "TRADED": 18_711, "REVISED": 2, "CANCELLED": 85}
 
 
-@pytest.fixture(scope="module")
-def day() -> list[dict[str, Row]]:
-    """Every minute's state of one simulated day, shares and rights."""
-    market = SimulatedMarket(1, SATURDAY)
-    return [everything(market, now) for now in minutes()]
-
-
-def test_nothing_is_traded_before_the_open(day: list[dict[str, Row]]) -> None:
-    """An instrument appears after its first trade: none at 09:00, some a minute later, nearly all by the close."""
-    assert not day[0]
-    assert 100 < len(day[1]) < 600
-    assert 650 < len(day[-1]) <= 660
-    assert len({code for state in day for code in state}) == len(day[-1])
-
-
-def test_instruments_look_real(day: list[dict[str, Row]]) -> None:
-    """Codes, names, rights, 64-bit values and nulls are as on the real exchange."""
-    rows = list(day[-1].values())
-    rights = [row for row in rows if row["PrecedencyRight"]]
-    assert len(rights) == 60
-    assert all(re.fullmatch("IRR[A-Z0-9]{9}", row["TseSymbolCode"]) for row in rights)
-    assert all(row["BourseSymbol"].endswith("ح") for row in rights)
-    assert all(re.fullmatch("IRO[A-Z0-9]{9}", row["TseSymbolCode"]) for row in rows if not row["PrecedencyRight"])
-    for unique in ("CoID", "TseSymbolCode", "BourseSymbol"):
-        assert len({row[unique] for row in rows}) == len(rows)
-    titles = "".join(row["FullTitle"] for row in rows)
-    assert set("\u200cيكیک") <= set(titles)
-    assert any(row["FullTitle"] != " ".join(row["FullTitle"].split()) for row in rows)
-    assert max(row["TradeValue"] for row in rows) > 2**32
-    assert any(row["PreviousClosingPrice"] is None for row in rows)
-    assert all(row["Type"] is None for row in rows)
-    assert {row["TradeDate"] for row in rows} == {"1405/08/30"}
-
-
-def test_totals_fall_only_where_trades_are_annulled(day: list[dict[str, Row]]) -> None:
-    """Every fall of a total is counted by the market, and a fall is all that is counted; highs come late at times."""
-    market = SimulatedMarket(1, SATURDAY)
-    everything(market, at(13, 5))
-    seen: Counter[str] = sum((changes(*pair) for pair in pairwise(day)), Counter())
-    assert 0 < market.annulments == seen["CANCELLED"] < 200
-    assert seen["OPENED"] == len(day[-1])
-    assert seen["REVISED"] > 0
-    assert 40_000 < seen["TRADED"] < 120_000
-
-
-def test_prices_are_plausible(day: list[dict[str, Row]]) -> None:
-    """Ticks, limits and the volume-weighted closing price hold at every minute."""
-    for row in (row for state in day for row in state.values()):
-        previous, closing, last = row["PreviousClosingPrice"], row["ClosingPrice"], row["LastPrice"]
-        assert row["minPrice"] <= row["MaxPrice"]
-        assert min(row[name] for name in TOTALS) > 0
-        if previous is not None:
-            assert abs(last - previous) <= 0.1 * previous
-            assert row["ClosingPriceChange"] == closing - previous
-            assert min(previous, row["minPrice"] * 0.99) <= closing <= max(previous, row["MaxPrice"] * 1.01)
-        if row["MaxPrice"] > 50_000 and row["TradeDateGre"][11:] < "12:45":
-            assert last % 10 == 0
-
-
-def test_the_market_is_lively(day: list[dict[str, Row]]) -> None:
-    """A rule of one percent within five minutes trips in the first market minutes, but not for everything."""
-    tripped = set()
-    for start, end in zip(day[1:4], day[3:6], strict=True):
-        tripped |= {code for code in start if abs(end[code]["LastPrice"] / start[code]["LastPrice"] - 1) >= 0.01}
-    assert 5 < len(tripped) < 300
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(), st.lists(st.integers(0, 250), max_size=5))
-def test_same_seed_same_market(seed: int, polled: list[int]) -> None:
-    """The state depends on seed and time, not on how often it is looked at."""
-    watched, skipped = SimulatedMarket(seed, SATURDAY, 40, 4), SimulatedMarket(seed, SATURDAY, 40, 4)
-    for minute in sorted(polled):
-        everything(watched, at(9) + timedelta(minutes=minute))
-    sunday = at(10, 30, SATURDAY + timedelta(days=1))
-    assert everything(watched, sunday) == everything(skipped, sunday)
-
-
-def test_another_seed_is_another_market() -> None:
-    """Two seeds share neither prices nor totals."""
-    one, other = (everything(SimulatedMarket(seed, SATURDAY), at(11)) for seed in (1, 2))
-    assert one != other
-
-
-def test_the_next_day_starts_from_the_closing_prices() -> None:
-    """The close before is the day before's closing price, totals start again, and after the weekend it is the same."""
-    market = SimulatedMarket(3, date(2026, 11, 25))  # a Wednesday
-    wednesday = everything(market, at(13, 4, date(2026, 11, 25)))
-    assert everything(market, at(12, 0, date(2026, 11, 27))) == wednesday
-    assert not everything(market, at(9, 0, date(2026, 11, 28)))
-    saturday = everything(market, at(12, 30, date(2026, 11, 28)))
-    both = wednesday.keys() & saturday.keys()
-    assert len(both) > 600
-    assert all(saturday[code]["PreviousClosingPrice"] == wednesday[code]["ClosingPrice"] for code in both)
-    assert all(saturday[code]["TradeDateGre"].startswith("2026/11/28") for code in both)
-
-
-def test_rows_come_by_company_and_unchanged_lists_are_shared() -> None:
-    """Rows are sorted by CoID; within a minute the very same list comes back."""
-    market = SimulatedMarket(1, SATURDAY)
-    rows = market.rows(at(10), False)
-    assert [row["CoID"] for row in rows] == sorted(row["CoID"] for row in rows)
-    assert market.rows(at(10) + timedelta(seconds=59), False) is rows
-    assert market.rows(at(10, 1), False) is not rows
-
-
-def test_history_is_what_was_served(day: list[dict[str, Row]]) -> None:
-    """The minute rows of one company are those seen at the time, later ones of a minute winning."""
-    market = SimulatedMarket(1, SATURDAY)
-    code = next(code for code, row in day[-1].items() if row["TradeQty"] > 500)
-    served = {row["TradeDateGre"][11:16]: row for state in day if (row := state.get(code))}
-    rows = market.history(at(13, 5), day[-1][code]["CoID"], "10:00", "11:29")
-    assert rows == [row for minute, row in served.items() if "10:00" <= minute <= "11:29"]
-    assert len(rows) > 10
-    assert market.history(at(13, 5), 999_999_999, "00:00", "23:59") == []
-
-
-def replayed(captured: CapturedDay) -> Counter[str]:
+def day_of(market: PracticeMarket, number: int, rights: bool = False) -> tuple[Counter[str], list[Row]]:
+    """Return what changes on a day of the market, counted from 0, and its last rows."""
     before: dict[str, Row] = {}
     counted: Counter[str] = Counter()
-    for moment in captured.times:
-        rows = captured.rows(moment, False)
+    rows: list[Row] = []
+    for index in range(len(market.times)):
+        rows = market.rows(market.moment(number * len(market.times) + index), rights)
         assert [row["CoID"] for row in rows] == sorted(row["CoID"] for row in rows)
         after = {row["TseSymbolCode"]: row for row in rows}
         assert before.keys() <= after.keys()
         counted += changes(before, after)
         before = after
-    return counted
+    return counted, rows
+
+
+def test_later_days_repeat_the_first() -> None:
+    """On the next trading days, weekend skipped, with the same changes, each price continued from the day before."""
+    market = PracticeMarket.load(REAL_DAY, days=None)
+    days = [day_of(market, number) for number in range(4)]
+    assert [counted for counted, _ in days] == [CHANGES] * 4
+    dates = [rows[0]["TradeDateGre"][:10] for _, rows in days]
+    assert dates == ["2019/08/21", "2019/08/24", "2019/08/25", "2019/08/26"]
+    assert [rows[0]["TradeDate"] for _, rows in days][1:] == ["1398/06/02", "1398/06/03", "1398/06/04"]
+    for (_, yesterday), (_, today) in pairwise(days):
+        closes = {row["TseSymbolCode"]: row["ClosingPrice"] for row in yesterday}
+        for row in today:
+            assert row["PreviousClosingPrice"] == closes[row["TseSymbolCode"]]
+            assert row["ClosingPriceChange"] == row["ClosingPrice"] - row["PreviousClosingPrice"]
+            assert row["minPrice"] <= row["LastPrice"] <= row["MaxPrice"] or row["MaxPrice"] == 0
+
+
+def test_prices_stay_in_range_for_years() -> None:
+    """Every second day moves the other way: after 200 days a price is near the first day's."""
+    market = PracticeMarket.load(REAL_DAY, days=None, instruments=30)
+    first = {row["TseSymbolCode"]: row["ClosingPrice"] for row in market.rows(market.moment(97), rights=False)}
+    later = {
+        row["TseSymbolCode"]: row["ClosingPrice"] for row in market.rows(market.moment(200 * 98 + 97), rights=False)
+    }
+    assert first.keys() == later.keys()
+    assert all(abs(later[code] / first[code] - 1) < 0.01 for code in first)
+
+
+def test_one_share_in_ten_has_a_right() -> None:
+    """With a code, a symbol and a company of its own, on every day; the shares are as captured."""
+    market = PracticeMarket.load(REAL_DAY, days=None)
+    (counted, rights), (_, later) = day_of(market, 0, rights=True), day_of(market, 1, rights=True)
+    assert counted["OPENED"] == len(rights) == len(later) == 54
+    shares = {row["TseSymbolCode"][3:8]: row for row in market.rows(market.moment(2 * 98 - 1), rights=False)}
+    for right in later:
+        share = shares[right["TseSymbolCode"][3:8]]
+        assert right["TseSymbolCode"] == f"IRR{share['TseSymbolCode'][3:8]}0101"
+        assert right["BourseSymbol"] == share["BourseSymbol"] + "ح"
+        assert right["PrecedencyRight"] is True
+        assert right["CoID"] != share["CoID"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 22, 660, 2000])
+def test_its_size_can_be_chosen(count: int) -> None:
+    """Shares and rights together, each code and company once."""
+    market = PracticeMarket.load(REAL_DAY, days=1, instruments=count)
+    rows = everything(market, market.times[-1])
+    assert len(rows) == len({row["CoID"] for row in rows.values()}) == count
+    assert all(re.fullmatch("IR[OR][0-9][A-Z0-9]{4}[0-9]{4}", code) for code in rows)
+
+
+def test_the_list_is_the_same_while_nothing_changes() -> None:
+    """So that it is encoded once; rows of the day before remain until the first response of the next day."""
+    market = PracticeMarket.load(REAL_DAY, days=2)
+    rows = market.rows(market.times[5], rights=False)
+    assert market.rows(market.times[5] + timedelta(seconds=1), rights=False) is rows
+    assert market.rows(market.times[4], rights=False) is rows
+    last = market.rows(market.times[-1], rights=False)
+    assert market.rows(market.moment(98) - timedelta(seconds=1), rights=False) is last
+    assert market.rows(market.moment(98), rights=False)[0]["TradeDateGre"].startswith("2019/08/24")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_history_is_what_was_served(number: int) -> None:
+    """The minute rows of one company are those seen at the time; a later row of a minute replaces an earlier one."""
+    served, market = PracticeMarket.load(REAL_DAY, None, 700), PracticeMarket.load(REAL_DAY, None, 700)
+    for rights, position in ((False, 3), (False, -1), (True, 2)):
+        company = served.rows(served.moment(number * 98 + 97), rights)[position]["CoID"]
+        seen = PracticeMarket.load(REAL_DAY, None, 700)
+        latest: dict[str, Row] = {}
+        for index in range(98):
+            rows = seen.rows(seen.moment(number * 98 + index), rights)
+            latest.update((row["TradeDateGre"][11:16], row) for row in rows if row["CoID"] == company)
+        wanted = [latest[minute] for minute in sorted(latest) if "11:00" <= minute <= "12:10"]
+        assert market.history(market.moment(number * 98 + 97), company, "11:00", "12:10") == wanted
+        assert wanted
+    assert market.history(market.moment(number * 98 + 97), 999_999_999, "00:00", "23:59") == []
+    assert PracticeMarket.load(REAL_DAY).history(served.times[0] - timedelta(hours=1), 1, "00:00", "23:59") == []
 
 
 def test_the_real_day_is_replayed_exactly() -> None:
     """The day that ships with the sandbox has 98 responses, and exactly the changes that are known of it."""
-    captured = CapturedDay.load(REAL_DAY)
-    assert captured.responses == len(captured.times) == 98
-    assert captured.rows(captured.times[0] - timedelta(seconds=1), False) == []
-    assert replayed(captured) == {"OPENED": 548, "TRADED": 18_711, "REVISED": 2, "CANCELLED": 85}
-    assert captured.rows(captured.times[-1], True) == []
-    assert captured.over(captured.times[-1])
-    assert not captured.over(captured.times[-2])
+    market = PracticeMarket.load(REAL_DAY)
+    assert market.responses == len(market.times) == 98
+    assert market.rows(market.times[0] - timedelta(seconds=1), rights=False) == []
+    assert not market.over(market.times[-2])
+    assert market.over(market.times[-1])
+    assert day_of(PracticeMarket.load(REAL_DAY), 0)[0] == CHANGES
 
 
 @pytest.mark.skipif(not SECOND_DAY.exists(), reason=f"the second real day is not there: {SECOND_DAY}")
 def test_the_second_real_day_is_replayed_exactly() -> None:
-    """So has the day that is test data outside the project."""
-    captured = CapturedDay.load(SECOND_DAY)
-    assert captured.responses == 147
-    assert replayed(captured) == {"OPENED": 541, "TRADED": 41_293, "REVISED": 16, "CANCELLED": 80}
+    """So does the day that is test data outside the project."""
+    market = PracticeMarket.load(SECOND_DAY)
+    assert market.responses == 147
+    assert day_of(market, 0)[0] == {"OPENED": 541, "TRADED": 41_293, "REVISED": 16, "CANCELLED": 80}
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "reason"),
     [
         (b"no gzip", "gzipped"),
         (gzip.compress(b""), "no response"),
@@ -254,15 +193,15 @@ def test_the_second_real_day_is_replayed_exactly() -> None:
         (gzip.compress(b"\xff\xfe\n"), "line 1"),
     ],
 )
-def test_a_file_that_is_no_capture(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_that_is_no_capture(tmp_path: Path, content: bytes, reason: str) -> None:
     """The error names the option, the file and what is wrong."""
     path = tmp_path / "day.ndjson.gz"
     path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=f"--replay .*day.ndjson.gz: .*{says}"):
-        CapturedDay.load(path)
+    with pytest.raises(ConfigurationError, match=f"--replay .*day.ndjson.gz: .*{reason}"):
+        PracticeMarket.load(path)
 
 
 def test_a_capture_that_is_not_there(tmp_path: Path) -> None:
-    """A missing file is the operator's to find."""
+    """A missing file is named."""
     with pytest.raises(ConfigurationError, match=r"--replay .*nothing\.gz: .*No such file"):
-        CapturedDay.load(tmp_path / "nothing.gz")
+        PracticeMarket.load(tmp_path / "nothing.gz")

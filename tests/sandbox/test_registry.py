@@ -65,7 +65,6 @@ def test_a_schema_lives_through_its_versions(url: str, client: SchemaRegistryCli
         assert fresh.get_latest_version(subject).version == 2
         assert fresh.get_version(subject, 1).schema_id == first
         assert json.loads(str(fresh.get_schema(first).schema_str)) == json.loads(str(_schema(A).schema_str))
-        assert [(use.subject, use.version) for use in fresh.get_schema_versions(second)] == [(subject, 2)]
         assert fresh.get_compatibility(subject) == "FULL_TRANSITIVE"
 
 
@@ -127,7 +126,7 @@ def test_a_file_that_is_no_registry_is_the_operators_to_mend(tmp_path: Path) -> 
     """It is never overwritten."""
     file = tmp_path / "registry.json"
     file.write_text("[]")
-    with pytest.raises(ConfigurationError, match="holds no schema registry"):
+    with pytest.raises(ConfigurationError, match="is not a schema registry"):
         serve_registry(file=file)
 
 

@@ -702,7 +702,8 @@ class Engine:
             self._watch_all(state, self._index.feeds)
         for watch in state.watches:
             self._judge(watch, self._now, alerts, verdict=bool(watch.look(marker, self._now)))
-        for still in state.stills:
+        # The times of a simulated market say nothing about when its next poll is due.
+        for still in state.stills if not marker.simulated else ():
             self._move(still, marker, self._now, alerts)
         return alerts
 

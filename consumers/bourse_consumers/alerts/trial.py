@@ -139,7 +139,7 @@ def _case_events(rows: Any, day: date, where: str) -> Iterator[Event]:
             counts = "rows opened traded revised cancelled stale_rows rejected_rows duplicate_rows charged_calls"
             made = dict.fromkeys(counts.split(), 0) | {
                 "poll_sequence": sequences[""],
-                "simulated": True,
+                "simulated": False,
                 "source": "case",
                 "outcome": "PUBLISHED",
                 "phase": "OPEN",
