@@ -75,7 +75,7 @@ def _record(topic: str, kind: bytes, identity: str, value: Fields, received: dat
         "ce_type": b"ir.bourse.%s.v1" % kind, "ce_subject": key.encode(),
         "ce_time": received.isoformat(timespec="milliseconds").replace("+00:00", "Z").encode(),
         "content-type": b"application/vnd.apache.avro",
-    }  # fmt: skip
+    } if topic != "candles" else {}  # fmt: skip
     return Record(topic, key, value, headers, int(received.timestamp() * 1000))
 
 
@@ -104,12 +104,12 @@ def records(
         yield _record("trades", b"trade", event["event_id"], event, received)
         yield _record("candles", b"candle", event["event_id"], candle, received)
     marker = {
-        "poll_sequence": poll, "poll_id": track_id, "source": SOURCE, "phase": "OPEN", "feed_state": "FRESH",
-        "outcome": "PUBLISHED" if any(ops.values()) else "UNCHANGED", "day_final": False,
+        "poll_sequence": poll, "simulated": True, "poll_id": track_id, "source": SOURCE, "phase": "OPEN",
+        "feed_state": "FRESH",        "outcome": "PUBLISHED" if any(ops.values()) else "UNCHANGED", "day_final": False,
         "session_day": received.astimezone(TEHRAN).date(), "requested_at": received, "received_at": received,
         "next_poll_at": received, "latest_traded_at": latest, "rows": len(rows), "stale_rows": stale,
         **{op.lower(): count for op, count in ops.items()},
-        **dict.fromkeys(("rejected_rows", "duplicate_rows", "charged_calls"), 0),
+        "charged_calls": 1, **dict.fromkeys(("rejected_rows", "duplicate_rows"), 0),
         **dict.fromkeys(("rights_poll_id", "gap_from", "error_kind", "error_code", "error_message")),
     }  # fmt: skip
     yield _record("polls", b"poll", f"{SOURCE}-{poll}", marker, received)
