@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import httpx
+import httpx2
 
 from bourse_cli.logs import configure_logging
 from bourse_producer.diff import Changes
@@ -44,7 +44,7 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
 
     cluster = Cluster(bootstrap_servers, registry, prefix)
     settings = Settings(poll_seconds=0, always=True, response_clock=True)
-    with httpx.Client(headers={"User-Agent": "bourse-stream"}) as client:
+    with httpx2.Client(headers={"User-Agent": "bourse-stream"}) as client:
         account = Credentials("bench", "bench", "0123456789")
         Producer(Exchange(client, exchange, account), lambda: Publication(cluster, SOURCE), settings).run()
 

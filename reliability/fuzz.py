@@ -19,12 +19,13 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import structlog
 
 from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech, Received
+from bourse_producer.patience import Patience
 from bourse_producer.publisher import State
 from bourse_producer.responses import Reading
 from bourse_producer.service import Producer, Settings
@@ -105,10 +106,12 @@ class Fuzz:
         self._last: PollMarker | None = None
         self._delivered: list[Received] = []
         self._contexts: list[Reading] = []
-        transport = httpx.MockTransport(self._answer)
-        client = httpx.Client(transport=transport)
+        transport = httpx2.MockTransport(self._answer)
+        client = httpx2.Client(transport=transport)
         account = Credentials("fuzz", "fuzz", "0123456789")
-        exchange = Finnotech(client, "http://h", account, on_response=self._delivered.append, mint_seconds=0)
+        exchange = Finnotech(
+            client, "http://h", account, on_response=self._delivered.append, patience=Patience(longest_seconds=0)
+        )
         settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, quota_seconds=0)
         self._producer = Producer(exchange, lambda: self, settings, capture=self)
 
@@ -133,16 +136,16 @@ class Fuzz:
 
     # --- the exchange -------------------------------------------------------------------------------------------------
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
         if request.method == "POST":
-            return httpx.Response(200, json=TOKEN)
+            return httpx2.Response(200, json=TOKEN)
         chance = self._chance
         at, rows = self._day[self._at]
         rows = [dict(row) for row in rows]
         headers = {"Date": format_datetime(at + timedelta(seconds=chance.choice([0, 0, -600, 600])), usegmt=True)}
         if chance.random() < 0.1:
             status, body = chance.choice([*ERRORS, *((200, each) for each in BODIES)])
-            return httpx.Response(status, content=body, headers=headers)
+            return httpx2.Response(status, content=body, headers=headers)
         for _ in range(chance.choice([0, 0, 1, 1, 2, 5])):
             chance.choice(ROW_MUTATIONS)(chance, rows)
         track_id = request.url.params["trackId"]
@@ -154,7 +157,7 @@ class Fuzz:
             headers["Content-Encoding"] = chance.choice(["gzip", "gzip", "gzip", "deflate", "nonsense"])
             packed = gzip.compress(body, 1)
             body = chance.choice([packed, packed, packed[: len(packed) // 2], packed[:-4], body])
-        return httpx.Response(200, content=body, headers=headers)
+        return httpx2.Response(200, content=body, headers=headers)
 
     # --- the log, and the capture: what is published, and from what ---------------------------------------------------
 

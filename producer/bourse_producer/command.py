@@ -1,14 +1,10 @@
-"""`bourse produce`, and the options that say which exchange and which account."""
+"""`bourse produce`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,166 +12,11 @@ from click.core import ParameterSource
 from bourse_cli.health import Monitor
 from bourse_cli.options import cluster_options, http_option
 from bourse_producer.calendar_file import CalendarFile, calendar_option
+from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 
-if TYPE_CHECKING:
-    import httpx
-
-    from bourse_producer.finnotech import Credentials, Finnotech
-    from bourse_producer.responses import Profile
-
-__all__ = ["ExchangeOptions", "exchange_options", "produce"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-FILE = click.Path(dir_okay=False, path_type=Path)
-
-
-def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
-    if file is None:
-        value = os.environ.get(variable, "")
-        where = variable
-    else:
-        where = f"{option} {file}"
-        try:
-            value = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigurationError(f"{option}: cannot read {file}: {reason}") from error
-    if not value.strip():
-        raise ConfigurationError(f"no {what} in {where}: set {variable} or name a file with {option}")
-    return value.strip()
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeOptions:
-    """The exchange as the operator named it."""
-
-    address: str | None
-    environment: str
-    profile_name: str
-    client_id: str | None
-    client_secret_file: Path | None
-    nid_file: Path | None
-    token_file: Path | None
-    proxy: str | None
-    connect_timeout_seconds: float
-    read_timeout_seconds: float
-
-    @property
-    def profile(self) -> Profile:
-        """Return the profile: which of the exchange's services is called."""
-        from bourse_producer.responses import PROFILES
-
-        return PROFILES[self.profile_name]
-
-    def where(self) -> str:
-        """Return the address; raise ConfigurationError where it is none."""
-        import httpx
-
-        address = self.address or self.profile.addresses[self.environment]
-        try:
-            url = httpx.URL(address)
-        except httpx.InvalidURL:
-            url = httpx.URL()
-        if url.scheme not in {"http", "https"} or not url.host or url.userinfo or (url.port or 1) > 65535:
-            usual = self.profile.addresses["production"]
-            raise ConfigurationError(f"--address is no address such as {usual}, without a password")
-        return address
-
-    def credentials(self) -> Credentials:
-        """Return the account; raise ConfigurationError where a part of it is missing."""
-        from bourse_producer.finnotech import Credentials
-
-        if not self.client_id:
-            raise ConfigurationError("no client id: give --client-id or set BOURSE_CLIENT_ID")
-        secret = _secret("client secret", "BOURSE_CLIENT_SECRET", "--client-secret-file", self.client_secret_file)
-        nid = _secret("national id", "BOURSE_NID", "--nid-file", self.nid_file)
-        if not (nid.isascii() and nid.isdigit() and len(nid) == 10):
-            raise ConfigurationError("the national id (BOURSE_NID or --nid-file) must be 10 digits")
-        return Credentials(self.client_id, secret, nid)
-
-    def http(self, stack: ExitStack) -> httpx.Client:
-        """Return an HTTP client with the operator's time-outs and proxy, closed with the stack."""
-        import httpx
-
-        timeout = httpx.Timeout(self.read_timeout_seconds, connect=self.connect_timeout_seconds)
-        try:
-            client = httpx.Client(timeout=timeout, proxy=self.proxy, headers={"User-Agent": "bourse-stream"})
-        except (ValueError, httpx.InvalidURL) as error:
-            # The reason may quote a password.
-            raise ConfigurationError("--proxy is no address such as http://127.0.0.1:3128") from error
-        return stack.enter_context(client)
-
-    def connect(self, stack: ExitStack, **hooks: Any) -> Finnotech:
-        """Return the exchange's client, closed with the stack; `hooks` are its `on_call` and `on_response`."""
-        from bourse_producer.finnotech import Finnotech
-
-        credentials, address = self.credentials(), self.where()
-        return Finnotech(self.http(stack), address, credentials, self.profile, token_file=self.token_file, **hooks)
-
-
-def exchange_options(command: F) -> F:
-    """Add the options that name exchange and account; the command gets `exchange: ExchangeOptions` in their place."""
-
-    @wraps(command)
-    def with_exchange(*args: Any, profile: str, **options: Any) -> Any:
-        ours = {name: options.pop(name) for name in ExchangeOptions.__dataclass_fields__ if name != "profile_name"}
-        return command(*args, exchange=ExchangeOptions(profile_name=profile, **ours), **options)
-
-    options = [
-        click.option(
-            "--address",
-            envvar="BOURSE_ADDRESS",
-            metavar="URL",
-            help="The exchange's address, instead of --environment.",
-        ),
-        click.option(
-            "--environment",
-            type=click.Choice(["production", "sandbox"]),
-            default="production",
-            show_default=True,
-            help="Which of Finnotech's two addresses to use.",
-        ),
-        click.option(
-            "--profile",
-            type=click.Choice(["trades-realtime", "realTimeTrades"]),
-            default="trades-realtime",
-            show_default=True,
-            help="Which of the exchange's services: the documented one, or its successor.",
-        ),
-        click.option("--client-id", envvar="BOURSE_CLIENT_ID", help="Client id of the account at the exchange."),
-        click.option(
-            "--client-secret-file",
-            envvar="BOURSE_CLIENT_SECRET_FILE",
-            type=FILE,
-            help="File with the client secret, instead of BOURSE_CLIENT_SECRET.",
-        ),
-        click.option(
-            "--nid-file",
-            envvar="BOURSE_NID_FILE",
-            type=FILE,
-            help="File with the national id of 10 digits, instead of BOURSE_NID.",
-        ),
-        click.option(
-            "--token-file",
-            envvar="BOURSE_TOKEN_FILE",
-            type=FILE,
-            help="Keep the exchange's token here, readable by its owner only, so that a restart needs no new one.",
-        ),
-        click.option("--proxy", metavar="URL", envvar="BOURSE_PROXY", help="Proxy for the calls to the exchange."),
-        click.option("--connect-timeout-seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True),
-        click.option(
-            "--read-timeout-seconds",
-            type=click.FloatRange(min=0.1),
-            default=45.0,
-            show_default=True,
-            help="The exchange's gateway itself waits 40 s.",
-        ),
-    ]
-    for option in reversed(options):
-        with_exchange = option(with_exchange)
-    return with_exchange  # type: ignore[return-value]  # click's decorators keep the callable
+__all__ = ["produce"]
 
 
 @click.command

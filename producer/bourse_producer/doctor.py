@@ -29,14 +29,15 @@ from bourse_cli.configuration import prepare
 from bourse_cli.options import cluster_options
 from bourse_cli.topics import Plan, plan_topics
 from bourse_producer.calendar_file import CalendarFile, calendar_option
-from bourse_producer.command import ExchangeOptions, exchange_options, produce
+from bourse_producer.command import produce
+from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError
 from bourse_schemas.events import FeedState, PollMarker
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TOPICS
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
     from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # not in its __all__
 
 __all__ = ["Check", "Status", "doctor"]
@@ -240,15 +241,15 @@ _REMEDIES = {
 }
 
 
-def _reach(client: httpx.Client, address: str) -> Generator[Check, None, bool]:
+def _reach(client: httpx2.Client, address: str) -> Generator[Check, None, bool]:
     """Ask for nothing in particular: whoever answers is reachable, and says what time it is."""
-    import httpx
+    import httpx2
 
     started, asked = time.monotonic(), datetime.now(UTC)
     try:
         with client.stream("GET", address) as answer:
-            status, dated = answer.status_code, answer.headers.get("date")
-    except (httpx.HTTPError, OSError) as error:
+            status, dated = answer.status_code, answer.headers.get("date", "")
+    except (httpx2.HTTPError, OSError) as error:
         advice = "check --address, --proxy, the network and its name service"
         yield Check("exchange", Status.FAIL, f"{address} does not answer ({type(error).__name__})", advice)
         yield Check("clock", Status.SKIP, "nobody to compare it with")
@@ -276,10 +277,11 @@ def _reach(client: httpx.Client, address: str) -> Generator[Check, None, bool]:
 
 def _call(finnotech: Any, exchange: ExchangeOptions) -> Check:
     from bourse_producer.calendar import Calendar
+    from bourse_producer.patience import Call
     from bourse_producer.responses import Reading, parse
 
     try:
-        reply = finnotech.realtime(rights=False)
+        reply = finnotech.fetch(Call.SHARES)
         now = reply.dated or reply.received_at
         day = Calendar().session_day(now)
         context = Reading(0, now, now, day, is_right=False, track_id=reply.track_id, profile=exchange.profile_name)

@@ -1,43 +1,42 @@
-"""Finnotech's `trades/realtime` and its successor: calls and tokens."""
+"""Finnotech's `trades/realtime` and its successor: calls for data, and the tokens they need.
+
+docs/exchange.md describes the API. A call asks `Patience` first, then takes a token, then goes out with a deadline.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import random
 import re
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from hashlib import sha256
-from pathlib import Path
+from threading import Event
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
-import httpx
+import httpx2
 import msgspec
 
 from bourse_cli.logs import get_logger
-from bourse_producer.responses import SHORT, TRADES_REALTIME, UNREADABLE, Profile, error_in, refusal
-from bourse_schemas.errors import (
-    ConfigurationError,
-    ExchangeError,
-    ExchangeNonsense,
-    ExchangeRefused,
-    ExchangeUnavailable,
-)
+from bourse_producer.clock import Clock, SystemClock
+from bourse_producer.conceal import Concealer
+from bourse_producer.deadline import MOST_BYTES, Transfer, Transport
+from bourse_producer.patience import Call, Hold, Patience
+from bourse_producer.refusals import UNREADABLE, is_done, refusal, retry_seconds
+from bourse_producer.responses import TRADES_REALTIME, Profile
+from bourse_schemas.errors import ExchangeError, ExchangeRefused, ExchangeUnavailable
+from bourse_schemas.events import TEHRAN
 
 __all__ = ["Credentials", "Finnotech", "Received", "Reply"]
 
-MINT_SECONDS = 60.0
 DEADLINE_SECONDS = 55.0
-MOST_BYTES = 64 << 20
+# A token is renewed in the last tenth of its life, while it is good: nothing waits for a slow answer.
+RENEW_DEADLINE_SECONDS, RENEW_AGAIN_SECONDS = 5.0, 3600.0
+# A hold that ends in a moment is waited for, so that a beat a little too early is not lost.
+MOMENT_SECONDS = 5.0
 KEPT_HEADERS = ("date", "content-type", "content-length", "content-encoding", "retry-after")
 
 
@@ -52,17 +51,27 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A response as it came: `dated` is its `Date` header, `received_at` our clock."""
+    """A DONE response, a charged call: its times by our clock, and `dated`, its Date header."""
 
     track_id: str
     body: bytes = field(repr=False)
+    requested_at: datetime
     received_at: datetime
     dated: datetime | None
+
+    def clock_difference(self) -> tuple[timedelta, timedelta] | None:
+        """Return between which limits the exchange's clock is ahead of ours.
+
+        The Date header is a time between request and receipt, cut to the second: the clocks agree if 0 is within.
+        """
+        if self.dated is None:
+            return None
+        return self.dated - self.received_at, self.dated + timedelta(seconds=1) - self.requested_at
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """An answer to a call for data, as far as it came; `query` and `headers` hold nothing secret."""
+    """An answer to a call for data, as far as it came. Nothing in it is secret."""
 
     track_id: str
     path: str
@@ -76,7 +85,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """A token; `renew_at` and `ends_at` are of the steady clock. `scopes` are what was granted, where that was said."""
+    """A token: its times are monotonic, its scopes those that the exchange named."""
 
     value: str = field(repr=False)
     refresh: str | None = field(repr=False)
@@ -85,307 +94,247 @@ class _Token:
     scopes: tuple[str, ...] = ()
 
 
-class _TokenRefused(Exception):
-    def __init__(self, status: int, error: ExchangeError) -> None:
-        super().__init__(str(error))
-        self._status = status
-        self._error = error
-
-    def told(self, scope: str) -> ExchangeError:
-        """Return what it means where a new token is refused too."""
-        error = self._error
-        if self._status != 403:
-            return error
-        said = f"a new token is refused: the client needs the scope {scope} and a whitelisted address ({error})"
-        return ExchangeRefused("scope", said, code=error.code, track_id=error.track_id)
-
-
 class Finnotech:
     """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing.
 
-    `on_call` is told how each HTTP call ended: done, or an error's kind; with token_ before it for a token's.
-    `on_response` gets every answer to a call for data before it is judged.
+    `on_call` gets how each HTTP call ended: done, or an error's kind, with token_ before it for a token's.
+    `on_response` gets every answer to a call for data before it is judged. `retry_seconds` is the first pause before a
+    failed call is repeated, 0 for never.
     """
 
     def __init__(
         self,
-        client: httpx.Client,
+        client: httpx2.Client,
         address: str,
         credentials: Credentials,
         profile: Profile = TRADES_REALTIME,
         *,
-        token_file: Path | None = None,
-        on_call: Callable[[str], None] | None = None,
-        on_response: Callable[[Received], None] | None = None,
+        clock: Clock | None = None,
+        patience: Patience | None = None,
+        on_call: Callable[[str], None] = lambda _: None,
+        on_response: Callable[[Received], None] = lambda _: None,
+        retry_seconds: float = 0.0,
         deadline_seconds: float = DEADLINE_SECONDS,
-        mint_seconds: float = MINT_SECONDS,
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self._client = client
         self._address = address.rstrip("/")
         self._credentials = credentials
         self._profile = profile
-        self._on_call = on_call or (lambda _: None)
-        self._on_response = on_response or (lambda _: None)
-        self._deadline_seconds, self._mint_seconds, self._most_bytes = deadline_seconds, mint_seconds, most_bytes
+        self._clock = clock or SystemClock(Event())
+        self._patience = patience or Patience()
+        self._on_call, self._on_response = on_call, on_response
+        self._retry_seconds, self._deadline_seconds = retry_seconds, deadline_seconds
+        self._transport = Transport(client, lambda: self._clock.wait(0), most_bytes)
+        self._basic = httpx2.BasicAuth(credentials.client_id, credentials.secret)
+        self._secrets = Concealer(credentials.secret, credentials.nid, f"{credentials.client_id}:{credentials.secret}")
         self._token: _Token | None = None
-        self._minted_at = -math.inf
-        self._refused: ExchangeError | None = None
-        self._socket: socket.socket | None = None
-        self._token_file = token_file
-        # A token is good for one account at one address with one scope only.
-        identity = (self._address, credentials.client_id, credentials.nid, profile.scope)
-        self._identity = sha256("\0".join(identity).encode()).hexdigest()
-        if token_file is not None:
-            self._load_token(token_file)
 
-    def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
-        """Return the last state of all companies' shares, or of all subscription rights.
+    def begin(self, charged_today: int, final: bool) -> None:
+        """Start a poll: how many calls are spent today, and whether it is the day's final poll."""
+        self._patience.begin(charged_today, final)
 
-        With `company_id` of that one only; with `minutes` (from, to: HHMM of the current day, Tehran) its minute rows,
-        which the exchange gives for a named company only.
+    def fetch(
+        self,
+        call: Call,
+        *,
+        until: float = -math.inf,
+        company_id: int | None = None,
+        period: tuple[str | None, str | None] = (None, None),
+        rights: bool = False,
+    ) -> Reply:
+        """Return all shares, all rights, or a company's minute rows of a period (HHMM, HHMM), shares' or `rights`'.
 
-        A refused token is renewed once and the call repeated once, with a new trackId as every attempt needs. Never
-        more than one token a minute is asked for.
+        Repeats a failed call while its next attempt begins before `until`, in monotonic seconds. The error's `held` is
+        true if no call was made.
         """
-        asked = {"companyId": company_id} if self._profile.one_call else {
-            "isTimePeriod": "true" if minutes else "false",
-            "precedencyRight": "true" if rights else "false",
-            "coId": company_id,
-            "fromTime": minutes and minutes[0],
-            "toTime": minutes and minutes[1],
-        }  # fmt: skip
-        query = {name: str(value) for name, value in asked.items() if value is not None}
-        try:
-            return self._realtime(self._valid_token().value, query)
-        except _TokenRefused as refused:
-            if self._must_wait():
-                raise refused.told(self._profile.scope) from refused
-            self._token = None
-        try:
-            return self._realtime(self._valid_token().value, query)
-        except _TokenRefused as refused:
-            raise refused.told(self._profile.scope) from refused
+        query = self._query(call, company_id, period, rights=rights or call is Call.RIGHTS)
+        pause = self._retry_seconds
+        while True:
+            try:
+                return self._call_for_data(call, query, until)
+            except ExchangeUnavailable as error:
+                now = self._clock.monotonic()
+                hold = self._patience.may_call(call, now)
+                wait = max(pause * random.uniform(0.5, 1.0), hold.until - now if hold else 0.0)  # noqa: S311  # jitter
+                if not pause or now + wait >= until:
+                    raise
+                get_logger().warning(
+                    "calling again",
+                    call=call.value,
+                    error_kind=error.kind,
+                    error=str(error),
+                    wait_seconds=round(wait, 1),
+                )
+                if self._clock.wait(wait):
+                    raise
+                pause *= 2
 
-    def _realtime(self, token: str, query: dict[str, str]) -> Reply:
+    def realtime(self, *, rights: bool) -> Reply:
+        return self.fetch(Call.RIGHTS if rights else Call.SHARES)
+
+    def renew(self) -> None:
+        """Renew a token that is about to end. Call it after a poll: no poll waits for it while the token is good."""
+        token, now = self._token, self._clock.monotonic()
+        if token is None or not token.renew_at <= now < token.ends_at or self._patience.may_call(Call.TOKEN, now):
+            return
+        try:
+            self._token = self._request_token(token.refresh, min(RENEW_DEADLINE_SECONDS, self._deadline_seconds))
+        except ExchangeError as error:
+            # A refresh token may be used up. The credentials are not.
+            refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
+            self._token = replace(token, refresh=refresh, renew_at=now + RENEW_AGAIN_SECONDS)
+            left = round(token.ends_at - now)
+            get_logger().warning(
+                "the token is not renewed", error_kind=error.kind, error=str(error), good_for_seconds=left
+            )
+
+    def authorise(self) -> tuple[Sequence[str], timedelta]:
+        """Get a token unless there is one; return its scopes, if the exchange named them, and how long it is good."""
+        token = self._good_token(-math.inf)
+        return token.scopes, timedelta(seconds=token.ends_at - self._clock.monotonic())
+
+    def token_ends_at(self) -> datetime | None:
+        """Return when the token in use ends; None without one."""
+        if self._token is None:
+            return None
+        return self._clock.now() + timedelta(seconds=self._token.ends_at - self._clock.monotonic())
+
+    # --- calls for data -----------------------------------------------------------------------------------------------
+
+    def _query(
+        self, call: Call, company_id: int | None, period: tuple[str | None, str | None], *, rights: bool
+    ) -> dict[str, str]:
+        if self._profile.one_call:
+            return {} if company_id is None else {"companyId": str(company_id)}
+        query = {
+            "isTimePeriod": "true" if call is Call.MINUTES else "false",
+            "precedencyRight": "true" if rights else "false",
+            "coId": None if company_id is None else str(company_id),
+            "fromTime": period[0],
+            "toTime": period[1],
+        }
+        return {name: value for name, value in query.items() if value is not None}
+
+    def _call_for_data(self, call: Call, query: Mapping[str, str], until: float) -> Reply:
+        """Make a call. If its token is refused, get another one and repeat the call once, if a new token is allowed."""
+        self._require_allowed(call, until)
+        try:
+            return self._get(call, self._good_token(until), query)
+        except ExchangeRefused as refused:
+            if refused.held or refused.kind not in {"token", "scope"}:
+                raise
+            if self._patience.may_call(Call.TOKEN, self._clock.monotonic()):
+                raise self._explained(refused) from refused
+        self._token = self._request_token(None, self._deadline_seconds)
+        try:
+            self._require_allowed(call, until)
+            return self._get(call, self._token, query)
+        except ExchangeRefused as refused:
+            raise self._explained(refused) from refused
+
+    def _explained(self, refused: ExchangeRefused) -> ExchangeError:
+        """Return the error for a refusal that a new token does not change."""
+        if refused.kind != "scope":
+            return refused
+        needs = f"the client needs the scope {self._profile.scope} and a whitelisted address"
+        message = f"a new token is refused: {needs} ({refused})"
+        return ExchangeRefused("scope", message, code=refused.code, track_id=refused.track_id)
+
+    def _require_allowed(self, call: Call, until: float) -> None:
+        """Raise what forbids a call, `held`; a hold of a moment is waited for, if it ends before `until`."""
+        while hold := self._patience.may_call(call, now := self._clock.monotonic()):
+            if hold.until >= min(until, now + MOMENT_SECONDS) or self._clock.wait(hold.until - now):
+                raise self._held(hold, now)
+
+    def _held(self, hold: Hold, now: float) -> ExchangeError:
+        error, message = hold.error, str(hold.error)
+        if hold.until < math.inf:
+            again = (self._clock.now() + timedelta(seconds=hold.until - now)).astimezone(TEHRAN)
+            message = f"not called before {again:%H:%M:%S}: {error}"
+        return ExchangeRefused(error.kind, message, code=error.code, held=True)
+
+    def _get(self, call: Call, token: _Token, query: Mapping[str, str]) -> Reply:
         track_id = uuid4().hex
         client_id = quote(self._credentials.client_id, safe="")
         path = f"/bourse/v2/clients/{client_id}/{self._profile.path}"
         query = {"trackId": track_id, **query}
+        transfer, requested_at = Transfer(), self._clock.now()
         try:
-            status, headers, body = self._send(
-                "GET", path, track_id, params=query, headers={"Authorization": f"Bearer {token}"}
-            )
-            # Refusals come with 200 too, and a refused token must be noticed here, where it can be renewed.
-            if status != 200 or (len(body) < SHORT and b"DONE" not in body):
-                raise refusal(status, body, track_id, headers.get("retry-after"))
+            authorization = {"Authorization": f"Bearer {token.value}"}
+            try:
+                self._send(transfer, "GET", path, params=query, headers=authorization)
+            finally:
+                received_at, body = self._clock.now(), transfer.body
+                done = transfer.status == 200 and is_done(body)
+                if not done:
+                    body = self._secrets.data(body)
+                if transfer.status is not None:
+                    times = requested_at, received_at
+                    headers = self._kept_headers(transfer.headers)
+                    self._on_response(Received(track_id, path, query, transfer.status, headers, body, *times))
+            if not done:
+                raise self._refusal(transfer, body)
         except ExchangeError as error:
-            self._conceal(error, token)
-            self._on_call(error.kind)
-            if error.kind == "token":
-                raise _TokenRefused(status, error) from error
+            error.track_id = track_id
+            self._note(call, error)
             raise
-        self._on_call("done")
-        return Reply(track_id, body, datetime.now(UTC), _dated(headers))
+        self._note(call, None)
+        return Reply(track_id, body, requested_at, received_at, _dated(transfer.headers))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
-    def authorise(self) -> tuple[Sequence[str], timedelta]:
-        """Get a token unless there is a good one; return its scopes, if the exchange named them, and the life left."""
-        token = self._valid_token()
-        return token.scopes, timedelta(seconds=token.ends_at - time.monotonic())
+    def _good_token(self, until: float) -> _Token:
+        if self._token is None or self._clock.monotonic() >= self._token.ends_at:
+            self._require_allowed(Call.TOKEN, until)
+            self._token = self._request_token(None, self._deadline_seconds)
+        return self._token
 
-    def _valid_token(self) -> _Token:
-        token, now = self._token, time.monotonic()
-        if token is not None and (now < token.renew_at or (self._must_wait() and now < token.ends_at)):
-            return token
-        if self._must_wait():
-            wait = self._mint_seconds - (now - self._minted_at)
-            why = f" ({self._refused})" if self._refused else ""
-            code = self._refused.code if self._refused else None
-            said = f"no token: one was asked for less than a minute ago{why}"
-            raise ExchangeRefused("token", said, code=code, retry_after=max(wait, 1.0))
+    def _request_token(self, refresh: str | None, seconds: float) -> _Token:
+        """Get a token for a refresh token, or else for the credentials."""
+        grant = {"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": self._profile.scope}
+        if refresh is not None:
+            grant = {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": refresh}
+        transfer, now = Transfer(), self._clock.monotonic()
         try:
-            token = self._token = self._mint(self._grant(token))
-        except ExchangeError as error:
-            if token is None or now >= token.ends_at:
-                self._token = None
-                raise
-            # The token in use still stands. A refresh token can be used up; the credentials stand, a minute later.
-            refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
-            token = self._token = replace(token, refresh=refresh, renew_at=now + self._mint_seconds)
-        return token
-
-    def _grant(self, old: _Token | None) -> dict[str, str]:
-        if old is not None and old.refresh is not None and time.monotonic() < old.ends_at:
-            return {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": old.refresh}
-        return {"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": self._profile.scope}
-
-    def _conceal(self, error: ExchangeError, token: str) -> None:
-        """Take our secrets out of what the exchange says of them: its words are logged and published."""
-        for secret in filter(None, (self._credentials.secret, self._credentials.nid, token)):
-            error.args = (str(error).replace(secret, "…"),)
-
-    def _must_wait(self) -> bool:
-        return time.monotonic() < self._minted_at + self._mint_seconds
-
-    def _mint(self, grant: dict[str, str]) -> _Token:
-        self._minted_at = asked = time.monotonic()
-        self._keep_token(self._token)
-        account = httpx.BasicAuth(self._credentials.client_id, self._credentials.secret)
-        try:
-            status, headers, body = self._send("POST", "/dev/v2/oauth2/token", None, json=grant, auth=account)
-            token = _granted(body, asked)
+            self._send(transfer, "POST", "/dev/v2/oauth2/token", seconds, json=grant, auth=self._basic)
+            result = _result_in(transfer.body)
+            self._secrets.add(result.get("value"), result.get("refreshToken"))
+            token = _token_of(result, now)
             if token is None:
-                raise _no_token(status, body, headers.get("retry-after"))
+                raise self._token_refusal(transfer)
         except ExchangeError as error:
-            self._conceal(error, grant.get("refresh_token", ""))
-            self._on_call(f"token_{error.kind}")
-            self._refused = error
+            self._note(Call.TOKEN, error)
             raise
-        self._on_call("token_done")
-        self._refused = None
-        self._keep_token(token)
-        return token
+        self._note(Call.TOKEN, None)
+        return replace(token, scopes=tuple(map(self._secrets.text, token.scopes)))
 
-    def _load_token(self, file: Path) -> None:
-        """Take over the token of an earlier run, where it is ours and nobody else could read it."""
-        log = get_logger()
-        try:
-            if file.stat().st_mode & 0o077:
-                log.warning("the token file is not used: others can read it", file=str(file), advice="chmod 600")
-            else:
-                kept = json.loads(file.read_text("utf-8"))
-                now, steady = time.time(), time.monotonic()
-                if kept["for"] == self._identity:
-                    self._minted_at = steady - max(0.0, now - kept["asked"])
-                    if _is_token(kept["value"]) and now < kept["ends"]:
-                        ends = steady + kept["ends"] - now
-                        renews = steady + kept["renews"] - now
-                        self._token = _Token(kept["value"], kept["refresh"], renews, ends, tuple(kept["scopes"] or ()))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            log.warning("the token file is not used: it cannot be read", file=str(file), error=type(error).__name__)
-        self._keep_token(self._token, at_start=True)
-
-    def _keep_token(self, token: _Token | None, *, at_start: bool = False) -> None:
-        if self._token_file is None:
-            return
-        now, steady = time.time(), time.monotonic()
-        kept = {
-            "for": self._identity,
-            "asked": now - min(steady - self._minted_at, now),
-            "value": token and token.value,
-            "refresh": token and token.refresh,
-            "scopes": token and token.scopes,
-            "renews": token and now + token.renew_at - steady,
-            "ends": token and now + token.ends_at - steady,
-        }
-        new = self._token_file.with_name(f"{self._token_file.name}.{os.getpid()}.new")
-        try:
-            new.unlink(missing_ok=True)
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-                json.dump(kept, out)
-            new.replace(self._token_file)
-        except OSError as error:
-            if at_start:
-                raise ConfigurationError(f"--token-file {self._token_file}: cannot write: {error.strerror}") from error
-            get_logger().warning("the token is not kept", file=str(self._token_file), error=error.strerror)
+    def _token_refusal(self, transfer: Transfer) -> ExchangeError:
+        error = self._refusal(transfer, self._secrets.data(transfer.body))
+        if transfer.status in {400, 401, 403} and error.kind in {"token", "scope", "internal", "provider", "nonsense"}:
+            return ExchangeRefused("token", f"the exchange gives no token: {error}", code=error.code)
+        return error
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
-    def _send(
-        self, method: str, path: str, track_id: str | None, **request: Any
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Return status, headers and body; a body too large, too slow or broken is an ExchangeError."""
-        requested_at, chunks, size = datetime.now(UTC), list[bytes](), 0
-        request["extensions"] = {"trace": self._note_socket}
-        try:
-            with self._deadline(track_id), self._client.stream(method, self._address + path, **request) as response:
-                try:
-                    if "," in response.headers.get("content-encoding", ""):
-                        # Each layer may be a thousand times the one around it, before any of it can be counted.
-                        raise ExchangeNonsense("nonsense", "the body is packed more than once", track_id=track_id)
-                    for chunk in response.iter_bytes():
-                        chunks.append(chunk)
-                        size += len(chunk)
-                        if size > self._most_bytes:
-                            said = f"the body is larger than {self._most_bytes >> 20} MiB"
-                            raise ExchangeNonsense("nonsense", said, track_id=track_id)
-                finally:
-                    body = b"".join(chunks)
-                    if track_id is not None:
-                        kept = {name: response.headers[name] for name in KEPT_HEADERS if name in response.headers}
-                        status, query = response.status_code, request["params"]
-                        at = requested_at, datetime.now(UTC)
-                        self._on_response(Received(track_id, path, query, status, kept, body[: self._most_bytes], *at))
-                return response.status_code, response.headers, body
-        except httpx.TimeoutException as error:
-            said = f"the exchange did not answer in time ({type(error).__name__})"
-            raise ExchangeUnavailable("timeout", said, track_id=track_id) from error
-        except httpx.DecodingError as error:
-            raise ExchangeNonsense("nonsense", f"the body cannot be unpacked: {error}", track_id=track_id) from error
-        except httpx.HTTPError as error:
-            said = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise ExchangeUnavailable("network", said, track_id=track_id) from error
+    def _send(self, transfer: Transfer, method: str, path: str, seconds: float | None = None, **request: Any) -> None:
+        self._transport.call(transfer, seconds or self._deadline_seconds, method, self._address + path, **request)
 
-    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
-        if event.endswith("connect_tcp.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
+    def _refusal(self, transfer: Transfer, body: bytes) -> ExchangeError:
+        """Return the error of an answer that is not DONE, without secrets."""
+        retry_after = retry_seconds(transfer.headers.get("retry-after"), self._clock.now())
+        return refusal(transfer.status or 0, body, None, retry_after)
 
-    @contextmanager
-    def _deadline(self, track_id: str | None) -> Iterator[None]:
-        """Hang up when an attempt takes too long: what drips is in time for every single read."""
-        overdue = threading.Event()
+    def _kept_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        return {name: self._secrets.text(headers[name]) for name in KEPT_HEADERS if name in headers}
 
-        def hang_up() -> None:
-            overdue.set()
-            with suppress(OSError, AttributeError):
-                # Not the TLS socket's own, which would take its state away from under the reader.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # type: ignore[arg-type]
-
-        timer = threading.Timer(self._deadline_seconds, hang_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except httpx.HTTPError:
-            if not overdue.is_set():
-                raise
-        finally:
-            timer.cancel()
-        # A body without a length ends where the connection does.
-        if overdue.is_set():
-            said = f"the answer took longer than {self._deadline_seconds:g} s"
-            raise ExchangeUnavailable("timeout", said, track_id=track_id)
-
-
-def _is_token(value: Any) -> bool:
-    """Tell what can stand in a header: the client would show anything else in its own error message."""
-    return isinstance(value, str) and re.fullmatch("[!-~]+", value) is not None
-
-
-def _granted(body: bytes, asked: float) -> _Token | None:
-    """Return the token in an answer; `asked` is when it was asked for."""
-    try:
-        result = msgspec.json.decode(body)["result"]
-        value, life, refresh = result["value"], float(result["lifeTime"]) / 1000, result.get("refreshToken")
-        scopes = tuple(map(str, result.get("scopes") or ()))
-    except (*UNREADABLE, KeyError, TypeError, ValueError, OverflowError, AttributeError):
-        return None
-    if not (_is_token(value) and math.isfinite(life)):
-        return None
-    # Counted from our own clock; a tenth of its life before the end it is renewed.
-    return _Token(value, refresh if isinstance(refresh, str) else None, asked + life * 0.9, asked + life, scopes)
-
-
-def _no_token(status: int, body: bytes, retry_after: str | None) -> ExchangeError:
-    error = refusal(status, body, None, retry_after)
-    if status in {400, 401, 403} and error.kind in {"token", "internal", "provider", "nonsense"}:
-        message = error_in(body)[1] or status
-        return ExchangeRefused("token", f"the exchange gives no token: {message}", code=error.code)
-    return error
+    def _note(self, call: Call, error: ExchangeError | None) -> None:
+        """Report how a call ended; what is reported has no secret in it."""
+        if error is not None:
+            error.args = (self._secrets.text(str(error)),)
+            error.code = error.code and self._secrets.text(error.code)
+        outcome = "done" if error is None else error.kind
+        self._on_call(f"token_{outcome}" if call is Call.TOKEN else outcome)
+        self._patience.after(call, error, self._clock.monotonic())
 
 
 def _dated(headers: Mapping[str, str]) -> datetime | None:
@@ -395,3 +344,27 @@ def _dated(headers: Mapping[str, str]) -> datetime | None:
         return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC) if dated.year < 2200 else None
     except (KeyError, ValueError, OverflowError):
         return None
+
+
+def _result_in(body: bytes) -> Mapping[str, Any]:
+    """Return the result in a token's answer; empty if there is none."""
+    try:
+        result = msgspec.json.decode(body)["result"]
+    except (*UNREADABLE, KeyError, TypeError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def _token_of(result: Mapping[str, Any], requested_at: float) -> _Token | None:
+    """Return the token that a result describes. Its life counts from the request, by our own clock."""
+    value, refresh = result.get("value"), result.get("refreshToken")
+    try:
+        life = float(result["lifeTime"]) / 1000
+        scopes = tuple(map(str, result.get("scopes") or ()))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    # The client would show a value that no header can hold in its own error message.
+    if not (isinstance(value, str) and re.fullmatch("[!-~]+", value) and math.isfinite(life)):
+        return None
+    refresh = refresh if isinstance(refresh, str) else None
+    return _Token(value, refresh, requested_at + life * 0.9, requested_at + life, scopes)

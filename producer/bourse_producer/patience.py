@@ -17,6 +17,7 @@ __all__ = ["Call", "Hold", "Patience"]
 # A new refusal is often one of a moment; an account that stays refused is rarely fixed within minutes.
 REFUSED_SECONDS, MOST_REFUSED_SECONDS = 60.0, 300.0
 RATE_SECONDS = 60.0
+# A maintenance page asks for a day; only a limit of calls is obeyed for as long.
 MOST_RETRY_AFTER_SECONDS = 900.0
 OF_THE_ACCOUNT = {"quota", "rate", "token", "scope", "address"}
 REFUSED = {"token", "scope", "address"}
@@ -67,6 +68,7 @@ class Patience:
         self._account: Hold | None = None
         self._refusals = self._token_refusals = 0
         self._minted_at = -math.inf
+        self._token_accepted = True
         self._new_token_refused: ExchangeError | None = None
 
     def begin(self, charged_today: int, final: bool) -> None:
@@ -78,7 +80,7 @@ class Patience:
         """Return what forbids this call now, the longest hold of several; None if it may be made."""
         holds = [self._holds.get(call), self._new_token_hold() if call is Call.TOKEN else self._account]
         if call is not Call.TOKEN and self._calls_left < 1:
-            message = f"the budget of {self._max_calls} charged calls a day is spent, but for the day's final poll"
+            message = f"the budget of {self._max_calls} charged calls a day is spent"
             holds.append(Hold(math.inf, ExchangeRefused("budget", message)))
         return max((hold for hold in holds if hold and now < hold.until), key=lambda hold: hold.until, default=None)
 
@@ -88,10 +90,10 @@ class Patience:
             self._after_token(error, now)
         elif error is None:
             self._calls_left -= 1
-            self._refusals, self._new_token_refused = 0, None
+            self._refusals, self._token_accepted, self._new_token_refused = 0, True, None
         else:
             self._refusals += error.kind in REFUSED
-            if error.kind in {"token", "scope"}:
+            if error.kind in {"token", "scope"} and not self._token_accepted:
                 self._new_token_refused = error
             hold = self._hold(error, self._refusals, now)
             if error.kind in OF_THE_ACCOUNT:
@@ -101,7 +103,8 @@ class Patience:
 
     def _after_token(self, error: ExchangeError | None, now: float) -> None:
         if error is None:
-            self._minted_at, self._token_refusals, self._new_token_refused = now, 0, None
+            self._minted_at, self._token_accepted, self._new_token_refused = now, False, None
+            self._token_refusals = 0
             self._holds.pop(Call.TOKEN, None)
             if self._account is not None and self._account.error.kind in {"token", "scope"}:
                 # What was refused was the token before.
@@ -121,6 +124,8 @@ class Patience:
     def _hold(self, error: ExchangeError, refusals: int, now: float) -> Hold:
         """Return how long an error forbids to call again; a hold of no length if it does not."""
         seconds = error.retry_after or 0.0
+        if error.kind != "rate":
+            seconds = min(seconds, MOST_RETRY_AFTER_SECONDS)
         if error.kind == "quota":
             seconds = max(seconds, self._quota_seconds)
         elif error.kind == "rate":

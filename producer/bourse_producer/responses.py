@@ -9,45 +9,32 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct
 
 from bourse_producer.diff import RejectedRow, Snapshot
-from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
+from bourse_producer.refusals import UNREADABLE, Envelope, refusal
+from bourse_schemas.errors import ExchangeNonsense
 from bourse_schemas.events import TEHRAN, Candle, Reason, tidy
 
-__all__ = [
-    "PROFILES",
-    "SOURCE",
-    "TRADES_REALTIME",
-    "Profile",
-    "Reading",
-    "merge",
-    "parse",
-    "parse_minutes",
-    "refusal",
-]
+__all__ = ["PROFILES", "SOURCE", "TRADES_REALTIME", "Profile", "Reading", "merge", "parse", "parse_minutes"]
 
 FUTURE = timedelta(minutes=5)
-DAY_SECONDS = 86_400.0
-# An error body is short; a market is not.
-SHORT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One of the exchange's services: where it is, what it asks for, and how its rows differ.
+    """One of the exchange's services: its address, its scope, and how its rows differ.
 
-    With `one_call` shares and rights come together, each row saying which it is; with `dates_only` a trade time at
-    midnight is a date and nothing more.
+    With `one_call` shares and rights come together, and each row's own flag tells them apart; with `dates_only` a trade
+    time at midnight is a date and nothing more.
     """
 
     name: str
@@ -117,13 +104,6 @@ class _Row(Struct):
     Type: Any
 
 
-class _Envelope(Struct):
-    result: Raw | UnsetType = UNSET
-    state: str | None = None
-    status: str | None = None
-
-
-_envelope = msgspec.json.Decoder(_Envelope)
 _rows = msgspec.json.Decoder(list[_Row])
 _raw_rows = msgspec.json.Decoder(list[Raw])
 _anything = msgspec.json.Decoder()
@@ -140,22 +120,16 @@ _NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {
 }
 _TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
 _CODE = re.compile(r"[A-Z0-9]{12}")
-# No part of JSON, but some gateways put one there.
-_BOM = b"\xef\xbb\xbf"
-# What a decoder says of bytes that are no JSON, no UTF-8, or nested beyond reason.
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
-_FN_CODE = re.compile(rb'"FN-[A-Z]{4}-(\d{3})\d{8}"')
-_ADDRESS_WORDS = re.compile(r"\bip\b|\baddress\b|white ?-?list|آی[ \u200c]?پی|نشانی|آدرس")
 _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a response does not say of itself.
+    """What a response does not contain and reading it needs.
 
-    `received_at` is when it arrived; `dated` is its `Date` header, or our clock where it had none; `track_id` is what
-    was sent with the call, `is_right` which of the two calls it was; `profile` is a profile's name.
+    `received_at` is when it arrived; `dated` is its `Date` header, or our clock if it had none; `track_id` is what was
+    sent with the call, `is_right` which of the two calls it was; `profile` is a profile's name.
     """
 
     poll_sequence: int
@@ -174,63 +148,69 @@ class _BadRow(Exception):
         self.field = field_name
 
 
-def parse(body: bytes, context: Reading) -> Snapshot:
-    """Return what a response says.
+def parse(body: bytes, reading: Reading) -> Snapshot:
+    """Return what a response contains.
 
-    Raises ExchangeNonsense when the body is no response, and the matching ExchangeError when it says that the call
+    Raises ExchangeNonsense if the body is not a response, and the matching ExchangeError if it reports that the call
     failed. A row that cannot be used is in `rejected`; the others count.
     """
-    candles, rejected, oddities = _read(body, context)
+    candles, rejected, oddities = _read(body, reading)
     best, duplicates = _best(candles)
     rows = len(candles) + len(rejected)
-    return Snapshot(best, context.received_at, context.session_day, rejected, rows, duplicates, oddities)
+    return Snapshot(best, reading.received_at, reading.session_day, rejected, rows, duplicates, oddities)
 
 
-def parse_minutes(body: bytes, context: Reading) -> list[Candle]:
-    """Return the usable rows of a response of minute rows, oldest first; raises as `parse` does."""
-    return sorted(_read(body, context)[0], key=lambda candle: candle.traded_at)
+def parse_minutes(body: bytes, reading: Reading) -> tuple[list[Candle], Sequence[RejectedRow]]:
+    """Return the rows of a response of minute rows, oldest first, and those that cannot be used; raises as `parse`."""
+    candles, rejected, _ = _read(body, reading)
+    return sorted(candles, key=lambda candle: candle.traded_at), rejected
 
 
-def _read(body: bytes, context: Reading) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
-    try:
-        envelope = _envelope.decode(body.removeprefix(_BOM))
-    except UNREADABLE as error:
-        raise ExchangeNonsense("nonsense", f"the body is no response: {error}", track_id=context.track_id) from error
-    state = envelope.state or envelope.status
-    if state != "DONE":
-        raise refusal(200, body, context.track_id)
-    result = b"null" if envelope.result is UNSET else bytes(envelope.result).strip()
-    if result == b"null" or not result.strip(b"{} \t\r\n"):
-        result = b"[]"
-    elif result[:1] == b"{":
-        result = b"[" + result + b"]"
-    elif result[:1] != b"[":
-        raise ExchangeNonsense("nonsense", "the result is neither rows nor a row", track_id=context.track_id)
+def _read(body: bytes, reading: Reading) -> tuple[list[Candle], list[RejectedRow], Counter[str]]:
+    result = _result(body, reading.track_id)
     oddities: Counter[str] = Counter()
-    if b'"' + context.track_id.encode() + b'"' not in body:
+    if b'"' + reading.track_id.encode() + b'"' not in body:
         oddities["foreign_track_id"] += 1
     candles: list[Candle] = []
     rejected: list[RejectedRow] = []
     raws: Sequence[Raw] = ()
-    latest = context.dated + FUTURE
+    latest = reading.dated + FUTURE
     try:
         rows: Sequence[_Row | Raw] = _rows.decode(result)
     except UNREADABLE:
         rows = _raw_rows.decode(result)
-    for number, row in enumerate(rows):
+    for number, each in enumerate(rows):
         try:
-            known = row if isinstance(row, _Row) else _patiently(row)
-            candle = _candle(known, context, latest)
+            row = each if isinstance(each, _Row) else _lenient(each)
+            candle = _candle(row, reading, latest)
         except _BadRow as bad:
             raws = raws or _raw_rows.decode(result)
-            rejected.append(_rejected(bytes(raws[number]), bad, context.track_id))
+            rejected.append(_rejected(bytes(raws[number]), bad, reading.track_id))
             continue
         candles.append(candle)
-        if known.PrecedencyRight is not None and known.PrecedencyRight is not candle.is_right:
+        if row.PrecedencyRight is not None and row.PrecedencyRight is not candle.is_right:
             oddities["right_contradicted"] += 1
-        if known.TradeDate and not _names_day(known.TradeDate, candle.trading_day):
+        if row.TradeDate and not _names_day(row.TradeDate, candle.trading_day):
             oddities["jalali_contradicted"] += 1
     return candles, rejected, oddities
+
+
+def _result(body: bytes, track_id: str) -> bytes:
+    """Return the rows of a response, as a JSON array."""
+    try:
+        envelope = Envelope.of(body)
+    except UNREADABLE as error:
+        raise ExchangeNonsense("nonsense", f"the body is not a response: {error}", track_id=track_id) from error
+    if not envelope.done:
+        raise refusal(200, body, track_id)
+    result = b"null" if envelope.result is UNSET else bytes(envelope.result).strip()
+    if result == b"null" or not result.strip(b"{} \t\r\n"):
+        return b"[]"
+    if result[:1] == b"{":
+        return b"[" + result + b"]"
+    if result[:1] != b"[":
+        raise ExchangeNonsense("nonsense", "the result is neither rows nor a row", track_id=track_id)
+    return result
 
 
 def merge(parts: Sequence[Snapshot]) -> Snapshot:
@@ -238,14 +218,14 @@ def merge(parts: Sequence[Snapshot]) -> Snapshot:
     if len(parts) == 1:
         return parts[0]
     best, duplicates = _best(candle for part in parts for candle in part.candles.values())
-    return Snapshot(
-        best,
-        max(part.received_at for part in parts),
-        parts[0].session_day,
-        [row for part in parts for row in part.rejected],
-        sum(part.rows for part in parts),
-        duplicates + sum(part.duplicate_rows for part in parts),
-        sum((Counter(part.oddities) for part in parts), Counter()),
+    return replace(
+        parts[0],
+        candles=best,
+        received_at=max(part.received_at for part in parts),
+        rejected=[row for part in parts for row in part.rejected],
+        rows=sum(part.rows for part in parts),
+        duplicate_rows=duplicates + sum(part.duplicate_rows for part in parts),
+        oddities=sum((Counter(part.oddities) for part in parts), Counter()),
     )
 
 
@@ -263,29 +243,24 @@ def _best(candles: Iterable[Candle]) -> tuple[dict[str, Candle], int]:
     return best, duplicates
 
 
-def _candle(row: _Row, context: Reading, latest: datetime) -> Candle:
-    instrument = row.TseSymbolCode
+def _candle(row: _Row, reading: Reading, latest: datetime) -> Candle:
+    instrument, profile = row.TseSymbolCode, PROFILES[reading.profile]
     if not _is_code(instrument):
-        raise _BadRow(
-            Reason.INVALID_VALUE, f"TseSymbolCode {instrument[:40]!r} is not 12 of A-Z and 0-9", "TseSymbolCode"
-        )
-    traded_at, trading_day = _trade_time(row.TradeDateGre)
-    if traded_at is None or trading_day is None:
-        raise _BadRow(Reason.INVALID_VALUE, f"TradeDateGre {row.TradeDateGre[:40]!r} is no time", "TradeDateGre")
-    profile = PROFILES[context.profile]
-    estimated = profile.dates_only and traded_at.astimezone(TEHRAN).time() == time_of_day.min
+        raise _invalid("TseSymbolCode", f"{instrument[:40]!r} is not 12 of A-Z and 0-9")
+    time = _trade_time(row.TradeDateGre)
+    if time is None:
+        raise _invalid("TradeDateGre", f"{row.TradeDateGre[:40]!r} is not a time")
+    traded_at, trading_day, is_midnight = time
+    estimated = profile.dates_only and is_midnight
     if estimated:
         # Seen on its day: now; later: at the day's end, so that it is never older than what was seen on the day.
-        today = context.received_at.astimezone(TEHRAN).date() == trading_day
+        today = reading.received_at.astimezone(TEHRAN).date() == trading_day
         ends = datetime.combine(trading_day, time_of_day.max, TEHRAN).astimezone(UTC)
-        traded_at = context.received_at if today else ends.replace(microsecond=999_000)
-    # Our own clock is not held against a row that has none.
-    if traded_at > latest and traded_at is not context.received_at:
-        raise _BadRow(
-            Reason.FUTURE_ROW,
-            f"TradeDateGre {row.TradeDateGre} is more than 5 minutes after the response",
-            "TradeDateGre",
-        )
+        traded_at = reading.received_at if today else ends.replace(microsecond=999_000)
+    # An estimated time of today is our own clock's, which may be ahead.
+    if traded_at > latest and traded_at is not reading.received_at:
+        message = f"TradeDateGre {row.TradeDateGre} is more than 5 minutes after the response"
+        raise _BadRow(Reason.FUTURE_ROW, message, "TradeDateGre")
     unknown = 0 if row.LastPrice else None
     return Candle(
         instrument=instrument,
@@ -294,15 +269,15 @@ def _candle(row: _Row, context: Reading, latest: datetime) -> Candle:
         trading_day_jalali=row.TradeDate,
         traded_at=traded_at,
         traded_at_estimated=estimated,
-        observed_at=context.received_at,
-        poll_sequence=context.poll_sequence,
+        observed_at=reading.received_at,
+        poll_sequence=reading.poll_sequence,
         source=profile.source,
         company_id=row.CoID,
         symbol=tidy(row.BourseSymbol),
         symbol_raw=row.BourseSymbol,
         title=tidy(row.FullTitle),
-        is_right=bool(row.PrecedencyRight) if profile.one_call else context.is_right,
-        # Beside a last price a zero here is not a price but "not known".
+        is_right=bool(row.PrecedencyRight) if profile.one_call else reading.is_right,
+        # Next to a last price a 0 here means "not known".
         open_price=None if row.OpeningPrice == unknown else row.OpeningPrice,
         high_price=None if row.MaxPrice == unknown else row.MaxPrice,
         low_price=None if row.minPrice == unknown else row.minPrice,
@@ -316,18 +291,22 @@ def _candle(row: _Row, context: Reading, latest: datetime) -> Candle:
         closing_change_percent=row.ClosingPChgPercent,
         shares_outstanding=row.ShareCount,
         market_value=row.MarketValue,
-        exchange_type=None if row.Type is None else _type(row.Type),
+        exchange_type=None if row.Type is None else _text(row.Type),
     )
 
 
-def _patiently(raw: Raw) -> _Row:
-    """Read a row whose names are in another case or whose numbers are texts or integral floats."""
+def _invalid(name: str, message: str) -> _BadRow:
+    return _BadRow(Reason.INVALID_VALUE, f"{name} {message}", name)
+
+
+def _lenient(raw: Raw) -> _Row:
+    """Read a row whose names are in another case or whose numbers are strings or integral floats."""
     try:
         fields = _anything.decode(raw)
     except UNREADABLE as error:
         raise _BadRow(Reason.MALFORMED_ROW, f"the row cannot be read: {error}", "") from error
     if not isinstance(fields, dict):
-        raise _BadRow(Reason.MALFORMED_ROW, "the row is no object", "")
+        raise _BadRow(Reason.MALFORMED_ROW, "the row is not an object", "")
     row: dict[str, Any] = dict.fromkeys(_Row.__struct_fields__)
     for name, value in fields.items():
         ours = _NAMES.get(name.lower())
@@ -337,10 +316,9 @@ def _patiently(raw: Raw) -> _Row:
         return msgspec.convert(row, _Row, strict=False)
     except msgspec.ValidationError as error:
         found = re.search(r"\$\.(\w+)", str(error))
-        where = found[1] if found else ""
-        raise _BadRow(
-            Reason.MALFORMED_ROW if row.get(where) is None else Reason.INVALID_VALUE, f"{where}: {error}", where
-        ) from error
+        name = found[1] if found else ""
+        reason = Reason.MALFORMED_ROW if row.get(name) is None else Reason.INVALID_VALUE
+        raise _BadRow(reason, f"{name}: {error}", name) from error
 
 
 def _number(name: str, value: Any) -> Any:
@@ -349,15 +327,17 @@ def _number(name: str, value: Any) -> Any:
         if not text:
             return None
         if not _NUMBER.fullmatch(text):
-            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value[:40]!r} is no number", name)
+            raise _invalid(name, f"{value[:40]!r} is not a number")
         value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _BadRow(Reason.INVALID_VALUE, f"{name} is too large", name)
-    if isinstance(value, float) and name != "ClosingPChgPercent":
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise _invalid(name, "is too large")
+        if name == "ClosingPChgPercent":
+            return value
         if not value.is_integer():
-            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value!r} has a fraction", name)
+            raise _invalid(name, f"{value!r} has a fraction")
         if abs(value) > 2**53:
-            raise _BadRow(Reason.INVALID_VALUE, f"{name} {value!r} is too large to be exact", name)
+            raise _invalid(name, f"{value!r} is too large to be exact")
         return int(value)
     return value
 
@@ -379,18 +359,19 @@ def _is_code(code: str) -> bool:
 
 
 @lru_cache(1 << 12)
-def _trade_time(text: str) -> tuple[datetime, date] | tuple[None, None]:
+def _trade_time(text: str) -> tuple[datetime, date, bool] | None:
+    """Return a trade time, its day in Tehran, and whether it is midnight there."""
     found = _TIME.fullmatch(text.strip())
     if found is None:
-        return None, None
+        return None
     try:
         local = datetime(*map(int, found.groups()), tzinfo=TEHRAN)  # type: ignore[misc,arg-type]
-        return local.astimezone(UTC), local.date()
+        return local.astimezone(UTC), local.date(), local.time() == time_of_day.min
     except (ValueError, OverflowError):
-        return None, None
+        return None
 
 
-def _type(value: Any) -> str:
+def _text(value: Any) -> str:
     return (value if isinstance(value, str) else msgspec.json.encode(value).decode())[:MOST_MESSAGE]
 
 
@@ -403,59 +384,3 @@ def _names_day(jalali: str, day: date) -> bool:
         return bool(named.to_gregorian() == day)
     except (ValueError, TypeError, OverflowError):
         return False
-
-
-def error_in(body: bytes) -> tuple[str | None, str]:
-    """Return the error code and message in a body, wherever it hides them."""
-    try:
-        answer = _anything.decode(body.removeprefix(_BOM))
-    except UNREADABLE:
-        return None, ""
-    for holder in (answer, answer.get("result") if isinstance(answer, dict) else None):
-        if isinstance(holder, dict):
-            error = holder.get("error") or holder
-            if not isinstance(error, dict):
-                return None, str(error)[:MOST_MESSAGE]
-            code = error.get("code") or holder.get("responseCode")
-            if code or error.get("message"):
-                return (str(code)[:MOST_MESSAGE] if code else None), str(error.get("message") or "")[:MOST_MESSAGE]
-    return None, ""
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds that a Retry-After, in seconds or a date, asks us to wait: a day at most."""
-    if not retry_after:
-        return None
-    if retry_after.isdecimal():
-        return min(float(retry_after[:9]), DAY_SECONDS)
-    try:
-        at = parsedate_to_datetime(retry_after)
-    except (ValueError, OverflowError):
-        return None
-    until = (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
-    return min(max(until.total_seconds(), 0.0), DAY_SECONDS)
-
-
-def refusal(status: int, body: bytes, track_id: str | None, retry_after: str | None = None) -> ExchangeError:
-    """Return the error that a response which is not DONE amounts to."""
-    code, message = error_in(body)
-    if status == 200 and (found := _FN_CODE.search(body, 0, SHORT)):
-        status = int(found[1])
-    text = message or f"HTTP {status} without a reason"
-    said = message.lower()
-    told: dict[str, Any] = {"code": code, "track_id": track_id, "retry_after": _seconds(retry_after)}
-    if "quota" in said or "سقف" in said:
-        return ExchangeRefused("quota", text, **told)
-    if status == 403 and _ADDRESS_WORDS.search(said):
-        return ExchangeRefused("address", f"this address is not whitelisted: {text}", **told)
-    if status in {401, 403} or code == "UNAUTHORIZED" or "invalid token" in said:
-        return ExchangeRefused("token", text, **told)
-    if status == 429:
-        return ExchangeUnavailable("rate", text, **told)
-    if status == 408 or code == "REQUEST_TIME_OUT":
-        return ExchangeUnavailable("timeout", text, **told)
-    if status in {200, 400} and code == "VALIDATION_ERROR":
-        return ExchangeRefused("internal", text, **told)
-    if status == 200 and code is None and not message:
-        return ExchangeNonsense("nonsense", "the response is neither DONE nor an error", track_id=track_id)
-    return ExchangeUnavailable("provider", text, **told)

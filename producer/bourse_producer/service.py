@@ -66,8 +66,8 @@ ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
 class Exchange(Protocol):
     """Where snapshots come from; raises ExchangeError when a call gave none."""
 
-    def realtime(self, *, rights: bool, company_id: int | None = None, minutes: tuple[str, str] | None = None) -> Reply:
-        """Return the last state of all shares, or of all subscription rights; or one company's minute rows."""
+    def realtime(self, *, rights: bool) -> Reply:
+        """Return the last state of all shares, or of all subscription rights."""
 
 
 class Publication(Protocol):

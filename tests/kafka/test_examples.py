@@ -19,7 +19,7 @@ from typing import Any
 
 import confluent_kafka
 import fastavro
-import httpx
+import httpx2
 import pytest
 
 from bourse_cli.topics import apply_topics, plan_topics
@@ -115,7 +115,7 @@ def publish(cluster: Cluster, day: Path) -> None:
     """Publish a real day whole, through exchange and producer."""
     practice = practice_exchange(day, "poll")
     settings = Settings(poll_seconds=0, always=True, response_clock=True)
-    with practice.serve() as server, httpx.Client() as client:
+    with practice.serve() as server, httpx2.Client() as client:
         exchange = Finnotech(client, server.url, Credentials("practice", "practice", "0123456789"))
         producer = Producer(exchange, lambda: Publisher(cluster, SOURCE), settings)
         for _ in range(practice.state()["responses"]):
@@ -272,10 +272,10 @@ def any_registry(request: pytest.FixtureRequest, cluster: Cluster) -> Cluster:
     return other
 
 
-def offer(cluster: Cluster, schema: dict[str, Any]) -> httpx.Response:
+def offer(cluster: Cluster, schema: dict[str, Any]) -> httpx2.Response:
     """Ask the registry to take a schema for the trades."""
     url = f"{cluster.registry_url}/subjects/{TRADES.subject(cluster.prefix)}/versions"
-    return httpx.post(url, json={"schema": json.dumps(schema)})
+    return httpx2.post(url, json={"schema": json.dumps(schema)})
 
 
 def trade(cluster: Cluster, schema: dict[str, Any], sequence: int, **values: Any) -> bytes:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from confluent_kafka import KafkaError, Message
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
@@ -140,7 +140,7 @@ def check(cluster: Cluster) -> list[TradeEvent]:
     return sorted(events, key=lambda event: event.event_id)
 
 
-def in_process(cluster: Cluster, url: str, client: httpx.Client) -> Producer:
+def in_process(cluster: Cluster, url: str, client: httpx2.Client) -> Producer:
     """Return a producer of this process that is told the time by the exchange."""
     settings = Settings(poll_seconds=0, always=True, response_clock=True)
     return Producer(Finnotech(client, url, PRACTICE), lambda: Publisher(cluster, SOURCE), settings)
@@ -172,7 +172,7 @@ def test_a_real_day_gives_exactly_its_events(
     """Through a restart after a third and another after two: every event once, every sequence without a hole."""
     practice = practice_exchange(day, "poll")
     assert practice.state()["responses"] == responses
-    with practice.serve() as server, httpx.Client() as client:
+    with practice.serve() as server, httpx2.Client() as client:
         third = responses // 3
         for polls in (third, third, responses - 2 * third):
             poll(in_process(cluster, server.url, client), polls)
@@ -208,7 +208,7 @@ def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
         (-790332482) & 0xFFFFFFFF,
         (-985981536) & 0xFFFFFFFF,
     ]
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
     kinds: Sequence[tuple[Topic, str, Callable[[Any], tuple[str, str, datetime]]]] = [
         (TRADES, "ir.bourse.trade.v1", lambda e: (e.instrument, e.event_id, e.observed_at)),
@@ -241,7 +241,7 @@ def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
 
 def test_an_older_instance_is_fenced(cluster: Cluster) -> None:
     """A second instance of the same source takes over; the first one's next poll publishes nothing and says so."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         old, new = in_process(cluster, server.url, client), in_process(cluster, server.url, client)
         old._recoverable(lambda: None)
         old._poll_once()
@@ -254,7 +254,7 @@ def test_an_older_instance_is_fenced(cluster: Cluster) -> None:
 
 def test_what_retention_would_delete_is_refused(kafka: Kafka, prefix: str) -> None:
     """Without --any-time a day of the past is refused, with the reason, before anything is written."""
-    with serve_registry() as registry, practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with serve_registry() as registry, practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         cluster = Cluster(kafka.bootstrap_servers, registry.url, prefix)
         prepare(cluster, any_time=False)
         producer = in_process(cluster, server.url, client)
@@ -324,7 +324,7 @@ def test_kill_9_leaves_no_trace(cluster: Cluster, secret: Path, tmp_path: Path, 
 
 def test_an_open_transaction_is_settled_by_the_next_instance(cluster: Cluster) -> None:
     """Records that were flushed but not committed are never seen, and not taken for state."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
         seen = check(cluster)
         left_open = Publisher(cluster, SOURCE)
@@ -349,7 +349,7 @@ def test_a_death_before_the_marker_leaves_nothing(cluster: Cluster) -> None:
         raise RuntimeError("killed")
         yield
 
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
     events = check(cluster)
     publisher = Publisher(cluster, SOURCE)
@@ -367,7 +367,7 @@ def test_a_death_before_the_marker_leaves_nothing(cluster: Cluster) -> None:
 
 def test_an_instrument_that_an_operator_took_out_is_unknown(cluster: Cluster) -> None:
     """By a record without a value; whether Kafka has compacted the topic makes no difference."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
     publisher = Publisher(cluster, SOURCE)
     gone = next(iter(publisher.restore().candles))
@@ -387,7 +387,7 @@ def test_an_instrument_that_an_operator_took_out_is_unknown(cluster: Cluster) ->
 
 def test_what_an_older_instance_commits_at_the_last_moment_is_known(cluster: Cluster) -> None:
     """Until the new instance has fenced it the older one may commit: state is read after that, not before."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         old, new = in_process(cluster, server.url, client), Publisher(cluster, SOURCE)
         poll(old, 1)
         fence = new._initialise
@@ -484,7 +484,7 @@ def test_state_that_cannot_be_read_is_no_empty_state(cluster: Cluster) -> None:
 
 def test_an_open_transaction_of_somebody_else_hides_nothing(cluster: Cluster) -> None:
     """What was committed after it began cannot be read yet: the state is complete, or it is waited for."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 1)
         stranger = cluster.transactional_producer(f"{cluster.prefix}-stranger")
         stranger.init_transactions(30)
@@ -508,7 +508,7 @@ def test_an_open_transaction_of_somebody_else_hides_nothing(cluster: Cluster) ->
 
 def test_a_topic_that_has_grown_gives_the_newest_candles(cluster: Cluster) -> None:
     """An instrument's older candle stays in the partition where its key was before; no event comes twice."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 3)
         admin = cluster.admin()
         for done in admin.create_partitions([NewPartitions(CANDLES.full_name(cluster.prefix), 13)]).values():
@@ -530,7 +530,7 @@ def test_a_topic_that_has_grown_gives_the_newest_candles(cluster: Cluster) -> No
 
 def test_one_source_follows_another(cluster: Cluster) -> None:
     """Another profile goes on where the first one stopped: the day's sequences continue, those of polls are its own."""
-    with practice_exchange("real", "poll").serve() as server, httpx.Client() as client:
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
         finnotech = Finnotech(client, server.url, PRACTICE)
         changed = Settings(source="another", poll_seconds=0, always=True, response_clock=True)
@@ -566,7 +566,7 @@ def test_polls_without_changes_are_told_from_polls_that_failed(cluster: Cluster)
     """Each poll leaves one marker, whatever it brought."""
     practice = practice_exchange("real", "poll")
     server = practice.serve()
-    with server, httpx.Client(timeout=1) as client:
+    with server, httpx2.Client(timeout=1) as client:
         producer = in_process(cluster, server.url, client)
         producer._recoverable(producer._poll_once)
         server.close()

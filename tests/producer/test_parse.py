@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from bourse_producer.diff import Snapshot, diff
-from bourse_producer.responses import PROFILES, SOURCE, Reading, merge, parse, parse_minutes, refusal
+from bourse_producer.refusals import is_done, refusal, retry_seconds
+from bourse_producer.responses import PROFILES, SOURCE, Reading, merge, parse, parse_minutes
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -404,7 +405,13 @@ ERRORS: list[tuple[int, bytes, type[ExchangeError], str, str | None]] = [
     (200, b'{"message":"invalid token"}', ExchangeRefused, "token", None),
     (400, b'{"message":"Invalid Token"}', ExchangeRefused, "token", None),
     (401, b"", ExchangeRefused, "token", None),
-    (403, b"<html>", ExchangeRefused, "token", None),
+    (403, failed("FORBIDDEN", "no"), ExchangeRefused, "scope", "FORBIDDEN"),
+    (403, failed("FORBIDDEN", "invalid token"), ExchangeRefused, "token", "FORBIDDEN"),
+    (403, b"<html>", ExchangeRefused, "address", None),
+    (403, b"", ExchangeRefused, "address", None),
+    (503, failed("X", "Quota service is unavailable"), ExchangeUnavailable, "provider", "X"),
+    (500, failed("X", "خطا در محاسبه سقف"), ExchangeUnavailable, "provider", "X"),
+    (200, failed("X", "quota"), ExchangeUnavailable, "provider", "X"),
     (408, failed("REQUEST_TIME_OUT", TIMEOUT), ExchangeUnavailable, "timeout", "REQUEST_TIME_OUT"),
     (429, b"", ExchangeUnavailable, "rate", None),
     (400, failed("X", "Quota exceeded"), ExchangeRefused, "quota", "X"),
@@ -432,6 +439,19 @@ def test_errors_are_told_apart(
         assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize("rows", [0, 1, 200])
+@pytest.mark.parametrize("key", ["state", "status"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_success_is_found_in_the_envelope(rows: int, key: str, first: bool) -> None:
+    """Before the rows or after them, under either name; a row that contains the word is not one."""
+    result = {"result": [row(FullTitle='"state":"DONE"')] * rows}
+    for state in ("DONE", "FAILED", None):
+        text = json.dumps({key: state, **result} if first else {**result, key: state}).encode()
+        assert is_done(text) is (state == "DONE")
+    assert not any(map(is_done, (b"", b"<html>", b"[]", b"null", b"[" * 20_000)))
+    assert is_done(b"\xef\xbb\xbf" + body(row()))
+
+
 def test_words_of_any_length_stay_within_a_record() -> None:
     """An error message of a megabyte must not make the marker one that brokers refuse."""
     found = refusal(500, failed("C" * 10**6, "m" * 10**6), None)
@@ -456,7 +476,7 @@ def test_words_of_any_length_stay_within_a_record() -> None:
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
     """It is read where it is a number or a date, and never more than a day."""
-    assert refusal(429, b"", None, header).retry_after == seconds
+    assert retry_seconds(header, NOW) == seconds
 
 
 def real_lines(count: int) -> list[dict[str, Any]]:
@@ -636,7 +656,8 @@ def test_minute_rows_come_oldest_first_and_all_of_them() -> None:
     """Several of one instrument, in order of their time; bad ones are left out."""
     clocks = ["09:03:00", "09:01:00", "09:02:00"]
     rows = [row(TradeDateGre=f"2020/01/19 {clock}") for clock in clocks] + [row(TradeVolume=-1)]
-    found = parse_minutes(body(*rows), context())
+    found, rejected = parse_minutes(body(*rows), context())
+    assert [row.track_id for row in rejected] == [TRACK_ID]
     assert [candle.traded_at.minute for candle in found] == [31, 32, 33]
     with pytest.raises(ExchangeNonsense):
         parse_minutes(b"<html>", context())

@@ -71,7 +71,7 @@ class FakeExchange:
         dated, rows = answer() if callable(answer) else answer
         track_id = uuid4().hex
         body = json.dumps({"trackId": track_id, "result": rows, "state": "DONE"}).encode()
-        return Reply(track_id, body, datetime.now(UTC), dated)
+        return Reply(track_id, body, datetime.now(UTC), datetime.now(UTC), dated)
 
 
 class Log:
@@ -210,7 +210,7 @@ def test_a_bad_body_is_a_marker_too() -> None:
 
     class Garbled(FakeExchange):
         def realtime(self, **_: Any) -> Reply:
-            return Reply("t", b"<html>", datetime.now(UTC), at("09:31:00"))
+            return Reply("t", b"<html>", datetime.now(UTC), datetime.now(UTC), at("09:31:00"))
 
     log = Log()
     polled(Garbled([]), log, 2)
@@ -508,7 +508,7 @@ class ByTheClock(FakeExchange):
             rows = list(self.minute_rows)
         track_id = uuid4().hex
         body = json.dumps({"trackId": track_id, "result": rows, "state": "DONE"}).encode()
-        return Reply(track_id, body, now, now)
+        return Reply(track_id, body, now, now, now)
 
 
 def beat(producer: Producer, clock: Time, polls: int) -> None:

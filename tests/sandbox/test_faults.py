@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech
+from bourse_producer.patience import Patience
 from bourse_producer.publisher import State
 from bourse_producer.responses import PROFILES
 from bourse_producer.service import Producer, Settings
@@ -62,9 +63,10 @@ def play(*faults: str, polls: int = 5, profile: str = "trades-realtime", **optio
     usual = {"poll_seconds": 0, "always": True, "response_clock": True, "retry_seconds": 0, "quota_seconds": 0}
     chosen = PROFILES[profile]
     settings = Settings(**{**usual, **options}, source=chosen.source, profile=chosen)
-    with practice.serve() as server, httpx.Client(timeout=0.5) as client:
+    with practice.serve() as server, httpx2.Client(timeout=0.5) as client:
         account = Credentials("practice", "practice", "0123456789")
-        exchange = Finnotech(client, server.url, account, chosen, mint_seconds=0, deadline_seconds=1.5)
+        patience = Patience(longest_seconds=0)
+        exchange = Finnotech(client, server.url, account, chosen, patience=patience, deadline_seconds=1.5)
         producer = Producer(exchange, lambda: log, settings)
         for _ in range(polls):
             producer._hold_until = 0.0
@@ -262,7 +264,7 @@ def test_when_a_fault_happens() -> None:
 def test_only_an_accepted_call_is_changed() -> None:
     """Calls that would be refused anyway, for rights, or for one company are answered as usual and do not count."""
     practice = practice_exchange("real", "poll", faults=["html@1"])
-    with practice.serve() as server, httpx.Client(base_url=server.url) as client:
+    with practice.serve() as server, httpx2.Client(base_url=server.url) as client:
         body = {"grant_type": "client_credentials", "nid": "0123456789", "scopes": SCOPE}
         grant = client.post("/dev/v2/oauth2/token", auth=("practice", "practice"), json=body).json()["result"]
 

@@ -1,0 +1,116 @@
+"""`bourse minutes`: what one company's trading was like, minute by minute, asked of the exchange directly."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bourse_producer.options import ExchangeOptions, exchange_options
+from bourse_schemas.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from bourse_schemas.events import Candle
+
+__all__ = ["minutes"]
+
+PRICES = ("last_price", "open_price", "high_price", "low_price", "closing_price")
+COLUMNS = ("traded_at", *PRICES, "volume", "value", "trade_count")
+NAMES = ("instrument", "symbol", "company_id", "is_right")
+
+
+def _hhmm(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    if text is None:
+        return None
+    digits = text.replace(":", "")
+    if not (len(digits) == 4 and digits.isascii() and digits.isdigit() and digits < "2400" and digits[2:] < "60"):
+        raise click.BadParameter(f"{text!r} is not a time like 0930")
+    return digits
+
+
+@click.command
+@exchange_options
+@click.option("--company-id", type=click.IntRange(min=1), required=True, help="The company's number, its CoID.")
+@click.option("--rights", is_flag=True, help="The company's subscription right instead of its share.")
+@click.option("--from", "begin", metavar="HHMM", callback=_hhmm, help="First minute. [default: start of the day]")
+@click.option("--to", "end", metavar="HHMM", callback=_hhmm, help="Last minute. [default: now]")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="json prints one object a line.",
+)
+def minutes(
+    exchange: ExchangeOptions, *, company_id: int, rights: bool, begin: str | None, end: str | None, style: str
+) -> None:
+    """Print one company's rows of the current day, minute by minute (Tehran time), with one charged call.
+
+    Kafka is not needed. Whether the totals of a minute row are the day's so far is not documented.
+    """
+    from bourse_producer.calendar import Calendar
+    from bourse_producer.finnotech import Finnotech
+    from bourse_producer.patience import Call
+    from bourse_producer.responses import Reading, parse_minutes
+    from bourse_schemas.errors import ExchangeRefused
+
+    if exchange.profile.one_call:
+        raise ConfigurationError(f"--profile {exchange.profile_name} has no minute rows: use trades-realtime")
+    if begin and end and begin > end:
+        raise ConfigurationError(f"--from {begin} is after --to {end}")
+    with ExitStack() as stack:
+        client: Finnotech = exchange.connect(stack)
+        click.echo("making one call, which the exchange charges if it succeeds", err=True)
+        try:
+            reply = client.fetch(Call.MINUTES, company_id=company_id, period=(begin, end), rights=rights)
+        except ExchangeRefused as error:
+            raise ConfigurationError(f"the exchange refuses the call ({error.kind}): {error}") from error
+    dated = reply.dated or reply.received_at
+    day = Calendar().session_day(dated)
+    reading = Reading(0, reply.received_at, dated, day, is_right=rights, track_id=reply.track_id)
+    candles, rejected = parse_minutes(reply.body, reading)
+    {"table": _print_table, "csv": _print_csv, "json": _print_json}[style](candles)
+    if not candles:
+        click.echo("no rows: is the company listed, and was it traded in this period?", err=True)
+    if rejected:
+        click.echo(f"{len(rejected)} rows cannot be used. The first: {rejected[0].message}", err=True)
+
+
+def _fields(candle: Candle, names: tuple[str, ...]) -> dict[str, Any]:
+    from bourse_schemas.events import TEHRAN
+
+    fields = {name: getattr(candle, name) for name in names}
+    return fields | {"traded_at": candle.traded_at.astimezone(TEHRAN).isoformat(timespec="seconds")}
+
+
+def _print_table(candles: list[Candle]) -> None:
+    if not candles:
+        return
+    rows = [_fields(candle, COLUMNS) for candle in candles]
+    click.echo(f"{candles[0].symbol} ({candles[0].instrument}) on {candles[0].trading_day}, prices and values in rial")
+    lines = [[name.removesuffix("_price") for name in ("time", *COLUMNS[1:])]]
+    lines += [[row["traded_at"][11:19], *(_number(row[name]) for name in COLUMNS[1:])] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _print_csv(candles: list[Candle]) -> None:
+    writer = csv.DictWriter(sys.stdout, (*NAMES, *COLUMNS))
+    writer.writeheader()
+    writer.writerows(_fields(candle, (*NAMES, *COLUMNS)) for candle in candles)
+
+
+def _print_json(candles: list[Candle]) -> None:
+    from bourse_schemas.codec import to_json
+
+    for candle in candles:
+        click.echo(to_json(_fields(candle, (*NAMES, *COLUMNS))))
