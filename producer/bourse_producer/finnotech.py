@@ -111,8 +111,8 @@ class Finnotech:
         *,
         clock: Clock | None = None,
         patience: Patience | None = None,
-        on_call: Callable[[str], None] = lambda _: None,
-        on_response: Callable[[Received], None] = lambda _: None,
+        on_call: Callable[[str], None] | None = None,
+        on_response: Callable[[Received], None] | None = None,
         retry_seconds: float = 0.0,
         deadline_seconds: float = DEADLINE_SECONDS,
         most_bytes: int = MOST_BYTES,
@@ -122,7 +122,7 @@ class Finnotech:
         self._profile = profile
         self._clock = clock or SystemClock(Event())
         self._patience = patience or Patience()
-        self._on_call, self._on_response = on_call, on_response
+        self._on_call, self._on_response = on_call or (lambda _: None), on_response or (lambda _: None)
         self._retry_seconds, self._deadline_seconds = retry_seconds, deadline_seconds
         self._transport = Transport(client, lambda: self._clock.wait(0), most_bytes)
         self._basic = httpx2.BasicAuth(credentials.client_id, credentials.secret)

@@ -137,8 +137,7 @@ def place(kafka: Kafka, small_registry: str, prefix: str, exchange: Server, tmp_
 
 def test_all_is_well(place: Place, wait_for: Callable[..., Any]) -> None:
     """Every check says so; who leads and how far each group is behind are told; nothing secret is shown."""
-    token_file = place.folder / "token"
-    found = place.look("--call", "--token-file", str(token_file), "--clock", "response")
+    found = place.look("--call", "--clock", "response")
     assert found.code == 0
     assert {"ok", "warn"} >= {check["status"] for check in found.checks.values()}
     for name in ("exchange", "token", "scopes", "call", "kafka", "topics", "lead", "last poll", "registry", "subjects"):
@@ -147,9 +146,8 @@ def test_all_is_well(place: Place, wait_for: Callable[..., Any]) -> None:
     assert "bourse:trades-realtime:get" in found.words("scopes")
     assert "is free" in found.words("lead")
     assert "(environment)" in found.words("--client-id")
-    assert "(command line)" in found.words("--token-file")
+    assert "(command line)" in found.words("--clock")
     assert "(default)" in found.words("--environment")
-    assert token_file.stat().st_mode & 0o077 == 0
 
     command, variables = place.command("produce", "--schedule", "always", "--poll-seconds", "1", "--clock", "response")
     with spawn(command, env=variables, stdout=place.folder / "log", stderr=place.folder / "log"):
@@ -162,7 +160,7 @@ def test_all_is_well(place: Place, wait_for: Callable[..., Any]) -> None:
             ),
             30,
         )
-        assert "is held by bourse-stream at" in place.look("--token-file", str(token_file)).words("lead")
+        assert "is held by bourse-stream at" in place.look().words("lead")
 
 
 def test_the_producers_own_line_is_taken(place: Place) -> None:
@@ -197,7 +195,7 @@ def test_lines_for_people(place: Place) -> None:
 
 ACCOUNT: list[tuple[dict[str, str | None], int, str, str, str]] = [
     ({"BOURSE_CLIENT_SECRET": "wrong"}, 1, "token", "FAIL", "check --client-id, the client secret"),
-    ({"BOURSE_CLIENT_ID": None}, 2, "token", "skip", "no client id: give --client-id"),
+    ({"BOURSE_CLIENT_ID": None}, 2, "token", "skip", "no client id: set --client-id"),
     ({"BOURSE_NID_FILE": "nowhere"}, 1, "--nid-file", "FAIL", "nowhere (environment) is not there"),
     ({"BOURSE_ADDRESS": f"http://{NOBODY}"}, 1, "exchange", "FAIL", "check --address"),
     ({"BOURSE_ADDRESS": f"http://me:{SECRET}@h"}, 1, "--address", "FAIL", "no address such as"),
