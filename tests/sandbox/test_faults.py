@@ -143,7 +143,7 @@ def test_what_a_client_sees(kind: str, secure: bool, tmp_path: Path) -> None:
     practice = practice_exchange("real", "poll", faults=[f"{kind}@1"])
     pem = self_signed(tmp_path / "exchange.pem") if secure else None
     trusted: Any = ssl.create_default_context(cafile=str(pem)) if secure else True
-    with practice.serve(tls=pem) as server, httpx.Client(base_url=server.url, verify=trusted, timeout=0.5) as client:
+    with practice.serve(tls=pem) as server, httpx2.Client(base_url=server.url, verify=trusted, timeout=0.5) as client:
         body = {"grant_type": "client_credentials", "nid": "0123456789", "scopes": SCOPE}
         grant = client.post("/dev/v2/oauth2/token", auth=("practice", "practice"), json=body).json()["result"]
         call: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_what_a_client_sees(kind: str, secure: bool, tmp_path: Path) -> None:
                         break
                 else:
                     assert ends
-            except httpx.ReadTimeout:
+            except httpx2.ReadTimeout:
                 assert kind == "stall"
         if kind == "drip":
             assert 0 < length < 10
