@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from confluent_kafka import OFFSET_BEGINNING, TopicPartition
-
 from benchmarks.figures import NAMES, PEER, ROOT, Figure
 from benchmarks.market import received_at, rows
 from benchmarks.plain import Fields, Record, records
@@ -20,6 +18,7 @@ from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
 from bourse_sandbox.stack import Stack
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import read
 from bourse_schemas.topics import CANDLES, POLLS, TRADES
 
 __all__ = ["check", "digest", "growth", "publish", "publishing", "transaction"]
@@ -89,24 +88,12 @@ def digest(found: Iterable[Record]) -> tuple[int, str]:
 
 def _read(cluster: Cluster) -> Iterator[Record]:
     """Yield what is committed to the topics."""
-    topics = {topic.full_name(cluster.prefix): topic for topic in (TRADES, CANDLES, POLLS)}
-    decode = {name: cluster.registry().deserializer(topic.event) for name, topic in topics.items()}
-    partitions = [(name, n) for name, many in cluster.require_topics(list(topics)).items() for n in range(many)]
-    consumer = cluster.consumer(enable_partition_eof=True)
-    try:
-        consumer.assign([TopicPartition(name, n, OFFSET_BEGINNING) for name, n in partitions])
-        ended: set[tuple[str | None, int | None]] = set()
-        while len(ended) < len(partitions):
-            for message in consumer.consume(1000, 0.1):
-                name, value, key, headers = message.topic(), message.value(), message.key(), message.headers()
-                if message.error():
-                    ended.add((name, message.partition()))
-                elif name and isinstance(value, bytes) and isinstance(key, bytes):
-                    said = {header: text for header, text in dict(headers or []).items() if isinstance(text, bytes)}
-                    fields = decode[name].fields(value)
-                    yield Record(topics[name].name, key.decode(), fields, said, message.timestamp()[1])
-    finally:
-        consumer.close()
+    for topic in (TRADES, CANDLES, POLLS):
+        decode = cluster.registry().deserializer(topic.event)
+        for record in read(cluster, topic.full_name(cluster.prefix)):
+            if record.key is not None and record.value is not None:
+                fields = decode.fields(record.value)
+                yield Record(topic.name, record.key.decode(), fields, dict(record.headers), record.timestamp)
 
 
 def publishing(kind: str, polls: int) -> Figure:

@@ -26,11 +26,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 from msgspec import structs
 
 from bourse_cli.topics import apply_topics, plan_topics
-from bourse_producer.publisher import committed
 from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import PracticeExchange
 from bourse_sandbox.kafka import Kafka
@@ -40,6 +38,7 @@ from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import serve
 from bourse_schemas.events import Candle, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import follow, read
 from bourse_schemas.topics import CANDLES, POLLS, TRADES
 from reliability.brokers import Brokers
 
@@ -118,21 +117,16 @@ class Observer:
 
     def _run(self) -> None:
         decode = self.cluster.registry().deserializer(PollMarker)
-        consumer = self.cluster.consumer()
-        consumer.assign([TopicPartition(POLLS.full_name(self.cluster.prefix), 0, OFFSET_BEGINNING)])
         try:
-            while not self._stop.is_set():
-                message = consumer.poll(0.1)
-                if message is not None and message.error() is None:
-                    value = message.value()
-                    marker = decode(value if isinstance(value, bytes) else None)
-                    self.markers.append(marker)
+            for batch in follow(self.cluster, {POLLS.full_name(self.cluster.prefix): None}):
+                for record in batch.records:
+                    self.markers.append(marker := decode(record.value))
                     if marker.outcome in GOOD:
                         self.responses.published(marker.poll_id)
+                if self._stop.is_set():
+                    return
         except Exception as error:  # a thread's error would be lost
             self.failure = error
-        finally:
-            consumer.close()
 
     def close(self) -> None:
         """Stop reading."""
@@ -319,11 +313,12 @@ class _Day:
 def _topics(cluster: Cluster) -> tuple[list[TradeEvent], list[Candle], list[PollMarker]]:
     registry = cluster.registry()
 
-    def read(topic: Any, event: Any) -> list[Any]:
+    def events(topic: Any, event: Any) -> list[Any]:
         decode = registry.deserializer(event)
-        return [decode(value) for value in committed(cluster, topic.full_name(cluster.prefix))]
+        records = read(cluster, topic.full_name(cluster.prefix), pending=True, timeout=60)
+        return [decode(record.value) for record in records if record.value is not None]
 
-    return read(TRADES, TradeEvent), read(CANDLES, Candle), read(POLLS, PollMarker)
+    return events(TRADES, TradeEvent), events(CANDLES, Candle), events(POLLS, PollMarker)
 
 
 def compare(

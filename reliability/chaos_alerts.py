@@ -19,13 +19,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import TopicPartition
 from msgspec.structs import asdict
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.alerts.ruleset import load
 from bourse_consumers.alerts.trial import Trial
-from bourse_producer.publisher import committed
 from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
@@ -33,7 +31,8 @@ from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import to_json
 from bourse_schemas.events import PriceAlert
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import ALERTS, TRADES
+from bourse_schemas.reading import group_lag, read
+from bourse_schemas.topics import ALERTS
 from reliability.chaos_archive import SECONDS_A_KILL, SETTLE_SECONDS, Members, feed
 
 __all__ = ["main", "run"]
@@ -96,7 +95,8 @@ def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
             time.sleep(0.5)
         group.stop()
         decode = cluster.registry().deserializer(PriceAlert)
-        found = Counter(_said(decode(payload)) for payload in committed(cluster, ALERTS.full_name(cluster.prefix)))
+        records = read(cluster, ALERTS.full_name(cluster.prefix), pending=True, timeout=60)
+        found = Counter(_said(decode(record.value)) for record in records)
     return {
         "kills": done["kills"],
         "freezes": done["freezes"],
@@ -113,15 +113,8 @@ def _said(alert: PriceAlert) -> str:
 
 
 def _behind(cluster: Cluster) -> bool:
-    """Say whether the group has not committed all there is."""
-    name = TRADES.full_name(cluster.prefix)
-    client = cluster.consumer("common")
-    try:
-        places = [TopicPartition(name, number) for number in range(TRADES.partitions)]
-        ends = {place.partition: client.get_watermark_offsets(place, 10)[1] for place in places}
-        return any(place.offset < ends[place.partition] for place in client.committed(places, 10))
-    finally:
-        client.close()
+    """Return whether the group has not committed all there is."""
+    return group_lag(cluster, ["common"])[0].lag != 0
 
 
 def main() -> int:

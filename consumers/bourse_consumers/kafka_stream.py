@@ -15,22 +15,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
-from confluent_kafka import OFFSET_END, IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_END, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka import Consumer as Client
-from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType  # type: ignore[attr-defined]  # not in its __all__
+from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Emit, Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import NO_NOTES, Poll, StreamBroken
-from bourse_schemas import codec
+from bourse_schemas import codec, reading
 from bourse_schemas.codec import Deserializer
-from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable
-from bourse_schemas.events import TEHRAN
+from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import DEAD_LETTERS, Topic
 
@@ -46,8 +44,6 @@ COMMIT_SECONDS = 12.0
 ASK_SECONDS = 3.0
 # Another topic, to its end; a transaction that is open there ends within TRANSACTION_MS.
 READ_SECONDS = 15.0
-# How far before an offset the last record is looked for at first: transaction markers lie between.
-LOOK_BACK = 100
 
 
 @lru_cache(4096)
@@ -344,87 +340,26 @@ class KafkaStream:
         """Yield what is committed on a topic; see Assignment.read."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._registry.deserializer(topic.event)
-        client = self._cluster.consumer(self._group, enable_partition_eof=True, auto_offset_reset="earliest")
         try:
-            places = [Partition(name, number) for number in range(self._cluster.require_topics([name])[name])]
-            # With what is still in a transaction: ours may be committed for the group and not yet on this topic.
-            asked = {TopicPartition(*place): OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
-            admin = self._cluster.admin()  # kept until it has answered
-            found = admin.list_offsets(
-                asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_SECONDS
-            )
-            ends = {Partition(each.topic, each.partition): future.result().offset for each, future in found.items()}
-            begins = {
-                place: self._day_start_of(client, place, None)
-                if topic.cleanup == "delete"
-                else client.get_watermark_offsets(TopicPartition(*place), ASK_SECONDS)[0]
-                for place in places
-            }
-            reached = dict(begins)
-            client.assign([TopicPartition(*place, at) for place, at in begins.items()])
-            deadline = time.monotonic() + READ_SECONDS
-            while any(reached[place] < ends[place] for place in places):
-                if time.monotonic() > deadline:
-                    raise StreamBroken(f"{name} could not be read in {READ_SECONDS:.0f} s")
-                for message in client.consume(1000, 0.1):
-                    place = _partition(message.topic(), message.partition())
-                    error = message.error()
-                    if error is None:
-                        reached[place] = int(message.offset() or 0) + 1
-                        with suppress(Undecodable):
-                            yield decode(message.value())
-                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
-                        reached[place] = max(reached[place], int(message.offset() or 0))
-                    elif refusal := self._refusal(error, name):
-                        raise refusal
-        except KafkaException as error:
-            raise self._broken(error.args[0]) from error
-        finally:
-            client.close()
-
-    # --- the trading day ----------------------------------------------------------------------------------------------
+            start = None
+            if topic.cleanup == "delete":
+                places = [(name, number) for number in range(self._cluster.require_topics([name])[name])]
+                start = reading.day_start(self._cluster, dict.fromkeys(places), timeout=READ_SECONDS)
+            # Open transactions too: ours may be committed for the group and not yet on this topic.
+            for record in reading.read(self._cluster, name, start=start, pending=True, timeout=READ_SECONDS):
+                with suppress(Undecodable):
+                    yield decode(record.value)
+        except Unreachable as error:
+            raise StreamBroken(str(error)) from error
 
     def _day_start(self, committed: dict[Partition, int | None]) -> dict[Partition, int]:
-        """Return where the trading day of the last record before each offset begins (of the last one where None)."""
-        client = self._cluster.consumer(self._group, enable_partition_eof=True, auto_offset_reset="earliest")
+        """Return where the trading day of the last record before each offset begins (of the last one if None)."""
+        asked = {(topic, number): at for (topic, number), at in committed.items()}
         try:
-            return {partition: self._day_start_of(client, partition, at) for partition, at in committed.items()}
-        except KafkaException as error:
-            raise self._broken(error.args[0]) from error
-        finally:
-            client.close()
-
-    def _day_start_of(self, client: Client, partition: Partition, committed: int | None) -> int:
-        low, high = client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
-        end = high if committed is None else committed
-        last = _last_before(client, partition, low, end)
-        if last is None:
-            return low
-        day = datetime.fromtimestamp(last / 1000, TEHRAN).replace(hour=0, minute=0, second=0, microsecond=0)
-        midnight = round(day.timestamp() * 1000)
-        found = client.offsets_for_times([TopicPartition(*partition, midnight)], ASK_SECONDS)[0].offset
-        return min(found, end) if found >= low else low
-
-
-def _last_before(client: Client, partition: Partition, low: int, end: int) -> int | None:
-    """Return the timestamp of the last record before `end`, None where there is none."""
-    reach = LOOK_BACK
-    while end > low:
-        begin = max(low, end - reach)
-        client.assign([TopicPartition(*partition, begin)])
-        last = None
-        deadline = time.monotonic() + ASK_SECONDS
-        while time.monotonic() < deadline:
-            message = client.poll(0.2)
-            if message is None:
-                continue
-            if message.error() is not None or int(message.offset() or 0) >= end:
-                break
-            last = int(message.timestamp()[1])
-        if last is not None or begin == low:
-            return last
-        reach *= 20
-    return None
+            found = reading.day_start(self._cluster, asked, timeout=ASK_SECONDS)
+        except Unreachable as error:
+            raise StreamBroken(str(error)) from error
+        return {Partition(*place): at for place, at in found.items()}
 
 
 def _record(partition: Partition, message: Message) -> Record:

@@ -414,13 +414,13 @@ def _groups(cluster: Cluster, admin: AdminClient, source: str) -> Iterator[Check
 
 
 def _last_poll(cluster: Cluster, source: str, *, response_clock: bool) -> Check:
-    from bourse_producer.publisher import committed
+    from bourse_schemas.reading import read
 
     decode = cluster.registry().deserializer(PollMarker)
     last: PollMarker | None = None
     try:
-        for payload in committed(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL, seconds=STEP_SECONDS):
-            marker = decode(payload)
+        for record in read(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL, timeout=STEP_SECONDS):
+            marker = decode(record.value)
             last = marker if marker.source == source else last
     except BourseError as error:
         return Check("last poll", Status.SKIP, f"its marker cannot be read: {error}")

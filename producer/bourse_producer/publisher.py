@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
 from bourse_schemas.kafka import Cluster, abandon
+from bourse_schemas.reading import read
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
 
-if TYPE_CHECKING:
-    from confluent_kafka import Consumer
-
-__all__ = ["Publisher", "State", "committed"]
+__all__ = ["Publisher", "State"]
 
 E = TypeVar("E", bound=Event)
-Place = tuple[int, bytes | None]  # a record's partition and key
 
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
@@ -179,53 +176,21 @@ class Publisher:
         """Yield the committed events of a topic, in order per partition; of the last `tail` offsets, if given."""
         name = topic.full_name(self._cluster.prefix)
         decode = self._cluster.registry().deserializer(event)
-        records = _records(self._cluster, name, tail)
-        # Of a compacted topic only the last value of a key counts; how much of the others is still there is chance.
-        found = dict(records).values() if topic.cleanup == "compact" else (value for _, value in records)
         try:
-            for payload in found:
+            # Open transactions are waited for: they hide what was committed after they began.
+            records = read(self._cluster, name, tail=tail, pending=True, timeout=RESTORE_SECONDS)
+            if topic.cleanup == "compact":
+                # Only the last value of a key counts; how much of the others is still there is chance.
+                records = iter({(record.place, record.key): record for record in records}.values())
+            for record in records:
                 # A tombstone is how an operator takes a delisted instrument out: unknown again, when it comes back.
-                if payload is not None:
-                    yield decode(payload)
+                if record.value is not None:
+                    yield decode(record.value)
         except Undecodable as error:
             raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
-
-
-def committed(
-    cluster: Cluster, name: str, *, tail: int | None = None, seconds: float = RESTORE_SECONDS
-) -> Iterable[bytes]:
-    """Yield the committed values of a topic to its end, in order per partition; of the last `tail` offsets, if given.
-
-    Raises PublishError where it cannot be read, or nothing comes for so many seconds.
-    """
-    return (value for _, value in _records(cluster, name, tail, seconds) if value is not None)
-
-
-def _records(
-    cluster: Cluster, name: str, tail: int | None, seconds: float = RESTORE_SECONDS
-) -> Iterator[tuple[Place, bytes | None]]:
-    from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # not in its __all__
-
-    consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
-    try:
-        found = consumer.list_topics(name, seconds).topics[name]
-        if found.error is not None or not found.partitions:
+        except ConfigurationError as error:
             # Nothing read is not the same as nothing there: the whole market would be published again.
-            raise PublishError(f"the state cannot be read from {name}: {found.error or 'it has no partitions'}")
-        # The true ends: what the consumer itself is told stops where a transaction is open.
-        latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        asked = dict.fromkeys((TopicPartition(name, number) for number in found.partitions), latest)
-        admin = cluster.admin()
-        answers = admin.list_offsets(asked, request_timeout=seconds)
-        ends = {place.partition: answer.result().offset for place, answer in answers.items()}
-        # Where a tail begins before all that is left, `auto.offset.reset` passes it over.
-        starts = [TopicPartition(name, n, 0 if tail is None else max(0, end - tail)) for n, end in ends.items()]
-        consumer.assign(starts)
-        yield from _until(consumer, ends, seconds)
-    except KafkaException as error:
-        raise PublishError(f"the state cannot be read from {name}: {error.args[0].str()}") from error
-    finally:
-        consumer.close()
+            raise PublishError(f"the state cannot be read: {error}") from error
 
 
 def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
@@ -248,28 +213,3 @@ def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
 
 def _span(millis: int) -> timedelta:
     return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
-
-
-def _until(consumer: Consumer, ends: Mapping[int, int], seconds: float) -> Iterator[tuple[Place, bytes | None]]:
-    """Yield what is committed below these offsets, and what is found beyond."""
-    ended: set[int] = set()
-    deadline = time.monotonic() + seconds
-    while len(ended) < len(ends):
-        # `consume` waits for the whole batch or the whole time: the time is what the end costs.
-        for message in consumer.consume(1000, 0.02):
-            deadline = time.monotonic() + seconds
-            error, partition = message.error(), message.partition() or 0
-            if error is None:
-                yield (partition, _bytes(message.key())), _bytes(message.value())
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
-                # A transaction that somebody else has open hides what was committed after it began: it is waited for.
-                if (message.offset() or 0) >= ends[partition]:
-                    ended.add(partition)
-            elif not error.retriable():
-                raise KafkaException(error)
-        if time.monotonic() > deadline:
-            raise PublishError(f"reading the state back: no record for {seconds:.0f} s; is a transaction open there?")
-
-
-def _bytes(value: str | bytes | None) -> bytes | None:
-    return value.encode() if isinstance(value, str) else value

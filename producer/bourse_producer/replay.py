@@ -140,11 +140,12 @@ class Topics:
         self.markers = {marker.poll_sequence: marker for _, marker in self._read(POLLS, PollMarker)}
 
     def _read(self, topic: Any, event: type[Any]) -> Iterator[tuple[bytes, Any]]:
-        from bourse_producer.publisher import committed
+        from bourse_schemas.reading import read
 
         decode = self._cluster.registry().deserializer(event)
-        for payload in committed(self._cluster, topic.full_name(self._cluster.prefix)):
-            yield payload[5:], decode(payload)
+        for record in read(self._cluster, topic.full_name(self._cluster.prefix)):
+            if record.value is not None:
+                yield record.value[5:], decode(record.value)
 
     def compare(self, derived: Replay) -> dict[str, int]:
         """Say what differs between the polls derived and the same polls on the topic; return the counts."""

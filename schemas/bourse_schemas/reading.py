@@ -61,9 +61,6 @@ LOOK_BACK = 100
 # The values of `OffsetSpec`.
 FIRST, LAST = -2, -1
 PERMANENT = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  # the client's public names begin with an underscore
     KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
@@ -170,6 +167,7 @@ class _Reader:
     def __init__(
         self, cluster: Cluster, starts: Offsets, ends: Offsets, timeout: float, reset: str = "earliest"
     ) -> None:
+        self._cluster = cluster
         self.behind = {place: end for place, end in ends.items() if starts[place] < end}
         self.trouble: str | None = None
         self._at = dict(starts)
@@ -214,7 +212,7 @@ class _Reader:
             for name in names:
                 found = self._consumer.list_topics(name, REFRESH_TIMEOUT).topics[name]
                 if found.error is not None:
-                    raise _failure(f"{name} cannot be read", found.error)
+                    raise _failure(self._cluster, f"{name} cannot be read", found.error, topic=name)
                 added = [(name, number) for number in found.partitions if (name, number) not in self._at]
                 if added:
                     self._at |= dict.fromkeys(added, 0)
@@ -235,8 +233,8 @@ class _Reader:
             raise Unreachable(f"{place[0]}-{place[1]}: the records from offset {self._at[place]} on were deleted")
         elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
             pass  # a consumer that was assigned its partitions needs no group
-        elif error.code() in PERMANENT:
-            raise _failure(f"{place[0]} cannot be read", error)
+        elif error.code() in PERMANENT or self._cluster.refusal(error):
+            raise _failure(self._cluster, f"{place[0]} cannot be read", error, topic=place[0])
         else:
             self.trouble = error.str()
 
@@ -275,10 +273,11 @@ def offsets(
         isolation_level=IsolationLevel.READ_UNCOMMITTED if pending else IsolationLevel.READ_COMMITTED,
         request_timeout=timeout,
     )
-    return {
-        (each.topic, each.partition): _answer(answer, f"offsets of {each.topic}-{each.partition}", timeout).offset
-        for each, answer in answers.items()
-    }
+    found = {}
+    for each, answer in answers.items():
+        what = f"offsets of {each.topic}-{each.partition}"
+        found[each.topic, each.partition] = _answer(cluster, answer, what, timeout, topic=each.topic).offset
+    return found
 
 
 def day_start(
@@ -330,7 +329,7 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
     # Asked before the groups are: a group that keeps up has no lag.
     places = [(name, number) for name in ours for number in found[name].partitions]
     ends = offsets(cluster, dict.fromkeys(places, LAST), timeout=timeout)
-    names = sorted(_groups(admin, f"{cluster.prefix}-", timeout) if groups is None else groups)
+    names = sorted(_groups(cluster, admin, timeout) if groups is None else groups)
     if not names:
         return []
     described = admin.describe_consumer_groups(names, request_timeout=timeout)
@@ -338,14 +337,14 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
     for name in names:
         asked = [ConsumerGroupTopicPartitions(name)]
         answer = admin.list_consumer_group_offsets(asked, request_timeout=timeout)[name]
-        positions = _answer(answer, f"the offsets of group {name}", timeout).topic_partitions
+        positions = _answer(cluster, answer, f"the offsets of group {name}", timeout, group=name).topic_partitions
         committed = {(each.topic, each.partition): each.offset for each in positions if each.offset >= 0}
         known = {place: at for place, at in committed.items() if place in ends}
         unread = _first_unread(cluster, known, {place: ends[place] for place in known}, timeout)
         lags.append(
             GroupLag(
                 name,
-                len(_answer(described[name], f"group {name}", timeout).members),
+                len(_answer(cluster, described[name], f"group {name}", timeout, group=name).members),
                 sum(ends[place] - record.offset for place, record in unread.items()) if known else None,
                 min((record.timestamp for record in unread.values()), default=None),
             )
@@ -353,14 +352,14 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
     return lags
 
 
-def _groups(admin: AdminClient, beginning: str, timeout: float) -> list[str]:
+def _groups(cluster: Cluster, admin: AdminClient, timeout: float) -> list[str]:
     listing = admin.list_consumer_groups(request_timeout=timeout)
     with suppress(NoAnswer):
         error = listing.exception(timeout)
         if isinstance(error, KafkaException) and error.args[0].code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001
             return []
-    listed = _answer(listing, "the consumer groups", timeout)
-    return [each.group_id for each in listed.valid if each.group_id.startswith(beginning)]
+    listed = _answer(cluster, listing, "the consumer groups", timeout)
+    return [each.group_id for each in listed.valid if each.group_id.startswith(f"{cluster.prefix}-")]
 
 
 def _first_unread(cluster: Cluster, starts: Offsets, ends: Offsets, timeout: float) -> dict[Partition, TopicRecord]:
@@ -377,16 +376,16 @@ def _first_unread(cluster: Cluster, starts: Offsets, ends: Offsets, timeout: flo
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def _answer(answer: Future[Any], what: str, timeout: float) -> Any:
+def _answer(cluster: Cluster, answer: Future[Any], what: str, timeout: float, **names: str) -> Any:
     """Return an administration client's answer; its own time-out does not cover the wait for a group's coordinator."""
     try:
         return answer.result(timeout)
     except NoAnswer as error:
         raise Unreachable(f"{what}: no answer from Kafka within {timeout:.0f} s") from error
     except KafkaException as error:
-        raise _failure(what, error.args[0]) from error
+        raise _failure(cluster, what, error.args[0], **names) from error
 
 
-def _failure(what: str, error: KafkaError) -> ConfigurationError:
+def _failure(cluster: Cluster, what: str, error: KafkaError, **names: str) -> ConfigurationError:
     kind = ConfigurationError if error.code() in PERMANENT else Unreachable
-    return kind(f"{what}: {error.str()}")
+    return cluster.refusal(error, **names) or kind(f"{what}: {error.str()}")

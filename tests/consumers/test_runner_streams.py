@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import pytest
-from confluent_kafka import KafkaError, TopicPartition
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Own, Rebuild, Reject, Resume, Retry, Start
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, MemoryStream, trade
+from bourse_schemas import reading
 from bourse_schemas.events import DeadLetter, Event, Reason, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic
@@ -84,22 +84,8 @@ class OnKafka:
 
     def read(self, topic: Topic) -> list[Any]:
         decode = self.cluster.registry().deserializer(topic.event)
-        name = topic.full_name(self.cluster.prefix)
-        with closing(self.cluster.consumer(enable_partition_eof=True)) as client:
-            partitions = len(client.list_topics(name, 10).topics[name].partitions)
-            client.assign([TopicPartition(name, number, 0) for number in range(partitions)])
-            found: list[Any] = []
-            ended = 0
-            while ended < partitions:
-                for message in client.consume(500, 0.05):
-                    error = message.error()
-                    if error is None:
-                        value = message.value()
-                        assert isinstance(value, bytes)
-                        found += [decode(value)] if value[:1] == b"\0" else []
-                    else:
-                        ended += error.code() == KafkaError._PARTITION_EOF
-        return found
+        records = reading.read(self.cluster, topic.full_name(self.cluster.prefix))
+        return [decode(record.value) for record in records if (record.value or b"")[:1] == b"\0"]
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])

@@ -11,14 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import pytest
-from confluent_kafka import KafkaError, Message
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
 from msgspec import structs
 
@@ -33,9 +31,11 @@ from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
+from bourse_schemas import reading
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError
 from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import TopicRecord
 from bourse_schemas.topics import CANDLES, POLLS, TRADES, Topic
 
 pytestmark = [
@@ -64,41 +64,18 @@ def prepare(cluster: Cluster, *, any_time: bool = True) -> None:
     cluster.registry().register_all(cluster.prefix)
 
 
-@dataclass
-class Read:
+class Read(NamedTuple):
     """What a read_committed consumer sees of a topic: the events, and the records they came in."""
 
     events: list[Any]
-    messages: list[Message]
+    records: list[TopicRecord]
 
 
 def read(cluster: Cluster, topic: Topic) -> Read:
     """Read a topic from its beginning to its end."""
-    name = topic.full_name(cluster.prefix)
     decode = cluster.registry().deserializer(topic.event)
-    consumer = cluster.consumer(
-        f"reader-{time.monotonic_ns()}", enable_partition_eof=True, auto_offset_reset="earliest"
-    )
-    found = Read([], [])
-    ended: set[int | None] = set()
-    try:
-        consumer.subscribe([name])
-        deadline = time.monotonic() + 60
-        while len(ended) < topic.partitions:
-            assert time.monotonic() < deadline
-            for message in consumer.consume(1000, 0.1):
-                error = message.error()
-                if error is None:
-                    value = message.value()
-                    found.events.append(decode(value if isinstance(value, bytes) else None))
-                    found.messages.append(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    ended.add(message.partition())
-                else:
-                    pytest.fail(error.str())
-    finally:
-        consumer.close()
-    return found
+    records = list(reading.read(cluster, topic.full_name(cluster.prefix)))
+    return Read([decode(record.value) for record in records], records)
 
 
 def _settled(cluster: Cluster) -> tuple[list[TradeEvent], list[Candle]]:
@@ -222,12 +199,12 @@ def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
     for topic, kind, of in kinds:
         found = read(cluster, topic)
         assert found.events
-        for event, message in zip(found.events, found.messages, strict=True):
+        for event, record in zip(found.events, found.records, strict=True):
             key, identity, instant = of(event)
-            assert message.key() == key.encode()
-            assert message.partition() == (murmur2(key.encode()) & 0x7FFFFFFF) % topic.partitions
-            assert message.timestamp()[1] == round(instant.timestamp() * 1000)
-            assert dict(message.headers() or []) == {
+            assert record.key == key.encode()
+            assert record.place[1] == (murmur2(key.encode()) & 0x7FFFFFFF) % topic.partitions
+            assert record.timestamp == round(instant.timestamp() * 1000)
+            assert record.headers == {
                 "ce_specversion": b"1.0",
                 "ce_id": identity.encode(),
                 "ce_source": SOURCE.encode(),
@@ -236,7 +213,7 @@ def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
                 "ce_subject": key.encode(),
                 "content-type": b"application/vnd.apache.avro",
             }
-    assert {message.partition() for message in read(cluster, TRADES).messages} == set(range(6))
+    assert {record.place[1] for record in read(cluster, TRADES).records} == set(range(6))
 
 
 def test_an_older_instance_is_fenced(cluster: Cluster) -> None:
@@ -331,11 +308,8 @@ def test_an_open_transaction_is_settled_by_the_next_instance(cluster: Cluster) -
         left_open.restore()
         left_open._producer.begin_transaction()
         for topic in (TRADES, CANDLES):
-            record = read(cluster, topic).messages[0]
-            value, key = record.value(), record.key()
-            assert isinstance(value, bytes)
-            assert isinstance(key, bytes)
-            left_open._producer.produce(topic.full_name(cluster.prefix), value, key)
+            record = read(cluster, topic).records[0]
+            left_open._producer.produce(topic.full_name(cluster.prefix), record.value, record.key)
         left_open._producer.flush()
         poll(in_process(cluster, server.url, client), 2)
         left_open.close()

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from bourse_cli.topics import apply_topics, plan_topics
-from bourse_producer.publisher import committed
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import spawn
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import read
 from bourse_schemas.topics import TRADES
 
 pytestmark = pytest.mark.kafka
@@ -67,7 +67,7 @@ def test_a_captured_run_is_what_the_topics_hold(cluster: Cluster, tmp_path: Path
                 child.kill()
         child.send(signal.SIGTERM)
         assert child.wait(10) == 0, log.read_text()
-    values = list(committed(cluster, TRADES.full_name(cluster.prefix)))
+    values = [record.value for record in read(cluster, TRADES.full_name(cluster.prefix))]
     code, counts, said = replayed(cluster, folder)
     assert counts == {
         "derived": len(values),

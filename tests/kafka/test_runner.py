@@ -25,6 +25,7 @@ from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.processes import Child, spawn
+from bourse_schemas import reading
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -110,22 +111,9 @@ def running(cluster: Cluster, consumer: Consumer, stream: KafkaStream | None = N
 def committed(cluster: Cluster, source: str) -> list[str]:
     """Return the event ids of a source, as a read_committed consumer sees them."""
     decode = cluster.registry().deserializer(TradeEvent)
-    consumer = cluster.consumer(enable_partition_eof=True)
-    consumer.assign([TopicPartition(TRADES.full_name(cluster.prefix), n, OFFSET_BEGINNING) for n in range(6)])
-    found: list[str] = []
-    ended: set[int | None] = set()
-    while len(ended) < 6:
-        for message in consumer.consume(500, 0.1):
-            error = message.error()
-            if error is None:
-                value = message.value()
-                assert isinstance(value, bytes)
-                if value[:1] == b"\0" and (event := decode(value)).source == source:
-                    found.append(event.event_id)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                ended.add(message.partition())
-    consumer.close()
-    return found
+    records = reading.read(cluster, TRADES.full_name(cluster.prefix))
+    events = [decode(record.value) for record in records if (record.value or b"")[:1] == b"\0"]
+    return [event.event_id for event in events if event.source == source]
 
 
 def market(count: int, first: int = 1) -> list[TradeEvent]:
