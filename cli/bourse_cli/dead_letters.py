@@ -52,7 +52,7 @@ def _day(_: click.Context, __: click.Parameter, text: str | None) -> datetime | 
     try:
         return datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no day such as 2026-11-23") from None
+        raise click.BadParameter(f"{text!r} is not a date such as 2026-11-23") from None
 
 
 def _filters(command: Any) -> Any:
@@ -73,7 +73,7 @@ def dead_letters() -> None:
 
 @dead_letters.command("list")
 @_filters
-@click.option("--limit", type=click.IntRange(1), help="The newest so many only.")
+@click.option("--limit", type=click.IntRange(1), help="Only the newest N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, payloads as base64.")
 @cluster_options
 def list_letters(cluster: Cluster, *, limit: int | None, as_json: bool, **chosen: Any) -> None:

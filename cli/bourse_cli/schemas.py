@@ -28,13 +28,13 @@ def register(cluster: Cluster) -> None:
 @cluster_options
 @click.pass_context
 def check(ctx: click.Context, cluster: Cluster) -> None:
-    """Say whether the registry has, or would take, this release's schemas. Exit 1 where not."""
+    """Check that the registry has, or would accept, this release's schemas. Exit 1 if not."""
     registry = cluster.registry()
     wrong = 0
     for topic in TOPICS:
         problem = registry.check(topic, cluster.prefix)
         wrong += problem is not None
-        click.echo(problem or f"{topic.subject(cluster.prefix)}: well")
+        click.echo(problem or f"{topic.subject(cluster.prefix)}: ok")
     ctx.exit(1 if wrong else 0)
 
 
@@ -48,8 +48,15 @@ def show(topic: str) -> None:
 
 
 @schemas.command
-@click.option("--bootstrap-servers", default="127.0.0.1:9092", show_default=True, help="What stands under `servers`.")
-@click.option("--registry-url", default="http://127.0.0.1:8081", show_default=True, help="The registry beside it.")
+@click.option(
+    "--bootstrap-servers", default="127.0.0.1:9092", show_default=True, help="Kafka brokers, for the section `servers`."
+)
+@click.option(
+    "--registry-url",
+    default="http://127.0.0.1:8081",
+    show_default=True,
+    help="Schema registry, for the section `servers`.",
+)
 def asyncapi(bootstrap_servers: str, registry_url: str) -> None:
     """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas."""
     import yaml

@@ -25,11 +25,11 @@ __all__ = ["read_topic", "tail"]
 @click.command
 @click.argument("topic", metavar="TOPIC")
 @click.option("--from-beginning", is_flag=True, help="Begin with the oldest record instead of the next one.")
-@click.option("--exit-at-end", is_flag=True, help="End when all that is there has been shown.")
+@click.option("--exit-at-end", is_flag=True, help="End after the last record of the topic.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with the Avro field names.")
 @click.option("--with-metadata", is_flag=True, help="Add _topic, _partition, _offset, _timestamp, _key and _headers.")
 @click.option("--key", help="Only records with this key.")
-@click.option("--limit", type=click.IntRange(min=1), help="End after so many records.")
+@click.option("--limit", type=click.IntRange(min=1), help="End after N records.")
 @cluster_options
 def tail(
     cluster: Cluster,

@@ -53,7 +53,7 @@ class Plan:
 @click.option(
     "--replication-factor",
     type=click.IntRange(min=1),
-    help="Replicas of new topics. [default: 3 on three brokers or more; else it must be said]",
+    help="Replicas of new topics. [default: 3 if there are at least three brokers, otherwise required]",
 )
 @click.option("--any-time", is_flag=True, help="Keep records of any past or future day: for replays and practice.")
 @cluster_options
@@ -63,7 +63,7 @@ def apply(
 ) -> None:
     """Create what is declared and missing, alter what differs; never delete.
 
-    Per-topic overrides stand in bourse.toml: [topic.trades] partitions = 12, replication_factor = 3, and
+    Overrides per topic belong in bourse.toml: [topic.trades] partitions = 12, replication_factor = 3, and
     [topic.trades.config] with any of Kafka's topic settings.
     """
     overrides = (ctx.find_root().default_map or {}).get("topic", {})
@@ -144,11 +144,11 @@ def plan_topics(
 def _check_overrides(overrides: Any) -> None:
     names = [topic.name for topic in TOPICS]
     if not isinstance(overrides, dict) or not all(isinstance(table, dict) for table in overrides.values()):
-        raise ConfigurationError(f"{config_name()}: overrides stand in a table per topic, [topic.trades] and the like")
+        raise ConfigurationError(f"{config_name()}: overrides belong in a table per topic, such as [topic.trades]")
     for name, override in overrides.items():
         if name not in names or not override.keys() <= OVERRIDES.keys():
             raise ConfigurationError(
-                f"{config_name()}: [topic.{name}] is not understood; topics are {', '.join(names)}, "
+                f"{config_name()}: [topic.{name}] is unknown; topics are {', '.join(names)}, "
                 f"keys {', '.join(OVERRIDES)}"
             )
         for key, value in override.items():

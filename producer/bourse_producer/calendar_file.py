@@ -14,7 +14,7 @@ __all__ = ["CalendarFile", "calendar_option"]
 
 
 class CalendarFile:
-    """The calendar as the file has it; a bad new file is told once and changes nothing."""
+    """The calendar as the file has it; an invalid new file is logged once and ignored."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -46,7 +46,7 @@ class CalendarFile:
     @staticmethod
     def _read(path: Path) -> tuple[tuple[int, int], Calendar]:
         stamp = _stamp(path)
-        return stamp, parse_calendar(path.read_text("utf-8"))
+        return stamp, parse_calendar(path.read_text("utf-8-sig"))
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -148,7 +148,7 @@ class Registry:
             return question()
         except (httpx2.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
             # The client does not expect an answer that is not the API's.
-            raise ConfigurationError(f"{self.url} is no schema registry: is --registry-url right?") from error
+            raise ConfigurationError(f"{self.url} is not a schema registry: is --registry-url right?") from error
         except OAuthTokenError as error:
             raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
         except httpx2.HTTPError as error:

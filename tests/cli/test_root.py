@@ -361,13 +361,13 @@ def test_a_subcommands_part_of_the_file_must_be_a_table(bourse: Run, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("topic = 3", "[topic.trades] and the like"),
-        ("[topic]\ntrades = 12", "[topic.trades] and the like"),
+        ("topic = 3", "such as [topic.trades]"),
+        ("[topic]\ntrades = 12", "such as [topic.trades]"),
         (
             "[topic.trade]\npartitions = 12",
-            "[topic.trade] is not understood; topics are trades, candles, polls, alerts",
+            "[topic.trade] is unknown; topics are trades, candles, polls, alerts",
         ),
-        ("[topic.trades]\npartition = 12", "[topic.trades] is not understood"),
+        ("[topic.trades]\npartition = 12", "[topic.trades] is unknown"),
         ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be a whole number from 1 on"),
         ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be a whole number from 1 on"),
         ("[topic.trades]\npartitions = 6.5", "partitions of [topic.trades] must be a whole number from 1 on"),

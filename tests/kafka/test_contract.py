@@ -220,7 +220,7 @@ def test_a_service_finds_its_schema_or_names_the_command(bourse: Run, registry_u
             assert client.get_versions(topic.subject(prefix)) == [1]
             assert client.get_compatibility(topic.subject(prefix)) == "FULL_TRANSITIVE"
     code, out, _ = bourse("schemas", "check", *where)
-    assert (code, out) == (0, "".join(f"{topic.subject(prefix)}: well\n" for topic in TOPICS))
+    assert (code, out) == (0, "".join(f"{topic.subject(prefix)}: ok\n" for topic in TOPICS))
     assert Registry(registry_url).schema(int(first.splitlines()[0].rpartition(" ")[2])) == avro_schema(TRADES.event)
 
 
@@ -245,7 +245,7 @@ def test_a_subject_with_another_schema(bourse: Run, registry_url: str, prefix: s
     assert err.startswith(f"Error: {POLLS.subject(prefix)}: ")
     code, out, _ = bourse("schemas", "check", *where)
     assert code == 1
-    assert f"{TRADES.subject(prefix)}: well\n" in out
+    assert f"{TRADES.subject(prefix)}: ok\n" in out
     assert f"{POLLS.subject(prefix)}: version 1 cannot read it: rows is " in out
     assert "Released schemas are frozen" in out
 
@@ -257,7 +257,7 @@ def test_a_weaker_compatibility_is_found_and_mended(bourse: Run, registry_url: s
     with SchemaRegistryClient({"url": registry_url}) as client:
         client.set_compatibility(TRADES.subject(prefix), "NONE")
     code, out, _ = bourse("schemas", "check", *where)
-    assert (code, out.count(": well")) == (1, 4)
+    assert (code, out.count(": ok")) == (1, 4)
     assert f"{TRADES.subject(prefix)}: compatibility is NONE, not FULL_TRANSITIVE" in out
     assert bourse("schemas", "register", *where)[0] == 0
     assert bourse("schemas", "check", *where)[0] == 0
