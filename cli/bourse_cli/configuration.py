@@ -31,7 +31,16 @@ TOP = (*SHARED, "log_level", "topic")
 # Options and commands of earlier versions, by their place in the file, and what replaces them.
 REMOVED = {
     "dead-letters.redrive": "use `bourse dead-letters show OFFSET --raw` and kcat",
+    "demo.kill_every": "`make chaos` kills services",
+    "demo.seed": "the practice market is the same every time",
     "produce.backfill_calls": "use `bourse minutes`",
+    "produce.capture_required": "a capture that fails is counted and logged, publication goes on",
+    "produce.token_file": "a restart asks for a new token, which is not billed",
+    "sandbox.exchange.minutes": "totals of minutes are always cumulative",
+    "sandbox.exchange.seed": "the practice market is the same every time",
+    "sandbox.exchange.start": "the practice market starts with the real day",
+    "sandbox.exchange.status_key": "the key is always `state`",
+    "sandbox.up.seed": "the practice market is the same every time",
     "schemas.contract": "it writes a page of this repository, see scripts/contract_page.py",
     "schemas.diff": "`bourse schemas check` lists the differences",
     "schemas.export": "use `bourse schemas show TOPIC`",
