@@ -30,8 +30,8 @@ C = TypeVar("C")
 
 STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
-# Metadata and brokers together take less than 15 s, however the cluster fails.
-METADATA_SECONDS, BROKER_SECONDS = 8.0, 5.0
+# Metadata and brokers together take at most 11 s, however the cluster fails.
+METADATA_SECONDS, BROKER_SECONDS = 6.0, 5.0
 REGISTRY_KEYS = "schema.registry."
 # Kafka allows 249 characters in a topic's name; the longest of ours after the prefix is `.dead-letters`.
 PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,200}")
@@ -183,7 +183,7 @@ class Cluster:
             for right, name in wanted
             if name in found and (rights := found[name].rights) is not None and right not in rights
         ]:
-            raise self._not_allowed(", ".join(refused))
+            raise self.not_allowed(", ".join(refused))
         if missing := [name for name in names if name not in found]:
             raise ConfigurationError(
                 f"no topic {', '.join(missing)} on {self.bootstrap_servers}: create what is declared with "
@@ -246,9 +246,10 @@ class Cluster:
         """
         kind, only = REFUSALS.get(error.code(), ("", ""))
         name = names.get(kind.replace(" ", "_")) or f"({error.str()})"
-        return self._not_allowed(f"{only or right} on {kind} {name}") if kind else None
+        return self.not_allowed(f"{only or right} on {kind} {name}") if kind else None
 
-    def _not_allowed(self, what: str) -> ConfigurationError:
+    def not_allowed(self, what: str) -> ConfigurationError:
+        """Return the error for a missing right, such as `READ on topic bourse.trades`."""
         return ConfigurationError(
             f"Kafka does not allow {self.user}: {what}; `bourse acls` prints the rights that each service needs"
         )

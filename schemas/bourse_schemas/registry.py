@@ -6,7 +6,6 @@ import json
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
-from weakref import finalize
 
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
 from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError
@@ -23,11 +22,11 @@ E = TypeVar("E", bound=Event)
 R = TypeVar("R")
 
 COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
-TIMEOUT_SECONDS = 4  # asked twice, and still an answer within ten seconds
+TIMEOUT_SECONDS = 4  # tried twice, and still an answer within ten seconds
 
 
 class Registry:
-    """What the product asks of a schema registry.
+    """A schema registry.
 
     Every method raises Unreachable when the registry does not answer and ConfigurationError when it refuses us.
     """
@@ -43,15 +42,16 @@ class Registry:
             raise ConfigurationError(
                 f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
             ) from error
-        finalize(self, self._client.__exit__, None, None, None)  # nobody has to close it
-        # Its connections end with us, wherever we were made.
+        self._user = str(own.get("basic.auth.user.info", "")).partition(":")[0] or "this client"
         weakref.finalize(self, self._client.close)
 
     def serializer(self, topic: Topic, prefix: str) -> Serializer[Any]:
         """Return the serializer of a topic; a subject or schema that is not registered is a ConfigurationError."""
         subject = topic.subject(prefix)
         try:
-            schema_id = self._ask(lambda: self._client.lookup_schema(subject, _schema(topic.event)).schema_id)
+            schema_id = self._ask(
+                f"read subject {subject}", lambda: self._client.lookup_schema(subject, _schema(topic.event)).schema_id
+            )
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
@@ -70,7 +70,7 @@ class Registry:
     def schema(self, schema_id: int) -> dict[str, Any]:
         """Return a writer's schema by id; an id unknown to the registry is Undecodable."""
         try:
-            text = self._ask(lambda: self._client.get_schema(schema_id).schema_str)
+            text = self._ask(f"read schema id {schema_id}", lambda: self._client.get_schema(schema_id).schema_str)
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
@@ -86,14 +86,16 @@ class Registry:
     def register(self, topic: Topic, prefix: str) -> int:
         """Set the subject's compatibility, register the topic's schema, return its id. Repeating it changes nothing.
 
-        Raises SchemaIncompatible when the registry refuses the schema beside the versions it has.
+        Raises SchemaIncompatible when the registry refuses the schema because of the versions it has.
         """
         subject = topic.subject(prefix)
         if faults := gate(avro_schema(topic.event), self._released(subject)):
             raise SchemaIncompatible(f"{subject}: {refusal(faults)}")
         try:
-            self._ask(lambda: self._client.set_config(subject, ServerConfig(compatibility=COMPATIBILITY)))
-            return self._ask(lambda: self._client.register_schema(subject, _schema(topic.event)))
+            level = ServerConfig(compatibility=COMPATIBILITY)
+            self._ask(f"set the compatibility of subject {subject}", lambda: self._client.set_config(subject, level))
+            schema = _schema(topic.event)
+            return self._ask(f"write subject {subject}", lambda: self._client.register_schema(subject, schema))
         except SchemaRegistryError as error:
             if error.http_status_code != 409:
                 raise
@@ -104,7 +106,7 @@ class Registry:
         return {topic.subject(prefix): self.register(topic, prefix) for topic in TOPICS}
 
     def check(self, topic: Topic, prefix: str) -> str | None:
-        """Return None when the topic's schema is registered, or may be; else what is wrong, in one line."""
+        """Return None when the topic's schema is registered or may be; otherwise one line about what is wrong."""
         subject = topic.subject(prefix)
         released = self._released(subject)
         if not released:
@@ -115,7 +117,7 @@ class Registry:
             if not self._compatible(topic, subject, version):
                 return f"{subject}: the registry finds this release's schema not compatible with version {version}"
         try:
-            level = self._ask(lambda: self._client.get_config(subject)).compatibility_level
+            level = self._ask(f"read subject {subject}", lambda: self._client.get_config(subject)).compatibility_level
         except SchemaRegistryError:
             level = None
         if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
@@ -123,25 +125,33 @@ class Registry:
         return None
 
     def _released(self, subject: str) -> dict[int, Any]:
-        """Return the schemas of a subject by version, none where it is not there."""
+        """Return the schemas of a subject by version; nothing if it does not exist."""
         try:
-            versions = self._ask(lambda: list(self._client.get_versions(subject)))
+            versions = self._ask(f"read subject {subject}", lambda: list(self._client.get_versions(subject)))
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
             if not 40400 <= (error.error_code or 0) < 40500:
-                said = f"{self.url} does not answer like a schema registry: is --registry-url right?"
-                raise ConfigurationError(said) from error
+                raise ConfigurationError(
+                    f"{self.url} does not answer like a schema registry: is --registry-url right?"
+                ) from error
             return {}
         return {number: self._version(subject, number) for number in versions}
 
     def _version(self, subject: str, number: int) -> Any:
-        return self._ask(lambda: json.loads(self._client.get_version(subject, number).schema.schema_str or ""))
+        def version() -> Any:
+            return json.loads(self._client.get_version(subject, number).schema.schema_str or "")
+
+        return self._ask(f"read subject {subject}", version)
 
     def _compatible(self, topic: Topic, subject: str, version: int) -> bool:
-        return self._ask(lambda: self._client.test_compatibility(subject, _schema(topic.event), str(version)))
+        schema = _schema(topic.event)
+        return self._ask(
+            f"read subject {subject}", lambda: self._client.test_compatibility(subject, schema, str(version))
+        )
 
-    def _ask(self, question: Callable[[], R]) -> R:
+    def _ask(self, right: str, question: Callable[[], R]) -> R:
+        """Return the answer to a question; `right` is what the user must be allowed to do."""
         import httpx2  # what Confluent's client calls with
 
         try:
@@ -152,24 +162,35 @@ class Registry:
         except OAuthTokenError as error:
             raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
         except httpx2.HTTPError as error:
-            raise Unreachable(
-                f"the schema registry at {self.url} does not answer ({type(error).__name__}): "
-                "is it running, and is --registry-url right?"
-            ) from error
+            raise self._unreachable(error) from error
         except SchemaRegistryError as error:
-            if error.http_status_code in {401, 403}:
+            status = error.http_status_code
+            text = f"(HTTP {status}): {error.error_message or ''}".partition("\n")[0][:200]
+            if status in {401, 403}:
                 raise ConfigurationError(
-                    f"the schema registry at {self.url} refuses our credentials (HTTP {error.http_status_code}): "
-                    "see -X schema.registry.basic.auth.user.info=@FILE"
+                    f"the schema registry at {self.url} refuses {self._user} to {right} (HTTP {status}): "
+                    "see -X schema.registry.basic.auth.user.info=@FILE and the rights of this user"
                 ) from error
-            text = f"(HTTP {error.http_status_code}): {error.error_message or ''}".partition("\n")[0][:200]
-            if error.http_status_code >= 500 or error.http_status_code == 429:
+            if status >= 500 or status == 429:
                 raise Unreachable(f"the schema registry at {self.url} fails {text}") from error
-            if error.http_status_code not in {404, 409} or error.error_code == -1:
+            if status not in {404, 409} or error.error_code == -1:
                 raise ConfigurationError(
                     f"{self.url} does not answer like a schema registry {text}: is --registry-url right?"
                 ) from error
             raise
+
+    def _unreachable(self, error: Exception) -> ConfigurationError:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        if "[SSL" in reason or "certificate" in reason:
+            return ConfigurationError(
+                f"no TLS connection to the schema registry at {self.url} ({reason}): "
+                "see -X schema.registry.ssl.ca.location=FILE, and whether the port expects https"
+            )
+        hint = "; the port may expect https" * (self.url.startswith("http:") and "Protocol" in type(error).__name__)
+        return Unreachable(
+            f"the schema registry at {self.url} does not answer ({reason}): "
+            f"is it running, and is --registry-url right?{hint}"
+        )
 
 
 def _is_number(setting: str) -> bool:

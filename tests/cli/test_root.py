@@ -361,18 +361,22 @@ def test_a_subcommands_part_of_the_file_must_be_a_table(bourse: Run, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("topic = 3", "such as [topic.trades]"),
-        ("[topic]\ntrades = 12", "such as [topic.trades]"),
+        ("topic = 3", "a table per topic, such as [topic.trades]"),
+        ("[topic]\ntrades = 12", "a table per topic, such as [topic.trades]"),
         (
             "[topic.trade]\npartitions = 12",
             "[topic.trade] is unknown; topics are trades, candles, polls, alerts",
         ),
         ("[topic.trades]\npartition = 12", "[topic.trades] is unknown"),
-        ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be a whole number from 1 on"),
-        ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be a whole number from 1 on"),
-        ("[topic.trades]\npartitions = 6.5", "partitions of [topic.trades] must be a whole number from 1 on"),
-        ("[topic.trades]\npartitions = true", "partitions of [topic.trades] must be a whole number from 1 on"),
-        ("[topic.polls]\nreplication_factor = -1", "replication_factor of [topic.polls] must be a whole number"),
+        ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be an integer, at least 1"),
+        ("[topic.polls]\npartitions = 2", "partitions of [topic.polls] must be 1: the order of polls"),
+        ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be an integer, at least 1"),
+        ("[topic.trades]\npartitions = 6.5", "partitions of [topic.trades] must be an integer, at least 1"),
+        ("[topic.trades]\npartitions = true", "partitions of [topic.trades] must be an integer, at least 1"),
+        (
+            "[topic.polls]\nreplication_factor = -1",
+            "replication_factor of [topic.polls] must be an integer",
+        ),
         ("[topic.polls]\nconfig = 'x'", "config of [topic.polls] must be a table"),
     ],
 )

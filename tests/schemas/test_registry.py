@@ -43,8 +43,8 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
 @pytest.mark.parametrize(
     ("status", "body", "error", "says"),
     [
-        (401, b'{"error_code": 40101, "message": "no"}', ConfigurationError, "refuses our credentials"),
-        (403, b"", ConfigurationError, "refuses our credentials"),
+        (401, b'{"error_code": 40101, "message": "no"}', ConfigurationError, "refuses this client to "),
+        (403, b"", ConfigurationError, "refuses this client to "),
         (404, b"<html>nothing here</html>", ConfigurationError, "is --registry-url right"),
         (405, b'{"error_code": 405, "message": "no"}', ConfigurationError, "is --registry-url right"),
         (302, b"", ConfigurationError, "is --registry-url right"),
