@@ -1,7 +1,8 @@
-"""A real day on real Kafka while producers and brokers are killed and frozen: `make chaos KILLS=200 SEED=1 BROKERS=1`.
+"""A real day on real Kafka while producers are killed and frozen and brokers restarted: `make chaos KILLS=200 SEED=1`.
 
-The practice exchange moves to its next response only when a PUBLISHED or UNCHANGED marker is visible whose poll it
-answered with the present one, so the day's exact events must come out whatever dies.
+The exchange speaks TLS, and some of its answers come byte by byte. It moves to its next response only when a PUBLISHED
+or UNCHANGED marker is visible whose poll it answered with the present one, so the day's exact events must come out
+whatever dies. Producers are processes; results are read from the topics.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from urllib.parse import parse_qs
 from msgspec import structs
 
 from bourse_cli.topics import apply_topics, plan_topics
-from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import PracticeExchange
+from bourse_sandbox.faults import Fault, Faults
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY, PracticeMarket
 from bourse_sandbox.processes import Child, spawn
@@ -38,9 +39,11 @@ from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import serve
 from bourse_schemas.events import Candle, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.reading import follow, read
+from bourse_schemas.reading import follow
 from bourse_schemas.topics import CANDLES, POLLS, TRADES
 from reliability.brokers import Brokers
+from reliability.certificate import self_signed
+from reliability.day import expected_events, held
 
 __all__ = ["Options", "compare", "main", "run"]
 
@@ -48,7 +51,8 @@ GOOD = {"PUBLISHED", "UNCHANGED"}
 # Of a group's session, which a dead or frozen leader outlasts or not.
 SESSION_SECONDS = 6.0
 STUCK_SECONDS = 90.0
-BROKER_SHARE = 0.3
+BROKER_SHARE = 0.2
+DRIP_EVERY = 20  # strikes; an answer that drips costs the producer's whole deadline
 WHEN = {"observed_at", "poll_sequence"}
 
 
@@ -61,6 +65,8 @@ class Options:
     brokers: int = 1
     instances: int = 2
     freeze_share: float = 0.2
+    broker_restarts: bool = True
+    drip: bool = True
 
 
 class Responses:
@@ -71,13 +77,14 @@ class Responses:
         self.at = 0
         self.answered: dict[str, int] = {}
         self.last_instance = 0
+        self.drip_next = False
 
     def now(self) -> datetime:
         """Return when the present response was received."""
         return self._times[min(self.at, len(self._times) - 1)]
 
     def polled(self) -> None:
-        """Stand still: only what is published counts."""
+        """Stand still: only a publication counts."""
 
     def published(self, poll_id: str | None) -> None:
         """Go on if the poll was answered with the present response."""
@@ -86,17 +93,21 @@ class Responses:
 
     @property
     def over(self) -> bool:
-        """Say whether every response was published."""
+        """Return whether every response was published."""
         return self.at >= len(self._times)
 
     def door(self, app: Any, instance: int) -> Any:
-        """Return the exchange as one instance sees it, so that it is known who polls, and with what it was answered."""
+        """Return the exchange as one instance sees it; it records who polls, and which response was the answer."""
+        dripping = Faults(app, [Fault("drip")], forget=lambda _: None)
 
         async def entered(scope: Any, receive: Any, send: Any) -> None:
+            chosen = app
             if scope["type"] == "http" and scope["path"].endswith("/trades/realtime"):
                 (track_id,) = parse_qs(scope["query_string"].decode())["trackId"]
                 self.answered[track_id], self.last_instance = self.at, instance
-            await app(scope, receive, send)
+                if self.drip_next:
+                    self.drip_next, chosen = False, dripping
+            await chosen(scope, receive, send)
 
         return entered
 
@@ -136,31 +147,39 @@ class Observer:
 
 @dataclass
 class Damage:
-    """What was done, and what came of it."""
+    """What was done, and the result."""
 
     kills: int = 0
     freezes: int = 0
-    broker_kills: int = 0
+    broker_restarts: int = 0
+    drips: int = 0
     takeovers: list[float] = field(default_factory=list)
     polls: int = 0
     found: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def strikes(self) -> int:
+        """Return how often something was done."""
+        return self.kills + self.freezes + self.broker_restarts + self.drips
+
 
 def main() -> int:
-    """Run as told on the command line; return the exit code."""
+    """Run it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--brokers", type=int, choices=[1, 3], default=1)
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--freeze-share", type=float, default=0.2)
+    for name in ("--broker-restarts", "--drip"):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=True)
     result = run(Options(**vars(parser.parse_args())))
     print(json.dumps(result))
     return int(any(result[name] for name in ("lost", "twice", "wrong", "holes")))
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Run as many days as the kills take; return the figures."""
+    """Run as many days as the strikes take; return the figures."""
     chance, damage = random.Random(options.seed), Damage()
     folder = Path(tempfile.mkdtemp(prefix="bourse-chaos-"))
     with ExitStack() as stack:
@@ -168,14 +187,15 @@ def run(options: Options) -> dict[str, Any]:
             stack.enter_context(Kafka()) if options.brokers == 1 else stack.enter_context(Brokers())
         )
         registry = stack.enter_context(serve_registry())
-        days = 0
-        while damage.kills + damage.freezes + damage.broker_kills < options.kills:
+        expected, certificate, days = expected_events(), self_signed(folder / "exchange.pem"), 0
+        while damage.strikes < options.kills:
             days += 1
             cluster = Cluster(brokers.bootstrap_servers, registry.url, f"chaos{days}")
             apply_topics(cluster, plan_topics(cluster, {}, options.brokers, any_time=True))
             cluster.registry().register_all(cluster.prefix)
-            killable = brokers if isinstance(brokers, Brokers) else None
-            _Day(cluster, options, chance, damage, folder=folder / f"day-{days}", brokers=killable).live()
+            day = _Day(cluster, options, chance, damage, folder=folder / f"day-{days}", brokers=brokers)
+            day.live(certificate)
+            damage.found += compare(expected, *(held(cluster, topic) for topic in (TRADES, CANDLES, POLLS)))
     found = damage.found
     bad = any(found[name] for name in ("lost", "twice", "wrong", "holes"))
     if bad:
@@ -186,7 +206,8 @@ def run(options: Options) -> dict[str, Any]:
     return {
         "kills": damage.kills,
         "freezes": damage.freezes,
-        "broker_kills": damage.broker_kills,
+        "broker_restarts": damage.broker_restarts,
+        "drips": damage.drips,
         "takeover_s": {"p50": round(statistics.median(times), 1), "max": round(max(times), 1)},
         "polls": damage.polls,
         **{name: found[name] for name in ("expected", "found", "lost", "twice", "wrong", "holes")},
@@ -204,7 +225,7 @@ class _Day:
         damage: Damage,
         *,
         folder: Path,
-        brokers: Brokers | None,
+        brokers: Kafka | Brokers,
     ) -> None:
         self._cluster, self._options, self._chance, self._damage = cluster, options, chance, damage
         self._brokers = brokers
@@ -216,12 +237,13 @@ class _Day:
         self._children: list[Child] = []
         self._urls: list[str] = []
 
-    def live(self) -> None:
-        """Play the day while things die, then look at what the topics hold."""
+    def live(self, certificate: Path) -> None:
+        """Play the day while things die."""
         with ExitStack() as stack:
             for instance in range(self._options.instances):
-                server = stack.enter_context(serve(self._responses.door(self._exchange.app, instance)))
+                server = stack.enter_context(serve(self._responses.door(self._exchange.app, instance), tls=certificate))
                 self._urls.append(server.url)
+                self._certificate = certificate
                 self._children.append(self._start(instance))
             stack.callback(lambda: [child.kill() for child in self._children])
             observer = Observer(self._cluster, self._responses)
@@ -229,8 +251,7 @@ class _Day:
             self._observer = observer
             self._await_markers(1)
             while not self._responses.over:
-                done = self._damage.kills + self._damage.freezes + self._damage.broker_kills
-                if done < self._options.kills:
+                if self._damage.strikes < self._options.kills:
                     self._strike()
                 else:
                     self._await_markers(1)
@@ -239,10 +260,7 @@ class _Day:
                 # One that was just started again has no handler yet.
                 if (code := child.terminate(10)) not in {0, -signal.SIGTERM}:
                     raise RuntimeError(f"a producer ended with {code}: {child.log_tail()}")
-        expected = Replay()
-        expected.day(REAL_DAY)
         self._damage.polls += len(observer.markers)
-        self._damage.found += compare(expected.events, *_topics(self._cluster))
 
     def _start(self, instance: int) -> Child:
         account = {"BOURSE_CLIENT_ID": "practice", "BOURSE_CLIENT_SECRET": "practice", "BOURSE_NID": "0123456789"}
@@ -250,6 +268,7 @@ class _Day:
             "BOURSE_BOOTSTRAP_SERVERS": self._cluster.bootstrap_servers,
             "BOURSE_REGISTRY_URL": self._cluster.registry_url,
             "BOURSE_TOPIC_PREFIX": self._cluster.prefix,
+            "SSL_CERT_FILE": str(self._certificate),
         }
         timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", "0"]
         command = [sys.executable, "-m", "bourse_cli", "produce", "--address", self._urls[instance], *timing]
@@ -257,7 +276,7 @@ class _Day:
         return spawn(command, env={**os.environ, **account, **where}, stdout=log, stderr=log)
 
     def _await_markers(self, count: int) -> float:
-        """Wait for so many more markers; return how long it took."""
+        """Wait for N more markers; return how long it took."""
         began, before = time.monotonic(), len(self._observer.markers)
         while len(self._observer.markers) < before + count and not self._responses.over:
             if self._observer.failure is not None:
@@ -274,13 +293,15 @@ class _Day:
             return
         # Somewhere between the answer and the commit, or a moment before or after.
         time.sleep(chance.uniform(0, 0.15))
-        if self._brokers is not None and chance.random() < BROKER_SHARE:
-            damage.broker_kills += 1
-            node = chance.randrange(3)
-            self._brokers.kill(node)
+        if self._options.drip and damage.strikes % DRIP_EVERY == DRIP_EVERY // 4:
+            damage.drips += 1
+            self._responses.drip_next = True
+            self._await_markers(2)
+            return
+        if self._options.broker_restarts and chance.random() < BROKER_SHARE:
+            damage.broker_restarts += 1
+            self._restart_broker()
             self._await_markers(1)
-            self._brokers.start(node)
-            self._brokers.await_all()
             return
         leader = self._responses.last_instance
         victim = leader if self._options.instances == 1 or chance.random() < 0.8 else 1 - leader
@@ -301,24 +322,25 @@ class _Day:
             took = self._await_markers(1)
             if victim == leader:
                 damage.takeovers.append(took)
-        done = damage.kills + damage.freezes + damage.broker_kills
-        if done % 10 == 0:
-            print(f"{done} struck, response {self._responses.at}, {self._cluster.prefix}", file=sys.stderr, flush=True)
+        if (done := damage.strikes) % 10 == 0:
+            print(f"{done} strikes, response {self._responses.at}, {self._cluster.prefix}", file=sys.stderr, flush=True)
+
+    def _restart_broker(self) -> None:
+        """Kill one of three brokers, or kill or stop the only one; it comes back a moment later."""
+        if isinstance(self._brokers, Brokers):
+            node = self._chance.randrange(3)
+            self._brokers.kill(node)
+            self._await_markers(1)
+            self._brokers.start(node)
+            self._brokers.await_all()
+            return
+        self._chance.choice([self._brokers.kill, self._brokers.stop])()
+        time.sleep(self._chance.uniform(0, 2))
+        self._brokers.start()
 
     @staticmethod
     def _signal(child: Child, number: int) -> None:
         os.killpg(child.pid, number)
-
-
-def _topics(cluster: Cluster) -> tuple[list[TradeEvent], list[Candle], list[PollMarker]]:
-    registry = cluster.registry()
-
-    def events(topic: Any, event: Any) -> list[Any]:
-        decode = registry.deserializer(event)
-        records = read(cluster, topic.full_name(cluster.prefix), pending=True, timeout=60)
-        return [decode(record.value) for record in records if record.value is not None]
-
-    return events(TRADES, TradeEvent), events(CANDLES, Candle), events(POLLS, PollMarker)
 
 
 def compare(

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text("utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {"setup", "producer", "alerts", "archive", "exchange"}
+RUNNING = ("producer", "standby", "alerts", "archive", "archive-polls")
+OURS = {"setup", "exchange", *RUNNING}
 
 
 def filled_in(text: str, **variables: str) -> str:
@@ -42,7 +44,7 @@ def seconds(duration: str) -> int:
 
 
 def test_it_follows_the_compose_specification() -> None:
-    """The specification's own JSON schema, as check-jsonschema ships it, has nothing to say against it."""
+    """The specification's own JSON schema, as check-jsonschema ships it, reports no error."""
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text("utf-8"))
     validator = jsonschema.validators.validator_for(schema)(schema)
     assert [error.message for error in validator.iter_errors(yaml.safe_load(filled_in(TEXT)))] == []
@@ -65,13 +67,15 @@ def test_practice_needs_no_account_and_no_variable() -> None:
         ),
     ]
     assert len(named) >= 4
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert (ROOT / "compose/practice/rules/rules.yaml").is_file()
 
 
 def test_a_live_account_is_one_variable_away_and_stays_out_of_the_repository() -> None:
-    """MARKET=live takes settings and secrets from a folder that git ignores."""
+    """MARKET=live takes settings, secrets and alert rules from a folder that git ignores, for every service."""
     live = yaml.safe_load(filled_in(TEXT, MARKET="live"))
-    assert live["services"]["producer"]["env_file"] == ["compose/live/settings.env"]
+    assert all(live["services"][name]["env_file"] == ["compose/live/settings.env"] for name in OURS)
+    assert live["services"]["alerts"]["volumes"] == ["./compose/live/rules:/etc/bourse/rules:ro"]
     assert {secret["file"] for secret in live["secrets"].values()} == {
         "./compose/live/client-secret",
         "./compose/live/nid",
@@ -102,26 +106,54 @@ def test_it_starts_in_order_and_comes_back() -> None:
     healthy, done = {"condition": "service_healthy"}, {"condition": "service_completed_successfully"}
     assert SERVICES["registry"]["depends_on"] == {"kafka": healthy}
     assert SERVICES["setup"]["depends_on"] == {"kafka": healthy, "registry": healthy}
-    for name in ("producer", "alerts", "archive"):
+    for name in RUNNING:
         assert SERVICES[name]["depends_on"] == {"setup": done}
     assert {name for name, service in SERVICES.items() if "healthcheck" in service} == {*SERVICES} - {"setup"}
     assert {name for name, service in SERVICES.items() if service["restart"] != "unless-stopped"} == {"setup"}
 
 
-def test_a_service_is_asked_whether_it_is_alive_where_it_answers() -> None:
-    """Within its own container: nothing is published, and one that only waits is not restarted."""
-    for name in ("producer", "alerts", "archive"):
+def test_a_service_answers_its_health_check_and_its_metrics_port() -> None:
+    """The check asks /livez, so that a service that only waits is not restarted; each metrics port is on loopback."""
+    ports = [SERVICES[name]["ports"] for name in RUNNING]
+    assert ports == [[f"127.0.0.1:{9101 + number}:8080"] for number in range(len(RUNNING))]
+    for name in RUNNING:
         service = SERVICES[name]
         command, (cmd, python, flag, code) = service["command"], service["healthcheck"]["test"]
         assert (cmd, python, flag) == ("CMD", "python", "-c")
-        assert "ports" not in service
+        assert "/livez" in code
         with Monitor(name).serve(command[command.index("--http") + 1].replace("8080", "0")) as url:
-            asked = code.replace("http://127.0.0.1:8080", str(url))
+            asked = code.replace("http://127.0.0.1:8080", str(url).replace("0.0.0.0", "127.0.0.1"))
             assert asked != code
             assert subprocess.run([sys.executable, "-c", asked], timeout=30, check=False).returncode == 0
         assert subprocess.run(
             [sys.executable, "-c", asked], timeout=30, check=False, stderr=subprocess.DEVNULL
         ).returncode
+
+
+def test_a_second_producer_stands_by() -> None:
+    """With the same command, account and limits; only its metrics port differs."""
+    producer, standby = dict(SERVICES["producer"]), dict(SERVICES["standby"])
+    assert producer.pop("ports") != standby.pop("ports")
+    assert producer == standby
+
+
+def test_no_container_takes_the_machine() -> None:
+    """Memory and logs are limited, and processors of our own services; logs are rotated."""
+    for name, service in SERVICES.items():
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}, name
+        assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
+    assert {SERVICES[name]["cpus"] for name in OURS} == {1.0}
+
+
+def test_each_archive_has_a_group_and_a_volume_of_its_own() -> None:
+    """Trades and polls; two topics in one group or folder would disturb each other."""
+    commands = [SERVICES[name]["command"] for name in ("archive", "archive-polls")]
+    assert ["--topic" in command for command in commands] == [False, True]
+    assert commands[1][commands[1].index("--topic") + 1] == "polls"
+    assert "--group" in commands[1]
+    for command, volume in zip(commands, ("archive", "archive-polls"), strict=True):
+        assert SERVICES[volume]["volumes"] == [f"{volume}:{command[command.index('--to') + 1]}"]
+        assert seconds(SERVICES[volume]["stop_grace_period"]) > 10
 
 
 def test_our_containers_have_no_more_rights_than_they_need() -> None:
@@ -139,13 +171,11 @@ def test_our_containers_have_no_more_rights_than_they_need() -> None:
 
 
 def test_data_outlives_the_containers() -> None:
-    """Kafka and the archive write to named volumes; the registry keeps its schemas in Kafka."""
-    assert set(COMPOSE["volumes"]) == {"kafka", "archive"}
-    kafka, archive = SERVICES["kafka"], SERVICES["archive"]
+    """Kafka and the archives write to named volumes; the registry keeps its schemas in Kafka."""
+    assert set(COMPOSE["volumes"]) == {"kafka", "archive", "archive-polls"}
+    kafka = SERVICES["kafka"]
     assert kafka["volumes"] == [f"kafka:{kafka['environment']['KAFKA_LOG_DIRS']}"]
-    assert archive["volumes"] == [f"archive:{archive['command'][archive['command'].index('--to') + 1]}"]
     assert SERVICES["registry"]["environment"]["APICURIO_STORAGE_KIND"] == "kafkasql"
-    assert seconds(archive["stop_grace_period"]) > 10
 
 
 def test_the_image_runs_as_nobody_and_installs_from_the_lock() -> None:
@@ -157,6 +187,8 @@ def test_the_image_runs_as_nobody_and_installs_from_the_lock() -> None:
     assert "requirements.lock" in dockerfile
     wanted = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").split() if line.startswith("!")}
     assert {path for path in wanted if not (ROOT / path).exists()} == set()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {package.partition("/")[0] for package in packages["packages"]} <= wanted
 
 
 @pytest.mark.kafka

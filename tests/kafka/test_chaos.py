@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from bourse_producer.replay import Replay
-from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.events import Candle, FeedState, Outcome, Phase, PollMarker, TradeEvent
 from reliability.chaos import Options, compare, run
+from reliability.day import expected_events
 
 Topics = tuple[list[TradeEvent], list[Candle], list[PollMarker]]
 
@@ -19,9 +18,11 @@ Topics = tuple[list[TradeEvent], list[Candle], list[PollMarker]]
 @pytest.mark.kafka
 @pytest.mark.timeout(600)
 def test_ten_kills(kafka: object) -> None:
-    """Leaders and standbys, killed or frozen at random moments, transactions in flight included."""
+    """Leaders and standbys killed or frozen, transactions in flight included; a broker restarted; a dripping answer."""
     result = run(Options(kills=10, seed=7))
-    assert result["kills"] + result["freezes"] == 10
+    assert result["kills"] + result["freezes"] + result["broker_restarts"] + result["drips"] == 10
+    assert result["broker_restarts"] >= 1
+    assert result["drips"] == 1
     assert result["found"] == result["expected"] >= 19_346
     assert {name: result[name] for name in ("lost", "twice", "wrong", "holes")} == dict.fromkeys(
         ("lost", "twice", "wrong", "holes"), 0
@@ -33,13 +34,12 @@ def test_ten_kills(kafka: object) -> None:
 @pytest.fixture(scope="module")
 def day() -> Topics:
     """Return what the topics hold after an undisturbed day."""
-    replay = Replay()
-    replay.day(REAL_DAY)
-    candles = {event.instrument: event for event in replay.events}
+    events = expected_events()
+    candles = {event.instrument: event for event in events}
     fields = Candle.__struct_fields__
     kept = [Candle(**{name: getattr(event, name) for name in fields}) for event in candles.values()]
     markers = []
-    for sequence in sorted(replay.polls):
+    for sequence in sorted({event.poll_sequence for event in events}):
         counts: dict[str, Any] = dict.fromkeys(
             ("rows", "opened", "revised", "cancelled", "stale_rows", "rejected_rows"), 0
         )
@@ -52,13 +52,13 @@ def day() -> Topics:
                 outcome=Outcome.PUBLISHED,
                 phase=Phase.OPEN,
                 feed_state=FeedState.FRESH,
-                requested_at=replay.events[0].observed_at,
+                requested_at=events[0].observed_at,
                 day_final=False,
-                traded=sum(event.poll_sequence == sequence for event in replay.events),
+                traded=sum(event.poll_sequence == sequence for event in events),
                 **counts,
             )
         )
-    return replay.events, kept, markers
+    return events, kept, markers
 
 
 def missing(topics: Topics) -> Topics:
