@@ -37,11 +37,11 @@ def make(kind: str, where: str) -> Consumer:
         consumer = make("postgres", where)
         consumer._write = partial(executemany, consumer)  # type: ignore[attr-defined,arg-type]  # its only difference
     elif kind == "parquet":
-        from bourse_consumers.archive.plugin import archive
+        from bourse_consumers.archive.command import archive
 
         consumer = archive.main(["--to", where], standalone_mode=False)
     elif kind == "postgres":
-        from bourse_consumers.postgres.plugin import archive_postgres
+        from bourse_consumers.postgres.command import archive_postgres
 
         schema = f"ours_{uuid4().hex[:8]}"
         consumer = archive_postgres.main(["--dsn", where, "--schema", schema, "--apply-schema"], standalone_mode=False)

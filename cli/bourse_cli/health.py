@@ -184,6 +184,14 @@ class Monitor:
         self._beaten = time.monotonic()
         self._alive_until = self._beaten + START_SECONDS
         self._brokers: dict[str, set[str]] = {}
+        self._parts: dict[str, Monitor] = {}
+
+    def part(self, name: str) -> Monitor:
+        """Return the health of one of several parts; the service is alive and ready if all of them are."""
+        part = self._parts[name] = Monitor(name)
+        part.__dict__.update(consumer=self.consumer, notify=self.notify)
+        self._reasons.pop("starting", None)
+        return part
 
     @cached_property
     def producer(self) -> ProducerMetrics:
@@ -217,7 +225,16 @@ class Monitor:
         """Return why the service is not ready, by subject; empty if it is ready."""
         with self._lock:
             found = dict(self._reasons)
+        for name, part in self._parts.items():
+            found.update((f"{name}: {subject}", why) for subject, why in part.reasons().items())
         return found | {subject: why for subject, check in self._checks.items() if (why := check()) is not None}
+
+    def silence(self) -> float | None:
+        """Return for how many seconds there was no sign of life, None if the next one is not overdue."""
+        if self._parts:
+            return max((found for part in self._parts.values() if (found := part.silence()) is not None), default=None)
+        now = time.monotonic()
+        return now - self._beaten if now > self._alive_until else None
 
     def check(self, subject: str, reason: Callable[[], str | None]) -> None:
         """Ask `reason` at every request of /readyz why the service is not ready: also while the service is stuck."""
@@ -299,8 +316,8 @@ class Monitor:
 
     def _answer(self, path: str) -> tuple[int, str, str]:
         if path == "/livez":
-            if time.monotonic() > self._alive_until:
-                return 503, f"no sign of life for {time.monotonic() - self._beaten:.0f} s\n", TEXT
+            if (silence := self.silence()) is not None:
+                return 503, f"no sign of life for {silence:.0f} s\n", TEXT
             return 200, "alive\n", TEXT
         if path == "/readyz":
             reasons = {subject: " ".join(why.split()) for subject, why in self.reasons().items()}
@@ -361,12 +378,3 @@ RESTORE_SECONDS = "producer.restore_seconds"
 FETCH_SECONDS = "producer.fetch_seconds"
 PUBLISH_SECONDS = "producer.publish_seconds"
 CAPTURE_ERRORS = "producer.capture_errors"
-ROWS = "consumer.rows"
-EMITTED = "consumer.emitted"
-DEAD_LETTERS_TOTAL = "consumer.dead_letters"
-RETRIES = "consumer.retries"
-TROUBLE = "consumer.trouble"
-LAG = "consumer.lag"
-BATCH_SECONDS = "consumer.batch_seconds"
-NOTIFICATIONS = "notify.messages"
-NOTIFY_SECONDS = "notify.seconds"

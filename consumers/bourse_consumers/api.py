@@ -1,26 +1,28 @@
-"""The SDK: what a consumer of the bus implements. Everything else is the runner's.
+"""The SDK: what a consumer of the bus implements. The runner does everything else.
 
-A consumer's life, all calls from one thread:
+The runner makes all calls from one thread:
 
-1. `open(assigned)` whenever the partitions assigned have changed, with all of them, which may be none: what was in
-   memory before is void. After a failed transaction it is called as well.
-2. `process(batch)` with records of those partitions, in order per partition. It may block, half an hour at most; the
-   group's membership is kept alive meanwhile. When it returns, the batch is done (`Resume`, `Rebuild`) or taken over
-   (`Own`, `Hold`). When it raises, the batch comes again: nothing of it may have been kept.
-3. `idle(now)` at least once a second, batches or not; not while `process` runs or waits for its Retry, nor while state
-   is rebuilt.
-4. `durable()` for `Own` and `Hold` only: what is safe so far. For `Hold` also `notes()`.
-5. `close()` once, at a clean stop; only `durable()` may be called afterwards.
+1. `open(assigned)` with all partitions of this member, which may be none: at the start, after every rebalance and after
+   a failed transaction. State that earlier calls left in memory is void.
+2. `process(batch)` with records of those partitions and of one topic, in order per partition. It may block for up to
+   half an hour; the runner keeps the membership alive. When it returns, the batch is processed (`Resume`, `Rebuild`) or
+   taken over (`Own`). When it raises, the same records are delivered again, so it must not keep any effect of them.
+3. `idle(now)` about twice a second, also without batches; not while `process` runs or waits after `Retry`, and not while
+   state is rebuilt.
+4. `durable()` for `Own` only: the offsets below which everything is stored.
+5. `close()` once, at an orderly stop; only `durable()` is called afterwards.
+
+A `MarketConsumer` gets whole polls in place of batches.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from bourse_consumers.records import Offsets, Partition, Places, Record, Records
 from bourse_schemas.errors import BourseError
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from bourse_cli.health import Monitor
     from bourse_consumers.columns import Decoded
 
 __all__ = [
@@ -40,8 +41,9 @@ __all__ = [
     "Consumer",
     "Day",
     "Emit",
-    "Hold",
+    "Health",
     "MarketConsumer",
+    "Member",
     "Offsets",
     "Own",
     "Partition",
@@ -53,19 +55,19 @@ __all__ = [
     "Reopen",
     "Resume",
     "Retry",
-    "Rewind",
     "Start",
     "WholePoll",
 ]
 
 
-class Assignment(dict[Partition, int]):
-    """The partitions assigned and, for each, the offset the group has committed (the topic's start where none is).
+# --- where to begin ---------------------------------------------------------------------------------------------------
 
-    `day_start()` gives, per partition, an offset at or before the first record of the trading day that is under way at
-    the committed offset: where to rebuild state that lives at most a trading day. `first` is, per partition, the oldest
-    offset that the topic still has; `notes` what `Consumer.notes` said when the offsets were committed; `fresh` are
-    those of which the group has committed nothing yet.
+
+class Assignment(dict[Partition, int]):
+    """The partitions of this member; the value is the offset that the group has committed.
+
+    `fresh` are the partitions for which the group has committed nothing: their value is `first`, the oldest offset that
+    the topic still has.
     """
 
     def __init__(
@@ -74,7 +76,6 @@ class Assignment(dict[Partition, int]):
         day_start: Callable[[], Offsets] | None = None,
         first: Offsets | None = None,
         *,
-        notes: Mapping[Partition, str] | None = None,
         fresh: Collection[Partition] = (),
         read: Callable[[Topic], Iterable[Event]] = lambda _: (),
     ) -> None:
@@ -82,33 +83,35 @@ class Assignment(dict[Partition, int]):
         self._day_start = day_start
         self._read = read
         self.first: Offsets = first or {}
-        self.notes: Mapping[Partition, str] = notes or {}
         self.fresh = fresh
 
     def day_start(self) -> Offsets:
-        """Return where the current trading day of each partition begins; may ask the broker."""
+        """Return an offset at or before the first record of the trading day under way at the committed offset.
+
+        That is where to rebuild state that lives for one trading day. Asks the broker.
+        """
         return self._day_start() if self._day_start else dict.fromkeys(self, 0)
 
     def read(self, topic: Topic) -> Iterable[Event]:
-        """Yield what is committed on another topic, with all that this group committed before it was assigned these.
+        """Yield the committed events of another topic, with all that this group has published there.
 
-        Of a compacted topic all of it; else, per partition, the trading day of its last record. What cannot be decoded
-        is left out.
+        For a compacted topic these are all events; otherwise those of the trading day of each partition's last record.
+        Events that cannot be decoded are left out.
         """
         return self._read(topic)
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Begin at the group's committed offsets. Emits and input offsets of a batch are one Kafka transaction."""
+    """Begin at the group's committed offsets. The emits of a batch and its offsets are one Kafka transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """Begin earlier, to fold records into memory again.
+    """Begin at earlier offsets, to fold records into memory again; partitions not named begin where `Resume` does.
 
-    Batches below the committed offsets have `replay=True`: what `process` returns for them is dropped and nothing is
-    committed. No batch straddles the committed offset. Where nothing is committed yet, it all counts as new.
+    Batches below the committed offsets have `replay` set: what `process` returns for them is dropped. A batch is either
+    entirely below the committed offsets or entirely above. Of a fresh partition every record counts as new.
     """
 
     offsets: Offsets
@@ -116,25 +119,19 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Begin at offsets kept with the sink's own data; the group's offsets are a hint for dashboards.
+    """Begin at offsets that the sink stores with its data; partitions not named begin where `Resume` does.
 
-    What such a consumer publishes is not tied to its sink: after a crash it may be missing or be there twice. Dead
-    letters are never missing.
+    The group's offsets are only a hint for dashboards. What the consumer publishes is not tied to its sink: after a
+    crash it may be missing or duplicated. Dead letters are never missing.
     """
 
     offsets: Offsets
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Begin at the group's committed offsets; what `process` took over is done when `durable()` says so.
-
-    After each call of `process`, `idle` and `close` the runner commits `durable()` and `notes()` as far as they are
-    new, in one transaction with what the call returned. Dead letters of the runner's own may be there twice.
-    """
+Start = Resume | Rebuild | Own
 
 
-Start = Resume | Rebuild | Own | Hold
+# --- what is delivered ------------------------------------------------------------------------------------------------
 
 
 class Emit(NamedTuple):
@@ -146,12 +143,11 @@ class Emit(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one or more partitions, in order per partition, all decodable.
+    """Records of one topic, in order per partition, all decodable.
 
-    `events` are the typed values, decoded when first asked for; `table()` is the same as one Arrow table with the
-    schema's columns, plus `_partition`, `_offset` and `_timestamp`, `frame()` as a polars frame of the schema's columns
-    only. `next` is, per partition in the batch, the offset after it: the consumer's position, which may lie beyond the
-    last record by transaction markers.
+    `events` are the typed values, decoded when they are first accessed; `table()` and `frame()` are the same by columns.
+    `next` is, per partition, the offset after the batch. It may be beyond the last record: transaction markers take
+    offsets, too.
     """
 
     records: Sequence[Record]
@@ -166,7 +162,7 @@ class Batch:
         return [self.decode(record) for record in self.records]
 
     def table(self) -> pa.Table:
-        """Return the records, at least one and all of one topic, as one Arrow table. Needs the extra `archive`."""
+        """Return the events as an Arrow table, with `_partition`, `_offset` and `_timestamp`. Needs pyarrow."""
         if found := self._by_columns():
             return found.table()
         from bourse_consumers.rows import to_table
@@ -174,94 +170,15 @@ class Batch:
         return to_table(self.events, Places.of(self.records))
 
     def frame(self) -> pl.DataFrame:
-        """Return the same, without where the records are, as a polars frame: cheaper where no Arrow is needed."""
+        """Return the events as a polars frame. Needs polars only."""
         if found := self._by_columns():
             return found.frame
-        import polars as pl
+        from bourse_consumers.columns import to_frame
 
-        from bourse_consumers.rows import WHERE
-
-        return cast("pl.DataFrame", pl.from_arrow(self.table().drop_columns([field.name for field in WHERE])))
+        return to_frame(self.events)
 
     def _by_columns(self) -> Decoded | None:
         return None if "events" in self.__dict__ else self.columns(Places.of(self.records))
-
-
-class Retry(BourseError):
-    """The world is at fault: the same batch again, later, with the partitions paused meanwhile.
-
-    `after` is the wait in seconds; by default the runner backs off by itself.
-    """
-
-    def __init__(self, message: str, after: float | None = None) -> None:
-        super().__init__(message)
-        self.after = after
-
-
-class Reject(BourseError):
-    """This record is at fault: it becomes a dead letter, and the batch comes again without it."""
-
-    def __init__(self, record: Record, message: str) -> None:
-        super().__init__(message)
-        self.record = record
-
-
-class Reopen(BourseError):
-    """What it is made of has changed: begin anew, with `open`, from what is committed. Not for `Own`."""
-
-
-class Rewind(BourseError):
-    """`Own` only: someone else got there first; go on from these offsets.
-
-    Partitions not named go on where the batch in hand began.
-    """
-
-    def __init__(self, offsets: Offsets, message: str = "another writer was faster") -> None:
-        super().__init__(message)
-        self.offsets = offsets
-
-
-class Consumer(ABC):
-    """A consumer of the bus. Errors but those above end the process; uncommitted work comes again."""
-
-    topics: Sequence[Topic] = (TRADES,)
-    """What it reads."""
-    emits: Sequence[Topic] = ()
-    """What it publishes, dead letters apart: looked at before it starts, and it may publish nothing else."""
-    batch_size: int = 1000
-    """Most records it gets at a time, where the operator says nothing else."""
-    monitor: Monitor | None = None
-    """Where it may count, and say that it is not ready: what --http shows. Set before the first call."""
-
-    def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
-        """Begin with these partitions; called anew at every rebalance."""
-        return Resume()
-
-    @abstractmethod
-    def process(self, batch: Batch) -> Sequence[Emit] | None:
-        """Take a batch; return what to publish."""
-
-    def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
-        """Do what is due by time: timers, closing files by age. `now` is the wall clock, in UTC."""
-        return None
-
-    def trouble(self) -> str | None:
-        """Return what an operator should mend though it goes on, None where all is well; asked as often as `idle`."""
-        return None
-
-    def durable(self) -> Offsets:
-        """Return, for `Own` and `Hold`, the offsets below which everything is safe."""
-        return {}
-
-    def notes(self) -> Mapping[Partition, str]:
-        """Return, for `Hold`, what is to be remembered beside the offsets of `durable()`: a short text, 4 kB at most.
-
-        The next member gets it as `Assignment.notes`.
-        """
-        return {}
-
-    def close(self) -> None:  # noqa: B027  # most consumers hold nothing
-        """Release what is held. For `Own` and `Hold`: make durable what is buffered."""
 
 
 @dataclass(frozen=True)
@@ -304,19 +221,53 @@ class Day:
     read: Callable[[Topic], Iterable[Event]] = lambda _: ()
 
 
-class MarketConsumer(ABC):
-    """A consumer that gets every poll of the whole market, in order, as one unit.
+# --- what a consumer raises -------------------------------------------------------------------------------------------
 
-    One member of the group is active; the others are on standby and take over. The polls processed and what was emitted
-    for them are one Kafka transaction. Raises Retry and Reopen like any other; `Reject` is not for it.
+
+class Retry(BourseError):
+    """An external system failed: deliver the same batch again later; its partitions are paused meanwhile.
+
+    `after` is the wait in seconds; without it the runner doubles the wait from half a second up to a minute.
     """
 
-    topics: Sequence[Topic] = (POLLS, TRADES)
+    def __init__(self, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class Reject(BourseError):
+    """This record is bad: the runner sends it to the dead letters and delivers the batch again without it.
+
+    `record` must be one of `batch.records`.
+    """
+
+    def __init__(self, record: Record, message: str) -> None:
+        super().__init__(message)
+        self.record = record
+
+
+class Reopen(BourseError):
+    """The state is void, for example because another writer was faster or rules changed: call `open` again."""
+
+
+# --- what is implemented ----------------------------------------------------------------------------------------------
+
+
+class Health(Protocol):
+    """What a consumer may use of the service's health: `unready("database", "is down")`, and None when it is over."""
+
+    def unready(self, subject: str, why: str | None) -> None:
+        """Name a reason for not being ready, or withdraw the one of this subject."""
+
+
+class Member(ABC):
+    """What every consumer has. Errors other than the three above end the process; uncommitted work is redelivered."""
+
     emits: Sequence[Topic] = ()
     """The topics it publishes, besides dead letters. They are checked at the start; other topics are refused."""
     batch_size: int = 1000
     """The most records it gets at a time, unless the operator sets --batch-size."""
-    monitor: Monitor | None = None
+    monitor: Health | None = None
     """The service's health; set before the first call."""
 
     def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
@@ -329,6 +280,37 @@ class MarketConsumer(ABC):
 
     def close(self) -> None:  # noqa: B027  # most consumers hold nothing
         """Release resources. For `Own`: store what is buffered."""
+
+
+class Consumer(Member):
+    """A consumer that gets records in batches."""
+
+    topics: Sequence[Topic] = (TRADES,)
+    """The topics it reads."""
+    from_end: bool = False
+    """Whether a group that has committed nothing begins at the end of its topics instead of at their start."""
+
+    def open(self, assigned: Assignment) -> Start:  # noqa: ARG002
+        """Begin with these partitions."""
+        return Resume()
+
+    @abstractmethod
+    def process(self, batch: Batch) -> Sequence[Emit] | None:
+        """Process a batch; return what to publish."""
+
+    def durable(self) -> Offsets:
+        """Return, for `Own`, the offsets below which everything is stored."""
+        return {}
+
+
+class MarketConsumer(Member):
+    """A consumer that gets every poll of the whole market, in order, as one unit.
+
+    One member of the group is active; the others are on standby and take over. The polls processed and what was emitted
+    for them are one Kafka transaction. Raises Retry and Reopen like any other; `Reject` is not for it.
+    """
+
+    topics: Sequence[Topic] = (POLLS, TRADES)
 
     @abstractmethod
     def open(self, day: Day) -> None:

@@ -120,7 +120,7 @@ def verify(
 
 def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, day: date | None, *, beside: bool) -> Report:
     from bourse_consumers.archive.topic import read_topic
-    from bourse_consumers.postgres.plugin import require_no_password
+    from bourse_consumers.postgres.command import require_no_password
     from bourse_consumers.postgres.proof import verify as examine
 
     require_no_password(dsn, "--to")

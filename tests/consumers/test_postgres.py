@@ -20,7 +20,7 @@ from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places,
 from bourse_consumers.archive.care import Topics
 from bourse_consumers.archive.files import Range
 from bourse_consumers.postgres import proof
-from bourse_consumers.postgres.plugin import archive_postgres
+from bourse_consumers.postgres.command import archive_postgres
 from bourse_consumers.postgres.sink import PostgresArchive, connect
 from bourse_consumers.postgres.tables import Tables
 from bourse_consumers.rows import to_table

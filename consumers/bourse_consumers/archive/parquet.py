@@ -1,7 +1,7 @@
 """The consumer that writes an archive of Parquet files and keeps its offsets with its data.
 
 The start of a file's range is exactly the `next` of the file before it, and a file is created only if absent, so of two
-writers at the same place one wins and the other rewinds. A file is visible when it is complete, and not before.
+writers at the same place one wins and the other opens again. A file is visible when it is complete, and not before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Places, Retry, Rewind
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Places, Reopen, Retry
 from bourse_consumers.archive.files import (
     Range,
     compact,
@@ -60,14 +60,6 @@ class _Buffer:
         self.size += table.nbytes
         self.schema_ids |= schema_ids
         self.next = end
-
-
-class _Covered(Exception):
-    """Another writer's file covers the range already."""
-
-    def __init__(self, path: str, partition: Partition) -> None:
-        super().__init__(path)
-        self.partition = partition
 
 
 class ParquetArchive(Consumer):
@@ -199,20 +191,13 @@ class ParquetArchive(Consumer):
             self._writing = self._writer.submit(self._create, self._full[0])
 
     def _collect(self, *, all_of_it: bool = False) -> None:
-        """See what came of the writing; wait where too much is due, or it failed last. Raises Retry, Rewind."""
+        """See what came of the writing; wait where too much is due, or it failed last. Raises Retry, Reopen."""
         while self._writing is not None and (
             all_of_it or self._failed or len(self._full) > WAITING or self._writing.done()
         ):
             writing, self._writing = self._writing, None
             try:
-                try:
-                    writing.result()
-                except _Covered as error:
-                    held = self.durable()
-                    self._open, self._full = {}, []
-                    found = ends(self._store, error.partition.topic)
-                    self._next = {partition: found.get(partition, at) for partition, at in held.items()}
-                    raise Rewind(dict(self._next), f"{error} was written by another one") from error
+                writing.result()
             except StoreError as error:
                 self._failed = True
                 raise Retry(f"cannot write: {error}") from error
@@ -232,8 +217,8 @@ class ParquetArchive(Consumer):
                 other.partition == span.partition and other.next > span.start
                 for other in describe(self._store, path).ranges
             ):
-                raise _Covered(path, buffer.partition)
+                raise Reopen(f"{path} was written by another one")
         if not write(
             self._store, final, pa.concat_tables(buffer.tables), [span], schema_ids=sorted(buffer.schema_ids), lost=lost
         ):
-            raise _Covered(final, buffer.partition)
+            raise Reopen(f"{final} was written by another one")

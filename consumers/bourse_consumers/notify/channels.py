@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from bourse_consumers.notify.lane import Policy, Quiet
+from bourse_consumers.notify.policy import Policy, Quiet
 from bourse_consumers.notify.sending import Apprised, Sender, Webhook, require_address
 from bourse_consumers.notify.words import Manner, template_mistake
 from bourse_consumers.yaml_file import Strict, place, read
@@ -21,7 +21,7 @@ from bourse_schemas.events import Severity
 
 __all__ = ["Channel", "load"]
 
-MOST_CHANNELS = 32  # how far each is has to fit into what a broker keeps beside an offset
+MOST_CHANNELS = 32  # each has a Kafka client and a thread
 ORDER = ("info", "warning", "critical")
 SeverityName = Literal["info", "warning", "critical"]
 

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import httpx
 import requests
 from apprise import Apprise, AppriseAsset, NotifyFormat, NotifyType, OverflowMode
 
-from bourse_consumers.notify.lane import Message
+from bourse_consumers.notify.policy import Message
 from bourse_consumers.notify.words import Text
 from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError
@@ -32,6 +32,7 @@ __all__ = ["Apprised", "NotSent", "Sender", "Webhook", "require_address"]
 
 SECONDS = 10.0
 LEAST_PAUSE_SECONDS = 1.0
+REFUSALS = {400, 401, 403, 404, 410, 413}
 TYPES = {Severity.CRITICAL: NotifyType.FAILURE, Severity.WARNING: NotifyType.WARNING, Severity.INFO: NotifyType.INFO}
 
 # What Apprise has to say is taken from each call's result; elsewhere it might show a channel's address.
@@ -42,7 +43,14 @@ _logger.addHandler(logging.NullHandler())
 
 
 class NotSent(BourseError):
-    """A channel did not take a message; the text says why, and holds nothing of its address but the host."""
+    """A channel did not accept a message; the text gives the reason, and nothing of its address but the host.
+
+    If `permanent`, trying again is no use.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class Sender(Protocol):
@@ -139,7 +147,7 @@ class Webhook:
 
     def send(self, text: Text, message: Message | None = None) -> None:
         """Post a text and its alerts; any answer but 2xx is a failure."""
-        alerts: list[PriceAlert] = message.alerts if message else []
+        alerts: Sequence[PriceAlert] = message.alerts if message else ()
         told = message.id if message else sha256("\n".join((*text, str(time()))).encode()).hexdigest()[:32]
         content = {
             "id": told,
@@ -154,7 +162,10 @@ class Webhook:
         except httpx.HTTPError as error:
             raise NotSent(scrub(f"{type(error).__name__}: {error}", self._secrets)) from None
         if not answer.is_success:
-            raise NotSent(f"{urlsplit(self._url).hostname} answers {answer.status_code} {answer.reason_phrase}")
+            raise NotSent(
+                f"{urlsplit(self._url).hostname} answers {answer.status_code} {answer.reason_phrase}",
+                permanent=answer.status_code in REFUSALS,
+            )
 
     def _headers(self, told: str, body: bytes) -> dict[str, str]:
         at = str(int(time()))

@@ -18,7 +18,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Retry, Rewind
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Reopen, Retry
 from bourse_consumers.postgres.tables import Tables
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import Topic
@@ -62,10 +62,6 @@ def require_address(dsn: str, option: str) -> dict[str, Any]:
             "@ is written %40, / is written %2F"
         )
     return parts
-
-
-class _Fenced(Exception):
-    """Another writer has moved the offsets."""
 
 
 class PostgresArchive(Consumer):
@@ -151,22 +147,12 @@ class PostgresArchive(Consumer):
             with self._connection.transaction():
                 self._move(ends)
                 self._write(rows)
-        except _Fenced:
-            self._rewind()
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             self._blame(batch, error)
         except psycopg.Error as error:
             self._unsure = True
             self._reconnect(error)
         self._next.update(ends)
-
-    def _rewind(self) -> NoReturn:
-        """Go on behind whoever moved the offsets; what this writer moved with them is rolled back by now."""
-        try:
-            self._next.update(self._ends())
-        except psycopg.Error as error:
-            self._reconnect(error)
-        raise Rewind(dict(self._next))
 
     def _move(self, ends: Offsets) -> None:
         known = sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING").format(self._tables.offsets)
@@ -177,7 +163,7 @@ class PostgresArchive(Consumer):
             self._connection.execute(known, [*partition, start, start])
             moved = self._connection.execute(move.format(self._tables.offsets), [at, *partition, start])
             if moved.rowcount != 1:
-                raise _Fenced
+                raise Reopen("another writer has moved the offsets")
 
     def _rows(self, batch: Batch) -> pl.DataFrame:
         """Return a batch as PostgreSQL can read it from CSV."""

@@ -1,0 +1,148 @@
+"""`bourse consume NAME`: a plug-in is a click command that returns a consumer, or several by name."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from bourse_cli.health import Monitor
+from bourse_cli.options import cluster_options, http_option, stop_on_signals
+from bourse_cli.root import LazyGroup
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.kafka import Cluster
+
+__all__ = ["consume"]
+
+
+@click.command
+@click.option("--group", metavar="GROUP", help="Consumer group. [default: the topics' prefix and the name: bourse-NAME]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 100_000),
+    help="The most records the consumer gets at a time. [default: the consumer's own, usually 1000]",
+)
+@click.option(
+    "--max-rejected-share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Stop if more than this share of the last 200 records, and at least 20, was rejected; 1 never stops.",
+)
+@http_option
+@cluster_options
+def _common(**ours: Any) -> dict[str, Any]:
+    """Hold the options that every consumer has."""
+    return ours
+
+
+class Consumers(LazyGroup):
+    """The installed consumers; each gets the common options next to its own."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the plug-in's command with the common options."""
+        plugin = super().get_command(ctx, cmd_name)
+        if plugin is None:
+            return None
+        make, names = plugin.callback, {str(param.name) for param in _common.params}
+        taken = {spelling for param in plugin.params for spelling in (param.name, *param.opts)} & {
+            spelling for param in _common.params for spelling in (param.name, *param.opts)
+        }
+        command = copy.copy(plugin)
+        command.params = [*plugin.params, *(() if taken else _common.params)]
+
+        def start(**options: Any) -> None:
+            if taken:
+                clash = ", ".join(sorted(map(str, taken)))
+                raise ConfigurationError(f"the consumer {cmd_name!r} declares options that every consumer has: {clash}")
+            ours = {name: options.pop(name) for name in names}
+            from bourse_cli.logs import configure_logging
+
+            configure_logging(ctx.find_root().obj or "info")
+            made = make(**options) if make else None
+            _run(made, cmd_name, **click.get_current_context().invoke(_common, **ours))
+
+        command.callback = start
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the installed consumers if an unknown one is asked for."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            raise ConfigurationError(f"no consumer {args[0]!r} is installed: there are {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Consumers, entry_point_group="bourse.consumers")
+def consume() -> None:
+    """Run a consumer: alerts, notify, archive, or any plug-in that is installed."""
+
+
+def _run(made: Any, name: str, cluster: Cluster, group: str | None, http: str | None, **limits: Any) -> None:
+    from bourse_cli.logs import get_logger
+    from bourse_consumers.api import Consumer, MarketConsumer
+
+    parts = {f"-{key}": each for key, each in made.items()} if isinstance(made, Mapping) else {"": made}
+    for each in parts.values():
+        if not isinstance(each, Consumer | MarketConsumer):
+            raise ConfigurationError(f"the consumer {name!r} returned {type(each).__name__}, not a Consumer")
+    stop = stop_on_signals()
+    group = group or f"{cluster.prefix}-{name}"
+    monitor = Monitor(name)
+    failures: list[BaseException] = []
+
+    def serve(suffix: str, health: Monitor) -> None:
+        try:
+            _serve(parts[suffix], name + suffix, cluster, group + suffix, stop, health, **limits)
+        except BaseException as error:  # raised by the main thread
+            failures.append(error)
+            stop.set()
+
+    with monitor.serve(http) as url:
+        if url:
+            get_logger(consumer=name).info("answering", url=url)
+            cluster = replace(cluster, on_statistics=monitor.statistics)
+        if list(parts) == [""]:
+            serve("", monitor)
+        else:
+            threads = [threading.Thread(target=serve, args=(key, monitor.part(key[1:]))) for key in parts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _serve(
+    consumer: Any, name: str, cluster: Cluster, group: str, stop: threading.Event, monitor: Monitor, **limits: Any
+) -> None:
+    """Run one consumer until it is stopped."""
+    from bourse_consumers.api import MarketConsumer
+    from bourse_consumers.kafka_market import KafkaMarket
+    from bourse_consumers.kafka_stream import KafkaStream
+    from bourse_consumers.market import Market
+    from bourse_consumers.runner import Runner, connect
+
+    stream: KafkaStream | KafkaMarket | None
+    if isinstance(consumer, MarketConsumer):
+        stream = connect(lambda: KafkaMarket(cluster, group, consumer.emits), name, stop, monitor)
+        if stream is not None:
+            consumer = Market(consumer, stream.polls, name)
+    else:
+        stream = connect(
+            lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits, from_end=consumer.from_end),
+            name,
+            stop,
+            monitor,
+        )
+    if stream is not None:
+        Runner(
+            consumer, stream, stream.decode, columns=stream.columns, name=name, stop=stop, monitor=monitor, **limits
+        ).run()

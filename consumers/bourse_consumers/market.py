@@ -1,0 +1,223 @@
+"""Whole polls out of markers and events, and the consumer that hands them on: no broker in here.
+
+`Polls` collects what was read and returns polls in the markers' order as soon as they are complete. `Market` lets a
+`MarketConsumer` run on the ordinary runner: its records are the markers of the polls that are whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bourse_cli.logs import get_logger
+from bourse_consumers.api import Assignment, Batch, Consumer, Day, Emit, MarketConsumer, Rebuild, Resume, Start, WholePoll
+from bourse_consumers.records import Partition, Places, Record
+from bourse_consumers.runner import dead_letter
+from bourse_schemas.errors import Undecodable
+from bourse_schemas.events import TEHRAN, PollMarker, Reason, TradeEvent
+from bourse_schemas.topics import DEAD_LETTERS, POLLS
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from bourse_consumers.columns import Decoded
+
+__all__ = ["Market", "Polls"]
+
+# A poll that waits so long for its events is checked against the ends of the topic.
+CHECK_SECONDS = 5.0
+
+
+class _Piece(NamedTuple):
+    """Events of one poll that were read together: as records, and by columns."""
+
+    records: Sequence[Record]
+    frame: pl.DataFrame
+
+
+class Polls:
+    """Collects markers and trade events; the caller says what time it is.
+
+    Records come in order per partition, but partitions come in any order: events of a poll may be read long after its
+    marker, and after markers of later polls.
+    """
+
+    def __init__(
+        self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None], fraction: float = 1.0
+    ) -> None:
+        self._decode, self._columns = decode, columns
+        self.letters: list[tuple[Record, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._markers: deque[tuple[Record, PollMarker]] = deque()
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._newest: dict[Partition, int] = {}
+        self._ready: dict[int, WholePoll] = {}
+        self._taken = 0
+        self._waiting_since: float | None = None
+        self.letters.clear()
+
+    def __len__(self) -> int:
+        """Return how many markers wait for their events."""
+        return len(self._markers)
+
+    def add_markers(self, records: Sequence[Record]) -> None:
+        """Add records of the polls topic."""
+        for record in records:
+            try:
+                self._markers.append((record, self._decode(record)))
+            except Undecodable as error:
+                self.letters.append((record, str(error)))
+
+    def add_trades(self, records: Sequence[Record]) -> None:
+        """Add records of the trades topic. Raises Unreachable; then none was added."""
+        import polars as pl
+
+        if not records:
+            return
+        found = self._columns(Places.of(records))
+        if found is not None:
+            frame = found.frame
+        else:
+            records, frame = self._one_by_one(records)
+        if not records:
+            return
+        sequences = frame["poll_sequence"].to_list()
+        for record, sequence in zip(records, sequences, strict=True):
+            self._newest[record.partition] = max(sequence, self._newest.get(record.partition, 0))
+        if len(set(sequences)) == 1:
+            self._pieces.setdefault(sequences[0], []).append(_Piece(records, frame))
+            return
+        rows: dict[int, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            rows.setdefault(sequence, []).append(row)
+        for sequence, mine in rows.items():
+            if sequence > self._taken:
+                piece = _Piece([records[row] for row in mine], frame[pl.Series(mine)])
+                self._pieces.setdefault(sequence, []).append(piece)
+
+    def _one_by_one(self, records: Sequence[Record]) -> tuple[Sequence[Record], pl.DataFrame]:
+        from bourse_consumers.columns import to_frame
+
+        good, events = [], []
+        for record in records:
+            try:
+                events.append(self._decode(record))
+                good.append(record)
+            except Undecodable as error:
+                self.letters.append((record, str(error)))
+        return good, to_frame(events, TradeEvent)
+
+    def ready(self, limit: int) -> list[Record]:
+        """Return the markers of the next polls that are complete, in order; `take` returns the polls."""
+        found = []
+        while self._markers and len(found) < limit and self._missing(self._markers[0][1]) <= 0:
+            found.append(self._next(complete=True))
+        return found
+
+    def give_up(self) -> list[Record]:
+        """Return the marker of the next poll although events are missing."""
+        record, marker = self._markers[0]
+        get_logger().error("incomplete poll", poll_sequence=marker.poll_sequence, missing=self._missing(marker))
+        return [self._next(complete=False)]
+
+    def overdue(self, now: float) -> bool:
+        """Return whether the next poll has waited so long for its events that it has to be checked."""
+        if not self._markers:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = now
+        return self._waiting_since is not None and now - self._waiting_since >= CHECK_SECONDS
+
+    def is_past(self, partition: Partition) -> bool:
+        """Return whether an event of a poll after the next one was read from a partition."""
+        return self._newest.get(partition, 0) > self._markers[0][1].poll_sequence
+
+    def take(self, offset: int, *, replay: bool) -> WholePoll:
+        """Return the poll whose marker has this offset."""
+        poll = self._ready[offset]
+        return WholePoll(poll.marker, replay, poll.complete, poll.load_events, poll.load_frame)
+
+    def done(self, offset: int) -> None:
+        """Forget the polls up to this offset."""
+        for each in [each for each in self._ready if each <= offset]:
+            del self._ready[each]
+
+    def _missing(self, marker: PollMarker) -> int:
+        expected = marker.opened + marker.traded + marker.revised + marker.cancelled
+        return expected - sum(len(piece.records) for piece in self._pieces.get(marker.poll_sequence, ()))
+
+    def _next(self, *, complete: bool) -> Record:
+        record, marker = self._markers.popleft()
+        pieces = self._pieces.pop(marker.poll_sequence, [])
+        self._taken, self._waiting_since = marker.poll_sequence, None
+        for old in [sequence for sequence in self._pieces if sequence < marker.poll_sequence]:
+            del self._pieces[old]
+
+        def events() -> Sequence[TradeEvent]:
+            return [self._decode(each) for piece in pieces for each in piece.records]
+
+        def frame() -> pl.DataFrame:
+            import polars as pl
+
+            from bourse_consumers.columns import to_frame
+
+            return pl.concat([piece.frame for piece in pieces]) if pieces else to_frame((), TradeEvent)
+
+        self._ready[record.offset] = WholePoll(marker, False, complete, events, frame)
+        return record
+
+
+class Market(Consumer):
+    """Hands whole polls to a market consumer, each once and in order, also when a batch of markers is retried."""
+
+    topics = (POLLS,)
+    batch_size = 50  # polls in one transaction while catching up
+
+    def __init__(self, consumer: MarketConsumer, polls: Polls, name: str) -> None:
+        self._consumer, self._polls, self._name = consumer, polls, name
+        self.emits = consumer.emits
+        self._active = False
+        self._next = 0
+        self._emits: list[Emit] = []
+
+    def open(self, assigned: Assignment) -> Start:
+        """Begin with the trading day under way; a member on standby has no partitions."""
+        self._consumer.monitor = self.monitor
+        self._active, self._next, self._emits = bool(assigned), 0, []
+        if not self._active:
+            return Resume()
+        day, begin = assigned.day()
+        self._consumer.open(Day(day, assigned.read))
+        return Rebuild(begin)
+
+    def process(self, batch: Batch) -> list[Emit]:
+        """Hand on the polls of these markers."""
+        for record in batch.records:
+            if record.offset >= self._next:
+                poll = self._polls.take(record.offset, replay=batch.replay)
+                self._emits += self._consumer.process_poll(poll) or ()
+                self._next = record.offset + 1
+        for record, why in self._polls.letters:
+            letter = dead_letter(record, Reason.UNDECODABLE, why, self._name, datetime.now(UTC))
+            self._emits.append(Emit(DEAD_LETTERS, letter))
+        self._polls.letters.clear()
+        self._polls.done(self._next - 1)
+        emits, self._emits = self._emits, []
+        return emits
+
+    def idle(self, now: datetime) -> Sequence[Emit] | None:
+        """Let an active consumer do what is due."""
+        return self._consumer.idle(now) if self._active else None
+
+    def trouble(self) -> str | None:
+        """Return the consumer's trouble."""
+        return self._consumer.trouble()
+
+    def close(self) -> None:
+        """Close the consumer."""
+        self._consumer.close()

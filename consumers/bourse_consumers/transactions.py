@@ -1,0 +1,137 @@
+"""Publishing emits together with offsets, one Kafka transaction each.
+
+librdkafka 2.16 never returns from `send_offsets_to_transaction` after a broker restarted, whatever its time-out. So the
+producer is thrown away after any error of a transaction, any loss of a broker and every rebalance, and the calls end
+the process when they hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+
+from bourse_consumers.api import Emit
+from bourse_consumers.runner import StreamBroken
+from bourse_schemas.codec import Record
+from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.kafka import Cluster, abandon
+from bourse_schemas.topics import DEAD_LETTERS, Topic
+from bourse_schemas.watchdog import deadline
+
+__all__ = ["ASK_SECONDS", "HANG_SECONDS", "REFUSED", "Transactions", "broken"]
+
+TRANSACTION_MS = 10_000
+# The brokers abort a transaction after TRANSACTION_MS. Whether it was committed is not guessed: the next producer
+# settles it, and it is read back.
+COMMIT_SECONDS = 12.0
+# Short enough to stop within five seconds; what takes longer is asked for again.
+ASK_SECONDS = 3.0
+# A call that takes so long hangs, and ends the process.
+HANG_SECONDS = 30.0
+REFUSED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+}
+
+
+class Transactions:
+    """Makes transactions under one transactional id, with a new producer whenever the last one may be damaged."""
+
+    def __init__(self, cluster: Cluster, transactional_id: str, topics: Sequence[Topic]) -> None:
+        registry = cluster.registry()
+        self._cluster, self._id = cluster, transactional_id
+        self._serializers: dict[Topic, Any] = {topic: registry.serializer(topic, cluster.prefix) for topic in topics}
+        self._producer: Producer | None = None
+        self._suspect = False
+        self._too_large: str | None = None
+
+    def suspect(self, *_: object) -> None:
+        """Note that the producer may be damaged: a broker was lost, or the group was rebalanced."""
+        self._suspect = True
+
+    def poll(self) -> None:
+        """Serve the producer's callbacks."""
+        if self._producer is not None:
+            self._producer.poll(0)
+
+    def prepare(self) -> Producer:
+        """Return a producer that is not damaged; a new one settles what the one before left open."""
+        if self._suspect:
+            self.close()
+        if self._producer is None:
+            self._suspect = False
+            producer = self._cluster.transactional_producer(self._id, TRANSACTION_MS, error_cb=self.suspect)
+            try:
+                with deadline("init_transactions", HANG_SECONDS):
+                    producer.init_transactions(ASK_SECONDS)
+            except KafkaException as error:
+                abandon(producer)
+                raise broken(error.args[0]) from error
+            self._producer = producer
+        return self._producer
+
+    def commit(self, emits: Sequence[Emit], offsets: Sequence[TopicPartition], group: Any) -> None:
+        """Publish emits and commit offsets, all or nothing. Raises StreamBroken; BourseError if an emit is too large."""
+        records = [self._serializers[emit.topic](emit.event) for emit in emits]
+        producer = self.prepare()
+        self._too_large = None
+        try:
+            self._transact(producer, records, offsets, group)
+        except KafkaException as error:
+            self.close()
+            if self._too_large:
+                raise BourseError(self._too_large) from error
+            raise broken(error.args[0]) from error
+
+    def close(self) -> None:
+        """Abandon the producer; its successor settles a transaction that is open."""
+        if self._producer is not None:
+            abandon(self._producer)
+            self._producer = None
+
+    def _transact(
+        self, producer: Producer, records: Sequence[Record], offsets: Sequence[TopicPartition], group: Any
+    ) -> None:
+        producer.begin_transaction()
+        for record in records:
+            self._produce(producer, record)
+        if offsets:
+            with deadline("send_offsets_to_transaction", HANG_SECONDS):
+                producer.send_offsets_to_transaction(list(offsets), group, COMMIT_SECONDS)
+        with deadline("commit_transaction", HANG_SECONDS):
+            producer.commit_transaction(COMMIT_SECONDS)
+
+    def _produce(self, producer: Producer, record: Record) -> None:
+        def delivered(error: KafkaError | None, _: object) -> None:
+            if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                self._too_large = (
+                    f"an event of {len(record.value)} bytes is larger than {record.topic} accepts (key "
+                    f"{(record.key or b'').decode(errors='replace')}): {error.str()}"
+                )
+
+        while True:
+            try:
+                return producer.produce(
+                    record.topic,
+                    record.value,
+                    record.key,
+                    timestamp=record.timestamp,
+                    headers=record.headers,
+                    on_delivery=delivered,
+                )
+            except BufferError:
+                producer.poll(0.1)
+            except KafkaException as error:
+                delivered(error.args[0], None)
+                raise
+
+
+def broken(error: KafkaError) -> BourseError:
+    """Return what a failed call means: refused by the brokers, or something that may work again."""
+    if error.code() in REFUSED:
+        return ConfigurationError(f"Kafka does not allow it: {error.str()}; see the ACLs of this user")
+    return StreamBroken(error.str())
