@@ -7,8 +7,8 @@ The runner makes all calls from one thread:
 2. `process(batch)` with records of those partitions and of one topic, in order per partition. It may block for up to
    half an hour; the runner keeps the membership alive. When it returns, the batch is processed (`Resume`, `Rebuild`) or
    taken over (`Own`). When it raises, the same records are delivered again, so it must not keep any effect of them.
-3. `idle(now)` about twice a second, also without batches; not while `process` runs or waits after `Retry`, and not while
-   state is rebuilt.
+3. `idle(now)` about twice a second, also without batches; not while `process` runs or waits after `Retry`, and not
+   while state is rebuilt.
 4. `durable()` for `Own` only: the offsets below which everything is stored.
 5. `close()` once, at an orderly stop; only `durable()` is called afterwards.
 
@@ -145,7 +145,7 @@ class Emit(NamedTuple):
 class Batch:
     """Records of one topic, in order per partition, all decodable.
 
-    `events` are the typed values, decoded when they are first accessed; `table()` and `frame()` are the same by columns.
+    `events` are the typed values, decoded when they are first accessed, `table()` and `frame()` the same by columns.
     `next` is, per partition, the offset after the batch. It may be beyond the last record: transaction markers take
     offsets, too.
     """
@@ -260,7 +260,7 @@ class Health(Protocol):
         """Name a reason for not being ready, or withdraw the one of this subject."""
 
 
-class Member(ABC):
+class Member(ABC):  # noqa: B024  # its subclasses have abstract methods
     """What every consumer has. Errors other than the three above end the process; uncommitted work is redelivered."""
 
     emits: Sequence[Topic] = ()

@@ -20,7 +20,9 @@ __all__ = ["consume"]
 
 
 @click.command
-@click.option("--group", metavar="GROUP", help="Consumer group. [default: the topics' prefix and the name: bourse-NAME]")
+@click.option(
+    "--group", metavar="GROUP", help="Consumer group. [default: the topics' prefix and the name: bourse-NAME]"
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 100_000),
@@ -99,7 +101,7 @@ def _run(made: Any, name: str, cluster: Cluster, group: str | None, http: str | 
 
     def serve(suffix: str, health: Monitor) -> None:
         try:
-            _serve(parts[suffix], name + suffix, cluster, group + suffix, stop, health, **limits)
+            _serve(parts[suffix], cluster, group + suffix, name=name + suffix, stop=stop, monitor=health, **limits)
         except BaseException as error:  # raised by the main thread
             failures.append(error)
             stop.set()
@@ -121,7 +123,7 @@ def _run(made: Any, name: str, cluster: Cluster, group: str | None, http: str | 
 
 
 def _serve(
-    consumer: Any, name: str, cluster: Cluster, group: str, stop: threading.Event, monitor: Monitor, **limits: Any
+    consumer: Any, cluster: Cluster, group: str, *, name: str, stop: threading.Event, monitor: Monitor, **limits: Any
 ) -> None:
     """Run one consumer until it is stopped."""
     from bourse_consumers.api import MarketConsumer

@@ -24,9 +24,9 @@ from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Emit
 from bourse_consumers.records import Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import Poll, StreamBroken
-from bourse_consumers.transactions import ASK_SECONDS, HANG_SECONDS, REFUSED, Transactions, broken
+from bourse_consumers.transactions import ASK_SECONDS, HANG_SECONDS, Transactions
 from bourse_schemas.codec import Deserializer
-from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.reading import day_start, read
 from bourse_schemas.topics import DEAD_LETTERS, Topic
@@ -50,11 +50,11 @@ class KafkaStream:
     def __init__(
         self, cluster: Cluster, group: str, topics: Sequence[Topic], emits: Sequence[Topic], *, from_end: bool = False
     ) -> None:
-        self._cluster = cluster
+        self._cluster, self._group = cluster, group
         self._log = get_logger(group=group)
         names = [topic.full_name(cluster.prefix) for topic in topics]
         publishes = {*emits, DEAD_LETTERS}
-        cluster.require_topics([*names, *(topic.full_name(cluster.prefix) for topic in publishes)])
+        cluster.require_topics(names, [topic.full_name(cluster.prefix) for topic in publishes])
         self._registry = cluster.registry()
         self._decoders: dict[str, Deserializer[Any]] = {
             name: self._registry.deserializer(topic.event) for name, topic in zip(names, topics, strict=True)
@@ -71,7 +71,6 @@ class KafkaStream:
             enable_partition_eof=True,
             session_timeout_ms=SESSION_MS,
             max_poll_interval_ms=LONGEST_PROCESS_MS,
-            partition_assignment_strategy="range",
             error_cb=self._transactions.suspect,
             on_commit=self._on_commit,
         )
@@ -112,7 +111,7 @@ class KafkaStream:
             return Poll(assigned=assigned)
         if self._uncommitted is not None:
             error, self._uncommitted = self._uncommitted, None
-            raise broken(error)
+            raise self._broken(error)
         positions: dict[Partition, int] = {}
         good = [message for message in messages if message.error() is None]
         if len(good) < len(messages):
@@ -138,8 +137,10 @@ class KafkaStream:
                 positions[partition_of(message.topic(), message.partition())] = int(message.offset() or 0)
             elif error.fatal():
                 raise KafkaException(error)
-            elif error.code() in REFUSED or error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # its name
-                raise broken(error)
+            elif refusal := self._refusal(error, message.topic() or ""):
+                raise refusal
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # the client's public name for it
+                raise StreamBroken(error.str())
             else:
                 self._log.warning("kafka", error=error.str())
 
@@ -161,8 +162,7 @@ class KafkaStream:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._changed and not stopped():
             self._client.poll(min(left, 0.1))
-        if not self._changed:
-            self._client.resume(held)
+        self._client.resume(held)  # also after a rebalance: a partition that comes back would stay paused
         return not self._changed and not stopped()
 
     def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
@@ -188,7 +188,7 @@ class KafkaStream:
         try:
             self._client.commit(offsets=positions, asynchronous=True)
         except KafkaException as error:
-            raise broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
 
     def _on_commit(self, error: KafkaError | None, _: list[TopicPartition]) -> None:
         if error is not None and self._strict:
@@ -212,6 +212,12 @@ class KafkaStream:
         """Leave the group; not reaching the brokers does not hold it up."""
         abandon(self._client)
         self._transactions.close()
+
+    def _refusal(self, error: KafkaError, topic: str = "") -> ConfigurationError | None:
+        return self._cluster.refusal(error, topic=topic, group=self._group)
+
+    def _broken(self, error: KafkaError) -> BourseError:
+        return self._refusal(error) or StreamBroken(error.str())
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
@@ -265,7 +271,9 @@ class KafkaStream:
         self._next = dict(begin)
         self._assign()
         fresh = [partition for partition, at in committed.items() if at is None]
-        return Assignment(begin, lambda: self._day_start(committed), first, fresh=fresh, read=partial(read_events, self._cluster))
+        return Assignment(
+            begin, lambda: self._day_start(committed), first, fresh=fresh, read=partial(read_events, self._cluster)
+        )
 
     def _committed(self) -> list[TopicPartition]:
         """Return what the group has committed, after transactions that hold offsets of ours are settled."""
@@ -275,13 +283,15 @@ class KafkaStream:
             with deadline("committed", HANG_SECONDS):
                 return self._client.committed([TopicPartition(*partition) for partition in self._assigned], ASK_SECONDS)
         except KafkaException as error:
-            raise broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
 
     def _watermarks(self, partition: Partition) -> tuple[int, int]:
         return watermarks(self._client, partition)
+
     def _day_start(self, committed: dict[Partition, int | None]) -> dict[Partition, int]:
+        before: dict[tuple[str, int], int | None] = dict(committed.items())
         try:
-            return {Partition(*place): at for place, at in day_start(self._cluster, committed).items()}
+            return {Partition(*place): at for place, at in day_start(self._cluster, before).items()}
         except Unreachable as error:
             raise StreamBroken(str(error)) from error
 
@@ -292,7 +302,7 @@ def watermarks(client: Client, partition: Partition) -> tuple[int, int]:
         with deadline("get_watermark_offsets", HANG_SECONDS):
             return client.get_watermark_offsets(TopicPartition(*partition), ASK_SECONDS)
     except KafkaException as error:
-        raise broken(error.args[0]) from error
+        raise StreamBroken(error.args[0].str()) from error
 
 
 def read_events(cluster: Cluster, topic: Topic) -> Iterator[Any]:

@@ -7,24 +7,35 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Assignment, Batch, Consumer, Day, Emit, MarketConsumer, Rebuild, Resume, Start, WholePoll
-from bourse_consumers.records import Partition, Places, Record
+from bourse_consumers.api import (
+    Assignment,
+    Batch,
+    Consumer,
+    Day,
+    Emit,
+    MarketConsumer,
+    Rebuild,
+    Resume,
+    Start,
+    WholePoll,
+)
+from bourse_consumers.records import Offsets, Partition, Places, Record
 from bourse_consumers.runner import dead_letter
 from bourse_schemas.errors import Undecodable
-from bourse_schemas.events import TEHRAN, PollMarker, Reason, TradeEvent
-from bourse_schemas.topics import DEAD_LETTERS, POLLS
+from bourse_schemas.events import Event, PollMarker, Reason, TradeEvent
+from bourse_schemas.topics import DEAD_LETTERS, POLLS, Topic
 
 if TYPE_CHECKING:
     import polars as pl
 
     from bourse_consumers.columns import Decoded
 
-__all__ = ["Market", "Polls"]
+__all__ = ["Market", "MarketAssignment", "Polls"]
 
 # A poll that waits so long for its events is checked against the ends of the topic.
 CHECK_SECONDS = 5.0
@@ -44,11 +55,10 @@ class Polls:
     marker, and after markers of later polls.
     """
 
-    def __init__(
-        self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None], fraction: float = 1.0
-    ) -> None:
+    def __init__(self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None]) -> None:
         self._decode, self._columns = decode, columns
         self.letters: list[tuple[Record, str]] = []
+        self.incomplete = 0
         self.clear()
 
     def clear(self) -> None:
@@ -58,6 +68,7 @@ class Polls:
         self._newest: dict[Partition, int] = {}
         self._ready: dict[int, WholePoll] = {}
         self._taken = 0
+        self._checked = -1
         self._waiting_since: float | None = None
         self.letters.clear()
 
@@ -114,24 +125,35 @@ class Polls:
 
     def ready(self, limit: int) -> list[Record]:
         """Return the markers of the next polls that are complete, in order; `take` returns the polls."""
-        found = []
+        found: list[Record] = []
         while self._markers and len(found) < limit and self._missing(self._markers[0][1]) <= 0:
             found.append(self._next(complete=True))
         return found
 
-    def give_up(self) -> list[Record]:
+    def give_up(self) -> Record:
         """Return the marker of the next poll although events are missing."""
-        record, marker = self._markers[0]
+        _, marker = self._markers[0]
         get_logger().error("incomplete poll", poll_sequence=marker.poll_sequence, missing=self._missing(marker))
-        return [self._next(complete=False)]
+        self.incomplete += 1
+        return self._next(complete=False)
 
-    def overdue(self, now: float) -> bool:
-        """Return whether the next poll has waited so long for its events that it has to be checked."""
-        if not self._markers:
-            self._waiting_since = None
-        elif self._waiting_since is None:
+    def to_check(self, now: float) -> bool:
+        """Return whether the next poll has waited so long for its events that the topic's ends have to be asked for.
+
+        Then the caller asks, and calls `checked`; polls whose markers were read before need no other check.
+        """
+        if self._waiting_since is None:
             self._waiting_since = now
-        return self._waiting_since is not None and now - self._waiting_since >= CHECK_SECONDS
+        return not self.is_checked and now - self._waiting_since >= CHECK_SECONDS
+
+    def checked(self) -> None:
+        """Note that the ends were asked for after all markers here were read."""
+        self._checked = self._markers[-1][0].offset
+
+    @property
+    def is_checked(self) -> bool:
+        """Return whether the ends were asked for after the next poll's marker was read."""
+        return self._markers[0][0].offset <= self._checked
 
     def is_past(self, partition: Partition) -> bool:
         """Return whether an event of a poll after the next one was read from a partition."""
@@ -172,6 +194,16 @@ class Polls:
         return record
 
 
+class MarketAssignment(Assignment):
+    """The polls partition, for the active member: `day` is the Tehran date of the last committed poll."""
+
+    def __init__(
+        self, committed: Offsets, begin: Offsets, day: date | None, read: Callable[[Topic], Iterable[Event]]
+    ) -> None:
+        super().__init__(committed, lambda: begin, read=read)
+        self.day = day
+
+
 class Market(Consumer):
     """Hands whole polls to a market consumer, each once and in order, also when a batch of markers is retried."""
 
@@ -182,18 +214,17 @@ class Market(Consumer):
         self._consumer, self._polls, self._name = consumer, polls, name
         self.emits = consumer.emits
         self._active = False
-        self._next = 0
+        self._next = self._replayed = 0
         self._emits: list[Emit] = []
 
     def open(self, assigned: Assignment) -> Start:
         """Begin with the trading day under way; a member on standby has no partitions."""
         self._consumer.monitor = self.monitor
-        self._active, self._next, self._emits = bool(assigned), 0, []
+        self._active, self._next, self._replayed, self._emits = bool(assigned), 0, 0, []
         if not self._active:
             return Resume()
-        day, begin = assigned.day()
-        self._consumer.open(Day(day, assigned.read))
-        return Rebuild(begin)
+        self._consumer.open(Day(assigned.day if isinstance(assigned, MarketAssignment) else None, assigned.read))
+        return Rebuild(assigned.day_start())
 
     def process(self, batch: Batch) -> list[Emit]:
         """Hand on the polls of these markers."""
@@ -202,11 +233,17 @@ class Market(Consumer):
                 poll = self._polls.take(record.offset, replay=batch.replay)
                 self._emits += self._consumer.process_poll(poll) or ()
                 self._next = record.offset + 1
-        for record, why in self._polls.letters:
-            letter = dead_letter(record, Reason.UNDECODABLE, why, self._name, datetime.now(UTC))
-            self._emits.append(Emit(DEAD_LETTERS, letter))
-        self._polls.letters.clear()
         self._polls.done(self._next - 1)
+        if batch.replay:
+            self._replayed = batch.records[-1].timestamp
+            self._emits = []
+            return []
+        for record, why in self._polls.letters:
+            # Those of polls that are only replayed were published when they were processed.
+            if not record.timestamp or record.timestamp > self._replayed:
+                letter = dead_letter(record, Reason.UNDECODABLE, why, self._name, datetime.now(UTC))
+                self._emits.append(Emit(DEAD_LETTERS, letter))
+        self._polls.letters.clear()
         emits, self._emits = self._emits, []
         return emits
 

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 from bourse_cli.health import Monitor
@@ -146,6 +145,11 @@ class Runner:
         metrics = self._monitor.consumer
         self._rows_total, self._emitted_total = metrics.rows.labels(name), metrics.emitted.labels(name)
         self._letters_total, self._retries_total = metrics.dead_letters.labels(name), metrics.retries.labels(name)
+
+    @property
+    def owns_offsets(self) -> bool:
+        """Return whether the consumer stores its own offsets (`Own`)."""
+        return self._own
 
     def stop(self) -> None:
         """End after the batch in hand; may be called from any thread."""

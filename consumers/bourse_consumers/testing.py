@@ -1,17 +1,17 @@
-"""What a plug-in's author needs to test it without Kafka.
+"""Test a consumer without Kafka, with the real runner.
 
     memory = Memory()
     memory.append(trade(last_price=5500), trade(sequence=2, last_price=5800))
     run(MyConsumer(), memory)
     assert [emit.event.rule for emit in memory.emitted] == ["..."]
 
-`ConsumerContract` is a test suite to inherit from: it says whether a consumer keeps what the SDK promises through
-restarts, kills, rebalances, failed transactions and any size of batch.
+`ConsumerContract` is a test suite to inherit from: it checks that a consumer loses and repeats nothing through
+restarts, kills, rebalances, failed transactions, a second writer, bad records and any size of batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -19,14 +19,16 @@ from typing import Any
 
 from msgspec import structs
 
-from bourse_consumers.api import Assignment, Consumer, Emit, Offsets, Partition, Record
-from bourse_consumers.runner import NO_NOTES, Poll, Runner, StreamBroken
+from bourse_consumers.api import Assignment, Consumer, Emit, MarketConsumer, Offsets, Partition, Places, Record
+from bourse_consumers.market import Market, MarketAssignment, Polls
+from bourse_consumers.runner import Poll, Runner, StreamBroken
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
-from bourse_schemas.events import DeadLetter, Event, Op, TradeEvent
-from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic, event_id, topic_of
+from bourse_schemas.events import TEHRAN, DeadLetter, Event, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
+from bourse_schemas.topics import DEFAULT_PREFIX, POLLS, TOPICS, TRADES, Topic, event_id, topic_of
 
-__all__ = ["ConsumerContract", "Memory", "MemoryStream", "run", "trade"]
+__all__ = ["ConsumerContract", "Memory", "MemoryMarket", "MemoryStream", "marker", "run", "runner", "stream_of", "trade"]
 
+POLLS_0 = Partition(POLLS.full_name(), 0)
 # How often a consumer may ask to wait in a test.
 PATIENCE = 100
 SERIALIZERS: dict[type[Event], Serializer[Any]] = {
@@ -39,7 +41,7 @@ DECODERS: dict[str, Deserializer[Any]] = {
 
 
 def trade(**fields: Any) -> TradeEvent:
-    """Return a plausible TradeEvent; any field can be given, `event_id` follows from the others."""
+    """Return a plausible TradeEvent; any field can be given, `event_id` is derived from the others."""
     trading_day = fields.get("trading_day", date(2026, 11, 23))
     sequence = fields.get("sequence", 1)
     instrument = fields.get("instrument", "IRO1MADN0001")
@@ -73,11 +75,41 @@ def trade(**fields: Any) -> TradeEvent:
     return TradeEvent(**{**plausible, **fields})
 
 
-class Memory:
-    """A broker in memory: what was appended, what a group has committed, what was published.
+def marker(*events: TradeEvent, **fields: Any) -> PollMarker:
+    """Return a plausible marker of the poll that these events belong to; any field can be given."""
+    sequence = fields.get("poll_sequence", events[0].poll_sequence if events else 1)
+    at = fields.get("requested_at", events[0].observed_at if events else datetime(2026, 11, 23, 5, 30, tzinfo=UTC))
+    counts = {op: sum(event.op == op for event in events) for op in Op}
+    plausible: dict[str, Any] = {
+        "poll_sequence": sequence,
+        "simulated": False,
+        "source": "finnotech/trades-realtime",
+        "outcome": Outcome.PUBLISHED if events else Outcome.UNCHANGED,
+        "phase": Phase.OPEN,
+        "feed_state": FeedState.FRESH,
+        "session_day": at.astimezone(TEHRAN).date(),
+        "requested_at": at,
+        "received_at": at,
+        "next_poll_at": at + timedelta(minutes=1),
+        "day_final": False,
+        "rows": len(events),
+        "opened": counts[Op.OPENED],
+        "traded": counts[Op.TRADED],
+        "revised": counts[Op.REVISED],
+        "cancelled": counts[Op.CANCELLED],
+        "stale_rows": 0,
+        "rejected_rows": 0,
+        "duplicate_rows": 0,
+        "charged_calls": 1,
+    }
+    return PollMarker(**{**plausible, **fields})
 
-    With `markers` each append takes one offset more, as a transaction does: offsets have holes, and a partition's end
-    lies beyond its last record.
+
+class Memory:
+    """A broker in memory: what was appended, what the group has committed, what was published.
+
+    With `markers` each append takes one offset more, as a transaction does: offsets have holes, and the end of a
+    partition is beyond its last record.
     """
 
     def __init__(self, partitions: int = 1, *, markers: bool = False) -> None:
@@ -85,8 +117,9 @@ class Memory:
         self.markers = markers
         self.records: dict[Partition, list[Record | None]] = {}
         self.committed: dict[Partition, int] = {}
-        self.notes: dict[Partition, str] = {}
         self.emitted: list[Emit] = []
+        # Which assignment is the last one: the group refuses commits of earlier ones.
+        self.generation = 0
 
     def append(self, *events: Event, partition: int = 0) -> None:
         """Append events to a partition of their topic, as bytes."""
@@ -119,17 +152,18 @@ class Memory:
 
 
 class MemoryStream:
-    """One member reading everything in a Memory; see `bourse_consumers.runner.Stream`.
+    """One member that reads everything in a Memory; see `bourse_consumers.runner.Stream`.
 
-    `failing` says how many of the next commits fail; `waited` holds the seconds it was asked to wait, and did not.
+    `failing` is how many of the next commits fail; `waited` holds the seconds it was asked to wait, and did not.
     """
 
-    def __init__(self, memory: Memory, topics: Sequence[Topic]) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, topics: Sequence[Topic], *, from_end: bool = False) -> None:
+        self._memory, self._from_end = memory, from_end
         names = [topic.full_name() for topic in topics]
         self._partitions = [Partition(name, number) for name in names for number in range(memory.partitions)]
         self._next: dict[Partition, int] = {}
         self._changed = True
+        self._generation = 0
         self.failing = 0
         self.waited: list[float] = []
 
@@ -137,12 +171,8 @@ class MemoryStream:
         """Return the assignment, then what is there."""
         if self._changed:
             self._changed = False
-            self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
-            fresh = [partition for partition in self._partitions if partition not in self._memory.committed]
-            start = dict.fromkeys(self._partitions, 0)
-            notes = dict(self._memory.notes)
-            assigned = Assignment(self._next, lambda: start, notes=notes, fresh=fresh, read=self._memory.read)
-            return Poll(assigned=assigned)
+            self._generation = self._memory.generation = self._memory.generation + 1
+            return Poll(assigned=self._assignment())
         records: list[Record] = []
         positions: dict[Partition, int] = {}
         for partition in self._partitions:
@@ -155,8 +185,17 @@ class MemoryStream:
                 positions[partition] = self._next[partition]
         return Poll(records, positions)
 
+    def _assignment(self) -> Assignment:
+        if self._from_end:
+            for partition in self._partitions:
+                self._memory.committed.setdefault(partition, len(self._memory.records.get(partition, [])))
+        fresh = [partition for partition in self._partitions if partition not in self._memory.committed]
+        self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
+        start = dict.fromkeys(self._partitions, 0)
+        return Assignment(self._next, lambda: start, start, fresh=fresh, read=self._memory.read)
+
     def seek(self, offsets: Offsets) -> None:
-        """Go on from these offsets."""
+        """Continue at these offsets."""
         self._next.update(offsets)
 
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
@@ -166,39 +205,97 @@ class MemoryStream:
             raise AssertionError(f"the consumer has asked to wait {PATIENCE} times: does it ever get on?")
         return not self._changed and not stopped()
 
-    def commit(self, emits: Sequence[Emit], offsets: Offsets, notes: Mapping[Partition, str] = NO_NOTES) -> None:
+    def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
         """Publish and commit, at once."""
         if self.failing:
             self.failing -= 1
-            raise StreamBroken("told to fail")
+            raise StreamBroken("this commit was to fail")
+        if self._changed or self._generation != self._memory.generation:
+            raise StreamBroken("the group gave our partitions away")
         for topic, event in emits:
             SERIALIZERS[topic.event](event)  # what cannot be encoded could not be published
         self._memory.emitted += emits
         self._memory.committed.update(offsets)
-        self._memory.notes.update({partition: notes.get(partition, "") for partition in offsets})
 
     def hint(self, offsets: Offsets) -> None:
         """Commit for dashboards."""
         self._memory.committed.update(offsets)
 
     def reset(self) -> None:
-        """Begin with the same partitions anew, as after a rebalance or a failed transaction."""
+        """Begin with the same partitions again, as after a rebalance or a failed transaction."""
         self._changed = True
 
     def lag(self) -> int:
         """Return how many offsets were not read."""
         return sum(len(log) - self._next.get(partition, 0) for partition, log in self._memory.records.items())
 
-    def aging(self) -> float:
-        """Return 0: memory deletes nothing."""
-        return 0.0
-
     def close(self) -> None:
         """Do nothing."""
 
 
+class MemoryMarket(MemoryStream):
+    """The active member of a market consumer's group; a group without committed polls begins at their end."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory, [POLLS], from_end=True)
+        self._partitions = [POLLS_0]
+        self._trades: dict[Partition, int] = {}
+        self.polls = Polls(memory.decode, _columns)
+
+    def _assignment(self) -> Assignment:
+        self.polls.clear()
+        self._trades = {}
+        begun = super()._assignment()
+        last = [each for each in self._memory.records.get(POLLS_0, [])[: begun[POLLS_0]] if each is not None]
+        day = self._memory.decode(last[-1]).requested_at.astimezone(TEHRAN).date() if last else None
+        return MarketAssignment(begun, {POLLS_0: 0}, day, self._memory.read)
+
+    def poll(self, timeout: float, limit: int) -> Poll:
+        """Return the assignment, then the markers of whole polls; what is missing now is missing for good."""
+        poll = super().poll(timeout, 1_000_000)
+        if poll.assigned is not None:
+            return poll
+        self.polls.add_markers(poll.records)
+        for partition, log in self._memory.records.items():
+            if partition.topic == TRADES.full_name():
+                came = log[self._trades.get(partition, 0) :]
+                self._trades[partition] = len(log)
+                self.polls.add_trades([record for record in came if record is not None])
+        ready = self.polls.ready(limit)
+        if not ready and len(self.polls):
+            ready = [self.polls.give_up()]
+        at = ready[-1].offset + 1 if ready else self._next[POLLS_0]
+        return Poll(ready, {POLLS_0: at} if ready or not len(self.polls) else {})
+
+
+def _columns(places: Places) -> Any:
+    from bourse_consumers.columns import Columns
+
+    return Columns(DECODERS[TRADES.full_name()]).read(places)
+
+
+def runner(
+    consumer: Consumer | MarketConsumer, memory: Memory, *, batch_size: int = 1000, stream: MemoryStream | None = None
+) -> Runner:
+    """Return a runner of a consumer over what is in memory; `stream` is one that `stream_of` returned."""
+    stream = stream or stream_of(consumer, memory)
+    if isinstance(consumer, MarketConsumer):
+        if not isinstance(stream, MemoryMarket):
+            raise TypeError("a market consumer needs a MemoryMarket")
+        consumer = Market(consumer, stream.polls, "test")
+    return Runner(consumer, stream, memory.decode, name="test", batch_size=batch_size)
+
+
+def stream_of(consumer: Consumer | MarketConsumer, memory: Memory) -> MemoryStream:
+    """Return the stream that a consumer needs. A market consumer's group has committed polls: it gets all as new."""
+    if isinstance(consumer, MarketConsumer):
+        memory.committed.setdefault(POLLS_0, 0)
+        return MemoryMarket(memory)
+    return MemoryStream(memory, consumer.topics, from_end=consumer.from_end)
+
+
 def run(
-    consumer: Consumer,
+    consumer: Consumer | MarketConsumer,
     memory: Memory,
     *,
     batch_size: int = 1000,
@@ -207,42 +304,43 @@ def run(
 ) -> None:
     """Run a consumer over what is in memory, then stop it in good order.
 
-    With `rounds` it is dropped after so many rounds (an assignment or a batch each), as by kill -9.
+    With `rounds` it is dropped after that many rounds (an assignment or a batch each), as by kill -9.
     """
-    stream = stream or MemoryStream(memory, consumer.topics)
-    runner = Runner(consumer, stream, memory.decode, name="test", batch_size=batch_size)
+    stream = stream or stream_of(consumer, memory)
+    running = runner(consumer, memory, batch_size=batch_size, stream=stream)
     for _ in range(rounds) if rounds is not None else count():
         try:
-            if not runner.step() and rounds is None:
+            if not running.step() and rounds is None:
                 break
         except StreamBroken:
             stream.reset()
     if rounds is None:
-        runner.stop()
-        runner.run()
+        running.stop()
+        running.run()
 
 
 class ConsumerContract:
-    """Inherit from it, give `make` and `events`, and pytest runs the tests. A sink of its own also gives `outcome`.
+    """Inherit from it, implement `make` and `events`, and pytest runs the tests; a sink also implements `outcome`.
 
-    A consumer passes when what it brings about depends on the records alone: not on how they came in batches, nor on
-    stops, kills, rebalances and failed transactions in between.
+    A consumer passes if its outcome depends on the records alone: not on the size of batches, and not on stops, kills,
+    rebalances, failed transactions and second writers.
     """
 
-    def make(self, folder: Path) -> Consumer:
+    def make(self, folder: Path) -> Consumer | MarketConsumer:
         """Return a new consumer; `folder` is the same for one that takes over from another."""
         raise NotImplementedError
 
     def events(self) -> Sequence[Event]:
-        """Return events, of one topic, that make the consumer do something."""
+        """Return events that make the consumer do something; a poll's marker comes after its events."""
         raise NotImplementedError
 
-    def outcome(self, memory: Memory, folder: Path) -> object:  # noqa: ARG002  # a sink looks at its folder
-        """Return all that the consumer brought about: by default what it published."""
+    def outcome(self, memory: Memory, folder: Path) -> object:  # noqa: ARG002  # for sinks
+        """Return the consumer's whole outcome: by default what it published."""
         return [structs.astuple(emit.event) for emit in memory.emitted]
 
     def _memory(self, *, markers: bool = False) -> Memory:
         memory = Memory(markers=markers)
+        memory.committed[POLLS_0] = 0
         memory.append(*self.events())
         return memory
 
@@ -251,7 +349,7 @@ class ConsumerContract:
         run(self.make(folder), memory)
         return self.outcome(memory, folder)
 
-    def test_brings_something_about(self, tmp_path: Path) -> None:
+    def test_has_an_outcome(self, tmp_path: Path) -> None:
         """The other tests compare outcomes: an empty one would prove nothing."""
         assert self._expected(tmp_path)
 
@@ -273,7 +371,7 @@ class ConsumerContract:
             assert self.outcome(memory, folder) == expected, f"stopped after {split} events"
 
     def test_a_kill_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
-        """Dropped between any two batches, without a word, the outcome is that of an undisturbed run."""
+        """Killed between any two batches, the outcome is that of an undisturbed run."""
         expected = self._expected(tmp_path / "expected")
         for rounds in range(1, len(self.events()) + 2):
             memory, folder = self._memory(markers=True), tmp_path / str(rounds)
@@ -282,32 +380,72 @@ class ConsumerContract:
             assert self.outcome(memory, folder) == expected, f"killed after {rounds} rounds"
 
     def test_a_rebalance_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
-        """Opened anew between any two batches, it knows no more than what is committed or in its sink."""
+        """Opened again between any two batches, it knows only what is committed or in its sink."""
         expected = self._expected(tmp_path / "expected")
         for rounds in range(1, len(self.events()) + 2):
             memory, folder = self._memory(), tmp_path / str(rounds)
             consumer = self.make(folder)
-            stream = MemoryStream(memory, consumer.topics)
+            stream = stream_of(consumer, memory)
             run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
             stream.reset()
             run(consumer, memory, stream=stream)
             assert self.outcome(memory, folder) == expected, f"rebalanced after {rounds} rounds"
 
     def test_a_failed_transaction_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
-        """What could not be committed comes again, to a consumer that was opened anew."""
+        """What could not be committed is delivered again, after `open`."""
         expected = self._expected(tmp_path / "expected")
         for rounds in range(len(self.events()) + 1):
             memory, folder = self._memory(), tmp_path / str(rounds)
             consumer = self.make(folder)
-            stream = MemoryStream(memory, consumer.topics)
+            stream = stream_of(consumer, memory)
             run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
             stream.failing = 1
             run(consumer, memory, batch_size=1, stream=stream)
             assert self.outcome(memory, folder) == expected, f"failed after {rounds} rounds"
 
+    def test_a_redelivery_changes_nothing(self, tmp_path: Path) -> None:
+        """If the group's offsets are lost, a sink goes on at its own."""
+        expected = self._expected(tmp_path / "expected")
+        memory, folder = self._memory(), tmp_path / "found"
+        first = runner(self.make(folder), memory)
+        while first.step():
+            pass
+        first.stop()
+        first.run()
+        if first.owns_offsets:
+            memory.committed.clear()
+        run(self.make(folder), memory)
+        assert self.outcome(memory, folder) == expected
+
+    def test_two_writers_lose_and_repeat_nothing(self, tmp_path: Path) -> None:
+        """A member that does not know yet that it was replaced goes on; the group refuses its commits, not its sink's.
+
+        A sink with its own offsets has to notice that another writer was faster, and raise Reopen.
+        """
+        expected = self._expected(tmp_path / "expected")
+        for rounds in range(1, len(self.events()) + 2):
+            memory, folder = self._memory(markers=True), tmp_path / str(rounds)
+            old, new = (runner(self.make(folder), memory, batch_size=1) for _ in range(2))
+            for _ in range(rounds):
+                old.step()
+            new.step()
+            writers = [old, new]
+            for _ in range(len(self.events()) + 5):
+                for writer in list(writers):
+                    try:
+                        writer.step()
+                    except StreamBroken:  # the group refused the commit: nothing of this writer was kept
+                        writers.remove(writer)
+            for writer in writers:
+                writer.stop()
+                writer.run()
+            run(self.make(folder), memory)
+            assert self.outcome(memory, folder) == expected, f"a second writer after {rounds} rounds"
+
     def test_an_undecodable_record_does_not_stop_it(self, tmp_path: Path) -> None:
         """It becomes a dead letter, and the rest is consumed as if it were not there."""
         memory, folder = Memory(), tmp_path / "found"
+        memory.committed[POLLS_0] = 0
         events = self.events()
         memory.append(*events[:1])
         memory.append_bytes(type(events[0]), b"not ours")

@@ -15,12 +15,12 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from bourse_consumers.api import Emit
 from bourse_consumers.runner import StreamBroken
 from bourse_schemas.codec import Record
-from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.errors import BourseError
 from bourse_schemas.kafka import Cluster, abandon
-from bourse_schemas.topics import DEAD_LETTERS, Topic
+from bourse_schemas.topics import Topic
 from bourse_schemas.watchdog import deadline
 
-__all__ = ["ASK_SECONDS", "HANG_SECONDS", "REFUSED", "Transactions", "broken"]
+__all__ = ["ASK_SECONDS", "HANG_SECONDS", "Transactions"]
 
 TRANSACTION_MS = 10_000
 # The brokers abort a transaction after TRANSACTION_MS. Whether it was committed is not guessed: the next producer
@@ -30,12 +30,6 @@ COMMIT_SECONDS = 12.0
 ASK_SECONDS = 3.0
 # A call that takes so long hangs, and ends the process.
 HANG_SECONDS = 30.0
-REFUSED = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-}
 
 
 class Transactions:
@@ -52,6 +46,11 @@ class Transactions:
     def suspect(self, *_: object) -> None:
         """Note that the producer may be damaged: a broker was lost, or the group was rebalanced."""
         self._suspect = True
+
+    @property
+    def damaged(self) -> bool:
+        """Return whether the next transaction needs a new producer."""
+        return self._suspect or self._producer is None
 
     def poll(self) -> None:
         """Serve the producer's callbacks."""
@@ -70,12 +69,15 @@ class Transactions:
                     producer.init_transactions(ASK_SECONDS)
             except KafkaException as error:
                 abandon(producer)
-                raise broken(error.args[0]) from error
+                raise self._broken(error.args[0]) from error
             self._producer = producer
         return self._producer
 
     def commit(self, emits: Sequence[Emit], offsets: Sequence[TopicPartition], group: Any) -> None:
-        """Publish emits and commit offsets, all or nothing. Raises StreamBroken; BourseError if an emit is too large."""
+        """Publish emits and commit offsets, all or nothing.
+
+        Raises StreamBroken; BourseError if an emit is too large.
+        """
         records = [self._serializers[emit.topic](emit.event) for emit in emits]
         producer = self.prepare()
         self._too_large = None
@@ -85,7 +87,7 @@ class Transactions:
             self.close()
             if self._too_large:
                 raise BourseError(self._too_large) from error
-            raise broken(error.args[0]) from error
+            raise self._broken(error.args[0]) from error
 
     def close(self) -> None:
         """Abandon the producer; its successor settles a transaction that is open."""
@@ -129,9 +131,5 @@ class Transactions:
                 delivered(error.args[0], None)
                 raise
 
-
-def broken(error: KafkaError) -> BourseError:
-    """Return what a failed call means: refused by the brokers, or something that may work again."""
-    if error.code() in REFUSED:
-        return ConfigurationError(f"Kafka does not allow it: {error.str()}; see the ACLs of this user")
-    return StreamBroken(error.str())
+    def _broken(self, error: KafkaError) -> BourseError:
+        return self._cluster.refusal(error, "WRITE", transactional_id=self._id) or StreamBroken(error.str())

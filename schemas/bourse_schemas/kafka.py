@@ -10,7 +10,10 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+=======
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
@@ -361,22 +364,30 @@ def _is_mock(metadata: ClusterMetadata) -> bool:
     return metadata.controller_id not in metadata.brokers
 
 
-def abandon(client: Producer | Consumer) -> None:
-    """Close a client, whatever state it is in, within two seconds; an open transaction is aborted.
+class _Closable(Protocol):
+    def close(self) -> object: ...
+
+
+def abandon(*clients: _Closable) -> None:
+    """Close clients, whatever state they are in, within two seconds; an open transaction is aborted.
+>>>>>>> 4169a0c (The SDK has three starts and three exceptions, a batch holds one topic, market consumers get whole polls; a transactional producer is replaced after any loss of a broker; notifications are one runner per channel)
 
     Without a broker an abort would wait for ever. It is then left to the next producer of the same transactional id.
     """
     from confluent_kafka import KafkaException
 
-    def close() -> None:
+    def close(client: _Closable) -> None:
         # A fenced producer cannot abort, and need not: its successor did. The client warns of it, and makes a
         # SystemError of the warning if warnings are errors.
         with suppress(KafkaException, RuntimeWarning, SystemError):
             client.close()
 
-    closing = threading.Thread(target=close, daemon=True)
-    closing.start()
-    closing.join(ABANDON_SECONDS)
+    until = time.monotonic() + ABANDON_SECONDS
+    threads = [threading.Thread(target=close, args=(client,), daemon=True) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 class _Failures(logging.Handler):

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, time, timedelta
 from email import message_from_bytes
@@ -20,21 +19,18 @@ import pytest
 from aiosmtpd.controller import Controller
 from bidi import get_display
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from msgspec import structs
 
-from bourse_cli.health import Monitor
 from bourse_cli.root import bourse
-from bourse_consumers.api import Partition, Record
+from bourse_consumers.api import Partition
 from bourse_consumers.notify import words
 from bourse_consumers.notify.channels import Channel, load
 from bourse_consumers.notify.consumer import Notify
-from bourse_consumers.notify.lane import Kind, Lane, Message, Policy, Quiet
+from bourse_consumers.notify.policy import Kind, Message, Policy, Quiet, message
 from bourse_consumers.notify.sending import Apprised, NotSent, Sender, Webhook
 from bourse_consumers.notify.words import Manner, Text
 from bourse_consumers.runner import Runner
-from bourse_consumers.testing import Memory, MemoryStream
+from bourse_consumers.testing import Memory, MemoryStream, run, runner, stream_of
 from bourse_sandbox.kafka import free_port
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import (
@@ -51,7 +47,7 @@ from bourse_schemas.events import (
 from tests.web import Web, serving
 
 NOON = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)  # 12:00 in Tehran, 2 Azar 1405
-ALERTS_0, ALERTS_1 = Partition("bourse.alerts", 0), Partition("bourse.alerts", 1)
+ALERTS_0 = Partition("bourse.alerts", 0)
 FA, EN = Manner(), Manner("en", "en", "gregorian")
 MARKS = re.compile("[\u200f\u2066\u2068\u2069]")
 
@@ -174,226 +170,30 @@ def test_a_digest_counts_and_shows_the_most_urgent() -> None:
     assert lines[-1] == "… and 3 more"
 
 
-# --- lanes ------------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
-class Desk:
-    """A lane with a clock, which is handed alerts at offsets that count up."""
-
-    def __init__(self, policy: Policy | None = None, max_age: timedelta | None = timedelta(hours=1)) -> None:
-        self.lane = Lane(policy or Policy("desk"), frozenset({"desk", "mail"}), {ALERTS_0: 0, ALERTS_1: 0}, max_age)
-        self.now = NOON
-        self.offsets = {ALERTS_0: 0, ALERTS_1: 0}
-        self.lane._behind = False  # as after its first message
-
-    def take(self, *alerts: PriceAlert, partition: Partition = ALERTS_0) -> None:
-        for each in alerts:
-            self.lane.take(Record(partition, self.offsets[partition], 0, None, b"", {}), each, self.now)
-            self.offsets[partition] += 1
-
-    def due(self, seconds: float = 1) -> Message | None:
-        self.now += timedelta(seconds=seconds)
-        return self.lane.due(self.now)
-
-    def told(self, seconds: float = 1) -> tuple[Kind, list[str]] | None:
-        """Return the next message's kind and alerts, and let it have arrived."""
-        message = self.due(seconds)
-        if message is None:
-            return None
-        self.lane.done()
-        return message.kind, [each.alert_id for each in message.alerts]
-
-
-def test_what_fired_in_one_poll_is_one_message() -> None:
-    """Of all partitions; the next poll's is another."""
-    desk = Desk()
-    desk.take(alert(1, 7), alert(2, 7), alert(3, 8))
-    desk.take(alert(4, 7), partition=ALERTS_1)
-    assert desk.due(0.1) is None, "the rest of the poll may be on its way"
-    assert desk.told() == (Kind.ALERTS, ["alert-1", "alert-2", "alert-4"])
-    assert desk.told() == (Kind.ALERTS, ["alert-3"])
-    assert desk.told() is None
-
-
-def test_nothing_is_told_out_of_turn() -> None:
-    """An alert of the same poll behind one of another waits: how far a channel is, is an offset."""
-    desk = Desk()
-    desk.take(alert(1, 7), alert(2, 8), alert(3, 7))
-    assert desk.told() == (Kind.ALERTS, ["alert-1"])
-    assert desk.lane.progress() == {ALERTS_0: 1, ALERTS_1: 0}
-
-
-def test_progress_waits_for_what_is_in_hand() -> None:
-    """It moves when a message is done, beyond what the channel does not want."""
-    desk = Desk()
-    desk.take(alert(1, channels=["mail"]), alert(2), alert(3, channels=["mail"]))
-    assert desk.lane.progress()[ALERTS_0] == 1
-    assert desk.due()
-    assert desk.due() is None, "one at a time"
-    assert desk.lane.progress()[ALERTS_0] == 1
-    desk.lane.done()
-    assert desk.lane.progress()[ALERTS_0] == 3
-
-
-def test_what_was_told_before_is_passed_over() -> None:
-    """A lane that is ahead of the committed offset begins where it was."""
-    lane = Lane(Policy("desk"), frozenset({"desk"}), {ALERTS_0: 2}, None)
-    for offset in range(3):
-        lane.take(Record(ALERTS_0, offset, 0, None, b"", {}), alert(offset), NOON)
-    message = lane.due(NOON + timedelta(seconds=1))
-    assert message
-    assert [each.alert_id for each in message.alerts] == ["alert-2"]
-
-
-def test_what_a_lane_finds_at_its_start_is_one_message() -> None:
-    """What its predecessor had in hand comes again with whatever was read since; then all is as ever."""
-    desk = Desk()
-    desk.lane = Lane(Policy("desk"), frozenset({"desk"}), {ALERTS_0: 0, ALERTS_1: 0}, None)
-    desk.take(alert(1, 1), alert(2, 2))
-    assert desk.due(0.2) is None
-    desk.take(alert(3, 1), partition=ALERTS_1)
-    assert desk.due(0.2) is None, "there was more to read a moment ago"
-    assert desk.told(0.1) == (Kind.DIGEST, ["alert-1", "alert-2", "alert-3"])
-    desk.take(alert(4, 4), alert(5, 5))
-    assert desk.told() == (Kind.ALERTS, ["alert-4"])
-
-
-def test_a_digest_does_not_wait_for_ever() -> None:
-    """Alerts that never stop coming do not hold it back."""
-    desk = Desk()
-    desk.lane = Lane(Policy("desk"), frozenset({"desk"}), {ALERTS_0: 0, ALERTS_1: 0}, None)
-    for number in range(12):
-        desk.take(alert(number, number))
-        if message := desk.due(0.2):
-            break
-    assert message
-    assert len(message.alerts) == 5, "of one second"
-
-
-def test_the_limit_of_a_minute_and_the_digest_of_the_rest() -> None:
-    """Never more messages in any minute; what had to wait is told at once, and the time after it is as before."""
-    desk = Desk(Policy("desk", limit=2))
-    desk.take(*[alert(number, number) for number in range(6)])
-    assert desk.told() == (Kind.ALERTS, ["alert-0"])
-    assert desk.told() == (Kind.ALERTS, ["alert-1"])
-    assert desk.told() is None
-    assert desk.told(57) is None
-    assert desk.told(1) == (Kind.DIGEST, ["alert-2", "alert-3", "alert-4", "alert-5"])
-    desk.take(alert(8, 8))
-    assert desk.told() == (Kind.ALERTS, ["alert-8"])
-
-
-def test_one_group_that_had_to_wait_is_no_digest() -> None:
-    """A digest of one poll would say less than its message."""
-    desk = Desk(Policy("desk", limit=1))
-    desk.take(alert(1, 1), alert(2, 2))
-    assert desk.told()
-    assert desk.told() is None
-    assert desk.told(60) == (Kind.ALERTS, ["alert-2"])
-
-
-def test_quiet_hours_end_with_a_digest() -> None:
-    """Nothing leaves in them, nothing is lost: the lane stays where it was."""
-    desk = Desk(Policy("desk", quiet=Quiet(time(11), time(13))))
-    desk.take(alert(1, 1), alert(2, 2))
-    assert desk.told() is None
-    assert desk.lane.progress()[ALERTS_0] == 0
-    assert desk.told(3600) == (Kind.DIGEST, ["alert-1", "alert-2"])
-
-
-def test_quiet_hours_that_drop() -> None:
-    """What comes in them is done with."""
-    desk = Desk(Policy("desk", quiet=Quiet(time(11), time(13), drop=True)))
-    desk.take(alert(1, 1), alert(2, 2))
-    assert desk.told() is None
-    assert desk.lane.progress()[ALERTS_0] == 2
-    assert desk.told(3600) is None
+def test_what_is_in_hand_is_one_message() -> None:
+    """The alerts of one poll one by one, those of several polls as a digest, old ones as a count."""
+    old = NOON - timedelta(hours=2)
+    of_one, of_two = [alert(1), alert(2)], [alert(1), alert(2, 2)]
+    kinds = [
+        message(alerts, EN, alerts[0].raised_at, timedelta(hours=1)).kind
+        for alerts in (of_one, of_two, [alert(1, None), alert(2, None)])
+    ]
+    assert kinds == [Kind.ALERTS, Kind.DIGEST, Kind.ALERTS]
+    stale = message([alert(1, raised_at=old), alert(2, 2, raised_at=old)], EN, NOON, timedelta(hours=1))
+    assert (stale.kind, len(stale.alerts)) == (Kind.STALE, 2)
+    assert message(of_one, EN, NOON, None).id == message(of_one[::-1], EN, NOON, None).id
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "quiet"),
-    [(time(11), time(13), True), (time(12), time(13), True), (time(10), time(12), False), (time(21), time(7), False),
-     (time(21), time(12, 1), True), (time(12), time(7), True)],
-)  # fmt: skip
-def test_quiet_hours_are_those_of_tehran(start: time, end: time, quiet: bool) -> None:
-    """The end is out, and they may run over midnight."""
-    assert Quiet(start, end).holds(NOON) is quiet
-
-
-def test_what_is_old_when_it_is_read_is_summed_up() -> None:
-    """After an outage: one message for all of it, when all is read, and then the present."""
-    desk = Desk()
-    old = NOON - timedelta(hours=2)
-    desk.take(*[alert(number, number, raised_at=old) for number in range(5)])
-    assert desk.due(0.2) is None
-    desk.take(alert(5, 5, raised_at=old), alert(6, 6))
-    assert desk.due(0.2) is None, "there was more to read a moment ago"
-    message = desk.due(0.2)
-    assert message
-    assert message.kind is Kind.STALE
-    assert plain(message.text.title) == "📋 ۶ هشدار قدیمی فرستاده نشد"
-    assert "بیش از ۱ ساعت" in plain(message.text.body)
-    desk.lane.done()
-    assert desk.told() == (Kind.ALERTS, ["alert-6"])
-
-
-def test_a_channel_that_was_late_gets_the_rest_in_a_digest() -> None:
-    """What piled up while it took nothing does not storm."""
-    desk = Desk()
-    desk.take(*[alert(number, number) for number in range(4)])
-    assert desk.due()
-    desk.lane.done(late=True)
-    assert desk.told() == (Kind.DIGEST, ["alert-1", "alert-2", "alert-3"])
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    alerts=st.lists(
-        st.tuples(st.sampled_from([ALERTS_0, ALERTS_1]), st.integers(1, 4), st.sampled_from([False, False, True])),
-        min_size=5,
-        max_size=25,
-    ),
-    steps=st.lists(st.sampled_from(["take", "take", "take", "wait", "long", "late", "kill"]), min_size=10, max_size=60),
-    limit=st.integers(1, 3),
-    hours=st.sampled_from([None, Quiet(time(12, 1), time(12, 3))]),
+    ("start", "end", "hours"),
+    [(time(11), time(13), 1.0), (time(12), time(7), 19.0), (time(22), time(12, 30), 0.5), (time(13), time(11), 0.0)],
 )
-def test_whatever_happens_none_is_left_out_and_a_kill_repeats_one_message(
-    alerts: list[tuple[Partition, int, bool]], steps: list[str], limit: int, hours: Quiet | None
-) -> None:
-    """Alerts in any order of polls, old ones among them; what counts is how far a lane was when it was killed."""
-    policy = Policy("desk", limit=limit, quiet=hours)
-    desk, log = Desk(policy), dict[Partition, list[PriceAlert]]({ALERTS_0: [], ALERTS_1: []})
-    told, in_hand, kills = list[list[str]](), False, 0
-    for number, (partition, poll, old) in enumerate(alerts):
-        raised = NOON - timedelta(days=1) if old else NOON + timedelta(hours=1)
-        log[partition].append(alert(number, poll, raised_at=raised))
-    for step in [*steps, *["take"] * len(alerts), *["done", "wait"] * 100]:
-        if step == "take":
-            for partition, offset in desk.offsets.items():
-                desk.take(*log[partition][offset : offset + 1], partition=partition)
-        elif step == "kill":
-            # What was in hand had been handed over, and nobody knows.
-            start, read = desk.lane.progress(), dict(desk.offsets)
-            desk.lane = Lane(policy, frozenset({"desk"}), start, timedelta(hours=1))
-            desk.offsets, in_hand, kills = dict(start), False, kills + 1
-            # A successor reads what is there before it tells any of it.
-            for partition, end in read.items():
-                desk.take(*log[partition][start[partition] : end], partition=partition)
-        elif step in {"wait", "long"}:
-            if (message := desk.due(20 if step == "wait" else 120)) is not None:
-                assert not in_hand
-                told.append([each.alert_id for each in message.alerts])
-                in_hand = True
-        elif in_hand:
-            desk.lane.done(late=step == "late")
-            in_hand = False
-    assert {each for ids in told for each in ids} == {f"alert-{number}" for number in range(len(alerts))}
-    seen, repeated = set[str](), set[int]()
-    for index, ids in enumerate(told):
-        repeated.update([index] if not seen.isdisjoint(ids) else [])
-        seen.update(ids)
-    assert len(repeated) <= kills
-    assert desk.lane.progress() == {partition: len(each) for partition, each in log.items()}
+def test_quiet_hours_are_those_of_tehran(start: time, end: time, hours: float) -> None:
+    """At noon in Tehran; they may run over midnight."""
+    assert Quiet(start, end).seconds(NOON) == hours * 3600
 
 
 @pytest.mark.parametrize(
@@ -430,13 +230,9 @@ def web() -> Iterator[Web]:
         yield server
 
 
-def message(*alerts: PriceAlert) -> Message:
+def sent(*alerts: PriceAlert) -> Message:
     """Return the message about alerts."""
-    desk = Desk()
-    desk.take(*alerts)
-    found = desk.due()
-    assert found
-    return found
+    return message(alerts, FA, NOON, None)
 
 
 def test_mail_arrives_at_a_mail_server(wait_for: Callable[..., Any]) -> None:
@@ -452,7 +248,7 @@ def test_mail_arrives_at_a_mail_server(wait_for: Callable[..., Any]) -> None:
     server.start()
     try:
         url = f"mailto://127.0.0.1:{server.port}?from=bourse@example.ir&to=trader@example.ir&mode=insecure&format=text"
-        told = message(alert())
+        told = sent(alert())
         Apprised(url).send(told.text, told)
     finally:
         server.stop()
@@ -465,7 +261,7 @@ def test_mail_arrives_at_a_mail_server(wait_for: Callable[..., Any]) -> None:
 
 def test_ntfy_gets_what_was_written(web: Web) -> None:
     """One of Apprise's HTTP APIs, on a server of one's own."""
-    told = message(alert(severity=Severity.CRITICAL))
+    told = sent(alert(severity=Severity.CRITICAL))
     Apprised(web.url.replace("http", "ntfy") + "/metals").send(told.text, told)
     (body,) = web.bodies()
     assert (body["topic"], body["title"], body["message"]) == ("metals", told.text.title, told.text.body)
@@ -473,7 +269,7 @@ def test_ntfy_gets_what_was_written(web: Web) -> None:
 
 def test_no_picture_is_fetched_from_elsewhere(web: Web) -> None:
     """Services show what the message says, and nothing of Apprise's."""
-    told = message(alert())
+    told = sent(alert())
     Apprised("discord://4174216298/JHMHI8qBe7bk2ZwO5U711o3dV_js", address=web.url).send(told.text, told)
     assert b"http" not in web.asked[0].body
 
@@ -483,7 +279,7 @@ TOKEN = "123456789:AAAAbbbbCCCCddddEEEEffffGGGGhhhhIII"
 
 def test_a_bot_of_a_messenger_on_another_host(web: Web) -> None:
     """Messengers with Telegram's Bot API: the plug-in is Telegram's, the address the channel's."""
-    told = message(alert())
+    told = sent(alert())
     Apprised(f"tgram://{TOKEN}/4242", address=f"{web.url}/api").send(told.text, told)
     (asked,) = web.asked
     (body,) = web.bodies()
@@ -495,7 +291,7 @@ def test_a_bot_of_a_messenger_on_another_host(web: Web) -> None:
 def test_each_channel_has_its_own_proxy(web: Web) -> None:
     """One goes through it, another of the same process does not."""
     with serving() as proxy:
-        told = message(alert())
+        told = sent(alert())
         through = Apprised("ntfy://ntfy.example.ir/metals", proxy=proxy.url)
         direct = Apprised(web.url.replace("http", "ntfy") + "/metals")
         through.send(told.text, told)
@@ -509,7 +305,7 @@ def test_a_webhook_is_signed_and_can_be_told_from_a_repetition(web: Web) -> None
     """As Standard Webhooks has it; the alerts are those of the topic, field for field."""
     key = base64.b64encode(b"a key of some length").decode()
     hook = Webhook(f"{web.url}/hook", f"whsec_{key}")
-    told = message(alert(1), alert(2))
+    told = sent(alert(1), alert(2))
     hook.send(told.text, told)
     hook.send(told.text, told)
     (_, headers, body, _), (_, again, _, _) = web.asked
@@ -517,10 +313,7 @@ def test_a_webhook_is_signed_and_can_be_told_from_a_repetition(web: Web) -> None
     signature = base64.b64encode(hmac.digest(b"a key of some length", signed, "sha256")).decode()
     assert headers["webhook-signature"] == f"v1,{signature}"
     assert (
-        headers["Idempotency-Key"]
-        == headers["webhook-id"]
-        == again["Idempotency-Key"]
-        == message(alert(2), alert(1)).id
+        headers["Idempotency-Key"] == headers["webhook-id"] == again["Idempotency-Key"] == sent(alert(2), alert(1)).id
     )
     content = json.loads(body)
     assert [each["alert_id"] for each in content["alerts"]] == ["alert-1", "alert-2"]
@@ -539,7 +332,7 @@ def test_a_failure_says_why_and_shows_no_secret(web: Web) -> None:
         Webhook(f"{web.url}/secret-topic?token=passw0rd"),
         Webhook(f"{gone}/secret-topic?token=passw0rd"),
     ]
-    told = message(alert())
+    told = sent(alert())
     for way in ways:
         with pytest.raises(NotSent) as caught:
             way.send(told.text, told)
@@ -726,7 +519,7 @@ def test_a_channel_is_tried_out(web: Web, tmp_path: Path) -> None:
     assert plain(web.bodies()[0]["title"]) == "👋 پیام آزمایشی کانال desk"
     web.status = 500
     error = CliRunner().invoke(bourse, [*command, "desk"]).exception
-    assert str(error) == "channel desk does not take it: 127.0.0.1 answers 500 Internal Server Error"
+    assert str(error) == "channel desk does not accept it: 127.0.0.1 answers 500 Internal Server Error"
     error = CliRunner().invoke(bourse, [*command, "dekc"]).exception
     assert isinstance(error, ConfigurationError)
     assert "there are desk" in str(error)
@@ -736,171 +529,116 @@ def test_a_channel_is_tried_out(web: Web, tmp_path: Path) -> None:
 
 
 class Phone:
-    """A channel that keeps what it gets, or does not take it."""
+    """A channel that keeps what it gets, or does not accept it."""
 
     def __init__(self) -> None:
-        self.got: list[tuple[Text, Message | None]] = []
-        self.works = threading.Event()
-        self.works.set()
+        self.got: list[Message] = []
+        self.failing: NotSent | None = None
 
     def send(self, text: Text, message: Message | None = None) -> None:
-        if not self.works.is_set():
-            raise NotSent("it is switched off")
-        self.got.append((text, message))
+        if self.failing is not None:
+            raise self.failing
+        assert message is not None
+        self.got.append(message)
 
     def ids(self) -> list[list[str]]:
-        return [[each.alert_id for each in message.alerts] for _, message in self.got if message]
+        return [[each.alert_id for each in message.alerts] for message in self.got]
 
 
 class House:
-    """The consumer over a stream in memory, with channels that are phones."""
+    """A consumer for the channel `mail`, and another channel."""
 
-    def __init__(self, memory: Memory, patience: float = 60, **fallback: str) -> None:
-        self.memory = memory
-        self.phones = {"desk": Phone(), "mail": Phone()}
-        self.patience, self.fallback = timedelta(seconds=patience), fallback
-        self.consumer = Notify({})
-        self.start()
-
-    def start(self) -> None:
-        """Begin anew, as after a kill."""
-        for delivery in self.consumer._deliveries.values():
-            delivery.stop()
+    def __init__(self, patience: float = 60, fallback: str | None = None, **policy: Any) -> None:
+        self.memory, self.phones = Memory(), {"desk": Phone(), "mail": Phone()}
+        self.memory.committed[ALERTS_0] = 0
         channels = {
-            name: Channel(Policy(name, manner=EN), phone, self.fallback.get(name))
-            for name, phone in self.phones.items()
+            "desk": Channel(Policy("desk", manner=EN), self.phones["desk"]),
+            "mail": Channel(Policy("mail", manner=EN, **policy), self.phones["mail"], fallback),
         }
-        self.consumer = Notify(channels, max_age=None, patience=self.patience)
-        self.stream = MemoryStream(self.memory, self.consumer.topics)
-        # By the clock of `idle` nothing more of a poll is to be waited for.
-        ahead = lambda: datetime.now(UTC) + timedelta(seconds=1)  # noqa: E731
-        self.monitor = Monitor("notify")
-        self.runner = Runner(
-            self.consumer, self.stream, self.memory.decode, name="notify", now=ahead, monitor=self.monitor
-        )
+        self.consumer = Notify("mail", channels, max_age=None, patience=timedelta(seconds=patience), now=lambda: NOON)
 
-    def until(self, wait_for: Callable[..., Any], condition: Callable[[], Any]) -> None:
-        def turn() -> Any:
-            self.runner.step()
-            return condition()
-
-        wait_for(turn)
+    def run(self) -> MemoryStream:
+        stream = stream_of(self.consumer, self.memory)
+        run(self.consumer, self.memory, stream=stream)
+        return stream
 
 
-BOTH = ["desk", "mail"]
+def test_a_channel_gets_its_alerts_in_order_and_once() -> None:
+    """What it does not want is passed over; a restart repeats nothing."""
+    house = House()
+    house.memory.append(alert(1, channels=["mail"]), alert(2), alert(3, channels=["mail", "desk"]))
+    house.run()
+    house.run()
+    assert house.phones["mail"].ids() == [["alert-1", "alert-3"]]
+    assert house.phones["desk"].ids() == []
+    assert house.memory.committed == {ALERTS_0: 3}
 
 
-def test_a_channel_that_fails_holds_up_no_other(wait_for: Callable[..., Any]) -> None:
-    """The offset stays for it, the other goes on; after a kill neither is told twice, and none is left out."""
-    memory = Memory()
-    house = House(memory)
-    house.phones["mail"].works.clear()
-    memory.append(alert(1, 1, channels=BOTH))
-    house.until(wait_for, lambda: house.phones["desk"].ids() == [["alert-1"]])
-    memory.append(alert(2, 2, channels=BOTH))
-    house.until(wait_for, lambda: house.phones["desk"].ids() == [["alert-1"], ["alert-2"]])
-    house.until(wait_for, lambda: memory.notes.get(ALERTS_0) == '{"desk":2}')
-    assert memory.committed[ALERTS_0] == 0
-    assert house.monitor.reasons() == {"channel mail": "takes nothing: it is switched off"}
-    house.start()
-    house.phones["mail"].works.set()
-    memory.append(alert(3, 3, channels=BOTH))
-    house.until(wait_for, lambda: memory.committed[ALERTS_0] == 3)
-    assert house.phones["desk"].ids() == [["alert-1"], ["alert-2"], ["alert-3"]]
-    assert [each for told in house.phones["mail"].ids() for each in told] == ["alert-1", "alert-2", "alert-3"]
-    assert memory.notes[ALERTS_0] == ""
-    assert house.monitor.reasons() == {}
+def test_a_new_channel_begins_at_the_end() -> None:
+    """Nobody wants the alerts of a month at once."""
+    house = House()
+    house.memory.committed.clear()
+    house.memory.append(alert(1, channels=["mail"]))
+    house.run()
+    house.memory.append(alert(2, channels=["mail"]))
+    house.run()
+    assert house.phones["mail"].ids() == [["alert-2"]]
 
 
-def test_the_next_message_waits_for_the_commit_of_the_last(wait_for: Callable[..., Any]) -> None:
-    """Killed at any point, no channel is told more than one message twice."""
+def test_a_failure_that_passes_is_waited_for() -> None:
+    """The same message comes again, later."""
+    house = House()
+    house.phones["mail"].failing = NotSent("it is switched off")
 
-    class Watching(Phone):
-        def send(self, text: Text, message: Message | None = None) -> None:
-            uncommitted.append(len(self.got) - _progress(memory, "desk"))
-            super().send(text, message)
+    class Waiting(MemoryStream):
+        def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
+            house.phones["mail"].failing = None
+            return super().wait(seconds, stopped)
 
-    uncommitted: list[int] = []
-    memory = Memory()
-    memory.append(alert(1, 1))
-    house = House(memory)
-    house.phones["desk"] = Watching()
-    house.start()
-    house.until(wait_for, lambda: memory.committed.get(ALERTS_0) == 1)
-    memory.append(*[alert(number, number) for number in range(2, 8)])
-    house.until(wait_for, lambda: memory.committed[ALERTS_0] == 7)
-    assert house.phones["desk"].ids() == [[f"alert-{each}"] for each in range(1, 8)]
-    assert uncommitted == [0] * 7
+    house.memory.append(alert(1, channels=["mail"]))
+    stream = Waiting(house.memory, house.consumer.topics)
+    run(house.consumer, house.memory, stream=stream)
+    assert house.phones["mail"].ids() == [["alert-1"]]
+    assert len(stream.waited) == 1
 
 
-def _progress(memory: Memory, name: str) -> int:
-    """Return how many alerts a channel has been told, as far as is committed."""
-    noted = json.loads(memory.notes.get(ALERTS_0) or "{}")
-    return int(noted.get(name, memory.committed.get(ALERTS_0, 0)))
-
-
-def test_a_channel_that_fails_for_long_is_given_up_and_told_about_elsewhere(wait_for: Callable[..., Any]) -> None:
-    """Dead letters with the record's bytes, a message on another channel, and on with what comes."""
-    memory = Memory()
-    house = House(memory, patience=0.1, mail="desk")
-    house.phones["mail"].works.clear()
-    memory.append(alert(1, channels=["mail"]), alert(2, channels=["mail"]))
-    house.until(wait_for, lambda: memory.committed.get(ALERTS_0) == 2)
-    letters = [emit.event for emit in memory.emitted]
-    assert all(isinstance(letter, DeadLetter) for letter in letters)
+@pytest.mark.parametrize("permanent", [True, False])
+def test_what_cannot_be_delivered_goes_to_the_fallback_and_to_dead_letters(permanent: bool) -> None:
+    """The alert itself, with the record's bytes; and on with what comes."""
+    house = House(patience=60 if permanent else 0, fallback="desk")
+    house.phones["mail"].failing = NotSent("no such user", permanent=permanent)
+    house.memory.append(alert(1, channels=["mail"]), alert(2, channels=["mail"]))
+    house.run()
+    letters = [emit.event for emit in house.memory.emitted]
     for offset, letter in enumerate(letters):
         assert isinstance(letter, DeadLetter)
         assert (letter.reason, letter.stage, letter.consumer) == (Reason.NOTIFICATION_FAILED, Stage.NOTIFY, "notify")
-        assert letter.message == "channel mail: it is switched off"
-        record = memory.records[ALERTS_0][offset]
+        assert letter.message == "channel mail: no such user"
+        record = house.memory.records[ALERTS_0][offset]
         assert record
         assert (letter.original_offset, letter.payload) == (offset, record.value)
-    ((text, _),) = house.phones["desk"].got
-    assert plain(text.title) == "⚠️ Channel mail takes no messages"
-    assert "2 alerts" in plain(text.body)
-    assert "it is switched off" in plain(text.body)
-    house.phones["mail"].works.set()
-    memory.append(alert(3, channels=["mail"]))
-    house.until(wait_for, lambda: house.phones["mail"].ids() == [["alert-3"]])
+    assert len(letters) == 2
+    assert house.phones["desk"].ids() == [["alert-1", "alert-2"]]
+    assert house.memory.committed == {ALERTS_0: 2}
 
 
-def test_a_rule_that_names_a_channel_there_is_not(wait_for: Callable[..., Any]) -> None:
-    """It is got through, and goes where the unnamed go; nothing waits for it."""
-    memory = Memory()
-    memory.append(alert(1, channels=["dekc"]), alert(2, channels=["desk"]))
-    house = House(memory)
-    house.until(wait_for, lambda: memory.committed.get(ALERTS_0) == 2)
-    assert house.phones["desk"].ids() == [["alert-2"]]
+def exhaust(running: Runner) -> None:
+    while running.step():
+        pass
 
 
-def test_what_others_wrote_beside_the_offset_is_passed_over(wait_for: Callable[..., Any]) -> None:
-    """A note that is none of ours is as none."""
-    memory = Memory()
-    memory.append(alert(1), alert(2))
-    memory.committed[ALERTS_0], memory.notes[ALERTS_0] = 1, "{cut off"
-    house = House(memory)
-    house.until(wait_for, lambda: memory.committed[ALERTS_0] == 2)
-    assert house.phones["desk"].ids() == [["alert-2"]]
-
-
-def test_a_clean_stop_waits_for_what_is_on_its_way(wait_for: Callable[..., Any]) -> None:
-    """And commits it: nothing is told twice after a restart."""
-
-    class Slow(Phone):
-        def send(self, text: Text, message: Message | None = None) -> None:
-            sending.set()
-            let_go.wait(10)
-            super().send(text, message)
-
-    sending, let_go = threading.Event(), threading.Event()
-    memory = Memory()
-    memory.append(alert(1))
-    house = House(memory)
-    house.phones["desk"] = Slow()
-    house.start()
-    house.until(wait_for, sending.is_set)
-    threading.Timer(0.2, let_go.set).start()
-    house.runner.stop()
-    house.runner.run()
-    assert memory.committed[ALERTS_0] == 1
-    assert house.phones["desk"].ids() == [["alert-1"]]
+def test_quiet_hours_and_a_limit_hold_alerts_back() -> None:
+    """They wait with the offset, so that a restart does not lose them; or are dropped if the channel says so."""
+    for policy, waited in (({"quiet": Quiet(time(11), time(13))}, 3600), ({"limit": 1}, 60)):
+        house = House(**policy)
+        house.memory.append(alert(1, channels=["mail"]))
+        stream = stream_of(house.consumer, house.memory)
+        running = runner(house.consumer, house.memory, batch_size=1, stream=stream)
+        house.memory.append(alert(2, channels=["mail"]))
+        with pytest.raises(AssertionError, match="has asked to wait"):
+            exhaust(running)
+        assert stream.waited[0] == pytest.approx(waited, abs=1)
+    house = House(quiet=Quiet(time(11), time(13), drop=True))
+    house.memory.append(alert(1, channels=["mail"]))
+    house.run()
+    assert (house.phones["mail"].ids(), house.memory.committed) == ([], {ALERTS_0: 1})

@@ -23,6 +23,7 @@ from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Offsets, Own
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
+from bourse_consumers.transactions import Transactions
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.processes import Child, spawn
 from bourse_schemas import reading
@@ -259,21 +260,21 @@ def test_a_missing_subject_names_the_command_that_registers_it(kafka: Kafka, sma
         KafkaStream(cluster, GROUP, [TRADES], TOPICS)
 
 
-class Broken(KafkaStream):
+class Broken(Transactions):
     """Its transactions break: the first before it is committed, the second after."""
 
     transactions = 0
 
-    def _transact(self, producer: Producer, records: Any, positions: Any) -> None:
+    def _transact(self, producer: Producer, records: Any, offsets: Any, group: Any) -> None:
         self.transactions += 1
         if self.transactions == 1:
             producer.begin_transaction()
             for record in records:
                 producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
-            producer.send_offsets_to_transaction(positions, self._membership)
+            producer.send_offsets_to_transaction(offsets, group)
             producer.flush(10)
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
-        super()._transact(producer, records, positions)
+        super()._transact(producer, records, offsets, group)
         if self.transactions == 2:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
 
@@ -282,7 +283,8 @@ def test_a_broken_transaction_loses_and_repeats_nothing(cluster: Cluster, wait_f
     """Whether it was committed is not guessed: what is committed is read back."""
     publish(cluster, market(100))
     consumer = Copy()
-    stream = Broken(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+    stream._transactions = Broken(cluster, f"{cluster.prefix}-broken", [TRADES, DEAD_LETTERS])
     with running(cluster, consumer, stream):
         wait_for(lambda: consumer.opened >= 3 and len(committed(cluster, "copy")) >= 100, 30)
     assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(100))
@@ -408,17 +410,18 @@ from bourse_consumers.api import Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
+from bourse_consumers.transactions import Transactions
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TRADES
+from bourse_schemas.topics import DEAD_LETTERS, TRADES
 
 servers, registry, prefix, group, mark, where = sys.argv[1:]
 
-class Stream(KafkaStream):
-    def _transact(self, producer, records, positions):
+class Watched(Transactions):
+    def _transact(self, producer, records, offsets, group):
         producer.begin_transaction()
         for record in records:
             producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp)
-        producer.send_offsets_to_transaction(positions, self._membership)
+        producer.send_offsets_to_transaction(offsets, group)
         producer.flush(10)
         Path(mark).touch()
         if where == "transaction":
@@ -436,7 +439,9 @@ class Copy(Consumer):
         fields = "instrument", "sequence", "trading_day", "observed_at"
         return [Emit(TRADES, trade(source="copy", **{f: getattr(e, f) for f in fields})) for e in events]
 
-stream = Stream(Cluster(servers, registry, prefix), group, Copy.topics, Copy.emits)
+cluster = Cluster(servers, registry, prefix)
+stream = KafkaStream(cluster, group, Copy.topics, Copy.emits)
+stream._transactions = Watched(cluster, group + "-child", [TRADES, DEAD_LETTERS])
 Runner(Copy(), stream, stream.decode, name="child").run()
 """
 

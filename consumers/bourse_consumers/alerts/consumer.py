@@ -179,14 +179,7 @@ class Alerts(Consumer):
 def _split(
     batch: Batch, places: Places
 ) -> tuple[Iterable[tuple[Partition, Trade]], Iterable[tuple[Partition, PollMarker]]]:
-    """Return trades and markers with their partitions; all is decoded before any of it is folded."""
-    polls = {partition for partition in set(places.partitions) if partition.topic.endswith(f".{POLLS.name}")}
-    if not polls:
-        return zip(places.partitions, trades_of(batch.frame()), strict=True), ()
-    marked = [record for record in batch.records if record.partition in polls]
-    traded = [record for record in batch.records if record.partition not in polls]
-    markers = [(record.partition, batch.decode(record)) for record in marked]
-    if not traded:
-        return (), markers
-    rest = Batch(traded, batch.next, batch.replay, batch.decode, batch.columns)
-    return zip([record.partition for record in traded], trades_of(rest.frame()), strict=True), markers
+    """Return trades and markers with their partitions."""
+    if places.partitions[0].topic.endswith(f".{POLLS.name}"):
+        return (), zip(places.partitions, batch.events, strict=True)
+    return zip(places.partitions, trades_of(batch.frame()), strict=True), ()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["consume_notify", "notify"]
 
+
 class _Span(click.ParamType[timedelta]):
     name = "DURATION"
 
@@ -50,7 +51,11 @@ def _read_channels(path: Path) -> dict[str, Channel]:
 @click.command("notify")
 @channels_option
 @click.option(
-    "--max-age", type=SPAN, default="1h", show_default=True, help="Send only the number of alerts that are older than this when they are read."
+    "--max-age",
+    type=SPAN,
+    default="1h",
+    show_default=True,
+    help="Of alerts older than this when they are read, send only the number.",
 )
 @click.option(
     "--give-up",

@@ -98,6 +98,9 @@ def message(alerts: Sequence[PriceAlert], manner: Manner, now: datetime, max_age
     """Return alerts as one message: those of one poll one by one, those of several as a digest, old ones as a count."""
     if max_age is not None and all(now - alert.raised_at > max_age for alert in alerts):
         return Message(Kind.STALE, alerts, words.stale(alerts, manner, max_age))
-    if len({(alert.source, alert.poll_sequence, alert.poll_sequence is None and alert.raised_at) for alert in alerts}) > 1:
+    if (
+        len({(alert.source, alert.poll_sequence, alert.poll_sequence is None and alert.raised_at) for alert in alerts})
+        > 1
+    ):
         return Message(Kind.DIGEST, alerts, words.digest(alerts, manner))
     return Message(Kind.ALERTS, alerts, words.group(alerts, manner))
