@@ -26,7 +26,17 @@ from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.events import TEHRAN, DeadLetter, Event, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
 from bourse_schemas.topics import DEFAULT_PREFIX, POLLS, TOPICS, TRADES, Topic, event_id, topic_of
 
-__all__ = ["ConsumerContract", "Memory", "MemoryMarket", "MemoryStream", "marker", "run", "runner", "stream_of", "trade"]
+__all__ = [
+    "ConsumerContract",
+    "Memory",
+    "MemoryMarket",
+    "MemoryStream",
+    "marker",
+    "run",
+    "runner",
+    "stream_of",
+    "trade",
+]
 
 POLLS_0 = Partition(POLLS.full_name(), 0)
 # How often a consumer may ask to wait in a test.

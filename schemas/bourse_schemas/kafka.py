@@ -10,10 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-=======
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
@@ -370,7 +367,6 @@ class _Closable(Protocol):
 
 def abandon(*clients: _Closable) -> None:
     """Close clients, whatever state they are in, within two seconds; an open transaction is aborted.
->>>>>>> 4169a0c (The SDK has three starts and three exceptions, a batch holds one topic, market consumers get whole polls; a transactional producer is replaced after any loss of a broker; notifications are one runner per channel)
 
     Without a broker an abort would wait for ever. It is then left to the next producer of the same transactional id.
     """
