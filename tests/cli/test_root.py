@@ -75,7 +75,8 @@ def test_help_imports_nothing_heavy() -> None:
         if arguments == ["--help"]:
             assert not {"importlib.metadata", "msgspec", "tomllib", "zoneinfo"} & imported
             ours = {name for name in imported if name.startswith("bourse_") and "." in name}
-            assert ours == {"bourse_cli.root", "bourse_cli.configuration", "bourse_schemas.errors"}
+            empty = {"bourse_consumers.notify"}  # a package, imported to find the command inside it
+            assert ours - empty == {"bourse_cli.root", "bourse_cli.configuration", "bourse_schemas.errors"}
 
 
 def test_the_list_of_commands_shows_the_texts_of_the_commands() -> None:
