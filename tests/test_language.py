@@ -56,14 +56,7 @@ REWRITTEN_PAGES = (
     "docs/archive.md",
     "docs/consumers.md",
     "docs/benchmarks.md",
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
     "DECISIONS.md",
-    "docs/contract.md",
-    "docs/operate.md",
-    "docs/releasing.md",
-    "docs/reliability.md",
-    "docs/subscribe.md",
 )
 REWRITTEN_COMMANDS = (
     "alerts",

@@ -69,7 +69,7 @@ class Plan:
     "--print",
     "as_commands",
     is_flag=True,
-    help="Only print kafka-topics and kafka-configs commands, for whoever may create topics; Kafka is not asked.",
+    help="Only print kafka-topics and kafka-configs commands, for a person who may create topics; Kafka is not asked.",
 )
 @click.option(
     "--replication-factor",
