@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from bourse_cli.options import cluster_options
-from bourse_cli.tail import read_topic
 from bourse_schemas.errors import ConfigurationError, Undecodable
 from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
@@ -20,30 +21,21 @@ from bourse_schemas.topics import DEAD_LETTERS
 __all__ = ["dead_letters"]
 
 
-class Found(NamedTuple):
-    """A dead letter and its offset, by which it is named."""
+def _letters(cluster: Cluster, offset: int | None = None) -> Iterator[tuple[int, DeadLetter]]:
+    """Yield dead letters with their offsets, which name them; with `offset` only this one."""
+    from bourse_schemas.reading import read
 
-    offset: int
-    letter: DeadLetter
-
-
-def _letters(cluster: Cluster, chosen: dict[str, Any]) -> Iterator[Found]:
+    name = DEAD_LETTERS.full_name(cluster.prefix)
     decode = cluster.registry().deserializer(DeadLetter)
-    for message in read_topic(cluster, DEAD_LETTERS.full_name(cluster.prefix)):
-        value = message.value()
+    start = end = None
+    if offset is not None:
+        start = {(name, number): offset for number in range(cluster.require_topics([name])[name])}
+        end = dict.fromkeys(start, offset + 1)
+    for record in read(cluster, name, start=start, end=end):
         try:
-            letter = decode(value if isinstance(value, bytes) else None)
+            yield record.offset, decode(record.value)
         except Undecodable as error:
-            click.echo(f"{message.offset()}: {error}", err=True)
-            continue
-        day = chosen["day"]
-        if (
-            (chosen["stage"] in {None, letter.stage})
-            and (chosen["reason"] in {None, letter.reason})
-            and (chosen["consumer"] in {None, letter.consumer})
-            and (day is None or day <= letter.failed_at < day + timedelta(days=1))
-        ):
-            yield Found(int(message.offset() or 0), letter)
+            click.echo(f"{record.offset}: {error}", err=True)
 
 
 def _day(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
@@ -73,24 +65,42 @@ def dead_letters() -> None:
 
 @dead_letters.command("list")
 @_filters
-@click.option("--limit", type=click.IntRange(1), help="Only the newest N.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the newest N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, payloads as base64.")
 @cluster_options
-def list_letters(cluster: Cluster, *, limit: int | None, as_json: bool, **chosen: Any) -> None:
+def list_letters(
+    cluster: Cluster,
+    *,
+    limit: int | None,
+    as_json: bool,
+    stage: str | None,
+    reason: str | None,
+    consumer: str | None,
+    day: datetime | None,
+) -> None:
     """List dead letters, a line each, the newest last."""
     from bourse_schemas.codec import to_json
 
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
-    found = list(_letters(cluster, chosen))
-    if not found:
-        click.echo("none", err=True)
-    for offset, letter in found[-(limit or 0) :]:
+    found = (
+        (offset, letter)
+        for offset, letter in _letters(cluster)
+        if stage in {None, letter.stage}
+        and reason in {None, letter.reason}
+        and consumer in {None, letter.consumer}
+        and (day is None or day <= letter.failed_at < day + timedelta(days=1))
+    )
+    shown = False
+    for offset, letter in found if limit is None else deque(found, limit):
+        shown = True
         if as_json:
-            click.echo(to_json({"offset": offset, **_fields(letter)}))
+            click.echo(to_json({"offset": offset, **asdict(letter)}))
             continue
         who = letter.consumer or letter.stage
         line = f"{offset:>6}  {letter.failed_at:%Y-%m-%d %H:%M:%S}  {letter.reason}  {who}  {letter.origin}  "
         click.echo((line + letter.message)[:width])
+    if not shown:
+        click.echo("none", err=True)
 
 
 @dead_letters.command
@@ -99,28 +109,15 @@ def list_letters(cluster: Cluster, *, limit: int | None, as_json: bool, **chosen
 @cluster_options
 def show(cluster: Cluster, *, offset: int, raw: bool) -> None:
     """Show everything about one dead letter."""
-    (found,) = _named(cluster, [offset])
+    letter = next((letter for _, letter in _letters(cluster, offset)), None)
+    if letter is None:
+        raise ConfigurationError(f"no dead letter {offset}: `bourse dead-letters list` shows those that exist")
     if raw:
-        sys.stdout.buffer.write(found.letter.payload)
+        sys.stdout.buffer.write(letter.payload)
         return
-    for name, value in _fields(found.letter).items():
+    for name, value in asdict(letter).items():
         if value not in (None, {}):
             click.echo(f"{name:<18}{_text(value) if isinstance(value, bytes) else value}")
-
-
-def _named(cluster: Cluster, offsets: Sequence[int]) -> list[Found]:
-    wanted = set(offsets)
-    found = [each for each in _letters(cluster, dict.fromkeys(CHOICES)) if each.offset in wanted]
-    if missing := wanted - {each.offset for each in found}:
-        raise ConfigurationError(f"no dead letter {min(missing)}: `bourse dead-letters list` shows those there are")
-    return found
-
-
-CHOICES = ("stage", "reason", "consumer", "day")
-
-
-def _fields(letter: DeadLetter) -> dict[str, Any]:
-    return {name: getattr(letter, name) for name in letter.__struct_fields__}
 
 
 def _text(payload: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import lru_cache
@@ -118,6 +119,15 @@ class LazyGroup(click.Group):
         if ctx.parent is None and not {"-h", "--help"} & set(rest):
             check_environment(self, ctx, name, command, lambda text: click.echo(f"Warning: {text}", err=True))
         return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader of its output that goes away (`… | head`) ends it quietly."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Not even Python's flush at exit is to fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command; one whose import fails becomes a command that prints why."""

@@ -81,15 +81,14 @@ def _candles(cluster: Cluster) -> Iterator[Any]:
 
 
 def _records(cluster: Cluster, name: str, event: Any) -> Iterator[Any]:
-    from bourse_cli.tail import read_topic
+    from bourse_schemas.reading import read
 
     decode = cluster.registry().deserializer(event)
-    for message in read_topic(cluster, name):
-        value = message.value()
+    for record in read(cluster, name):
         try:
-            yield decode(value if isinstance(value, bytes) else None)
+            yield decode(record.value)
         except Undecodable as error:
-            click.echo(f"{name}-{message.partition()}-{message.offset()}: {error}", err=True)
+            click.echo(f"{name}-{record.place[1]}-{record.offset}: {error}", err=True)
 
 
 @alerts.command

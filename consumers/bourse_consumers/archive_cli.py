@@ -192,6 +192,8 @@ def _out(frame: Any, form: str, output: Path | None) -> None:
                 frame.drop(nested).write_csv(out)
             else:
                 frame.write_parquet(out)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise ConfigurationError(f"--output {output}: {error.strerror}") from error
 

@@ -22,7 +22,7 @@ from confluent_kafka.admin import ConfigResource, NewTopic, ResourceType  # type
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from bourse_cli.root import main
-from bourse_cli.tail import read_topic
+from bourse_consumers.testing import trade
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import Serializer, avro_schema
@@ -30,6 +30,7 @@ from bourse_schemas.compatibility import compatible
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable
 from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import read
 from bourse_schemas.registry import Registry
 from bourse_schemas.topics import DEAD_LETTERS, POLLS, TOPICS, TRADES
 
@@ -345,28 +346,31 @@ def test_tail_shows_what_is_committed(ready: Run, publish: Callable[..., None], 
     assert ready("tail", "dead-letters", "--exit-at-end") == (0, "", "")
 
 
-def test_what_is_on_the_wire_is_a_cloud_event_to_its_own_sdk(
-    ready: Run, publish: Callable[..., None], cluster: Cluster
-) -> None:
+@pytest.mark.usefixtures("ready")
+def test_what_is_on_the_wire_is_a_cloud_event_to_its_own_sdk(cluster: Cluster, small_registry: str) -> None:
     """CloudEvents 1.0, Kafka binding, binary mode: headers as the broker hands them out."""
-    publish([_letter(7)])
-    assert ready(*TAIL)[0] == 0
-    (message,) = read_topic(cluster, DEAD_LETTERS.full_name(cluster.prefix))
-    key, value, headers = message.key(), message.value(), dict(message.headers() or [])
-    assert isinstance(key, bytes)
-    assert isinstance(value, bytes)
-    parsed = from_binary(KafkaMessage(cast("Any", headers), key, value), cast("Format", _Avro()), CloudEvent)
+    event = trade()
+    sent = Registry(small_registry).serializer(TRADES, cluster.prefix)(event)
+    producer = cluster.transactional_producer(f"{cluster.prefix}-test")
+    producer.init_transactions(10)
+    producer.begin_transaction()
+    producer.produce(sent.topic, sent.value, sent.key, timestamp=sent.timestamp, headers=sent.headers)
+    producer.commit_transaction()
+    producer.close()
+    (record,) = read(cluster, sent.topic)
+    message = KafkaMessage(cast("Any", record.headers), record.key or b"", record.value or b"")
+    parsed = from_binary(message, cast("Format", _Avro()), CloudEvent)
     assert parsed.get_attributes() == {
         "specversion": "1.0",
-        "id": DEAD_LETTERS.identity(_letter(7)),
-        "source": DEAD_LETTERS.full_name(cluster.prefix),
-        "type": "ir.bourse.dead-letter.v1",
-        "time": NOW + timedelta(milliseconds=7),
-        "subject": "ours",
+        "id": event.event_id,
+        "source": event.source,
+        "type": "ir.bourse.trade.v1",
+        "time": event.observed_at,
+        "subject": event.instrument,
         "datacontenttype": "application/vnd.apache.avro",
-        "partitionkey": "ours",
+        "partitionkey": event.instrument,
     }
-    assert parsed.get_data() == value
+    assert parsed.get_data() == record.value
 
 
 class _Avro:
@@ -383,7 +387,6 @@ def test_json_and_metadata(ready: Run, publish: Callable[..., None], cluster: Cl
     assert (code, err, out.count("\n")) == (0, "", 1)
     instant = NOW.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     shown = json.loads(out)
-    headers = shown.pop("_headers")
     assert [name for name in shown if not name.startswith("_")] == list(DeadLetter.__struct_fields__)
     assert (shown["reason"], shown["payload"], shown["failed_at"]) == ("REJECTED", "AP8=", instant)
     assert {name: value for name, value in shown.items() if name.startswith("_")} == {
@@ -392,12 +395,25 @@ def test_json_and_metadata(ready: Run, publish: Callable[..., None], cluster: Cl
         "_offset": 0,
         "_timestamp": instant,
         "_key": "ours",
+        "_headers": {},
     }
-    assert (headers["ce_type"], headers["ce_time"]) == ("ir.bourse.dead-letter.v1", instant)
     plain = ready(*TAIL, "--with-metadata")[1]
     assert "message=n0" in plain
     assert "_offset=0" in plain
     assert "consumer=" not in plain
+
+
+def test_chosen_fields(ready: Run, publish: Callable[..., None]) -> None:
+    """Only these, in this order, null or not; the record's metadata can be chosen too; an unknown one is refused."""
+    publish([_letter(0), _letter(1)])
+    assert ready(*TAIL, "--fields", "message,consumer,reason")[1].splitlines() == [
+        "message=n0 consumer=- reason=REJECTED",
+        "message=n1 consumer=- reason=REJECTED",
+    ]
+    assert ready(*TAIL, "--fields", "_offset, message", "--json", "--limit", "1")[1] == '{"_offset":0,"message":"n0"}\n'
+    code, out, err = ready(*TAIL, "--fields", "mesage")
+    assert (code, out) == (2, "")
+    assert err == "Error: --fields: dead-letters has no field 'mesage'; did you mean message?\n"
 
 
 def test_key_and_limit(ready: Run, publish: Callable[..., None]) -> None:
