@@ -51,7 +51,7 @@ class _Alerts:
         return [f"--batch-size={1_000 if last else chance.choice([5, 50, 500])}"]
 
 
-def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
+def run(kills: int, seed: int, members: int, folder: Path, broker_restarts: bool = True) -> dict[str, Any]:
     """Do it; return what was found."""
     replay = Replay()
     replay.day(REAL_DAY)
@@ -59,7 +59,7 @@ def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
     trial = Trial(rules)
     expected = Counter(_said(alert) for event in replay.events for alert in trial.take(event))
     chance = random.Random(seed)  # repeatable on purpose
-    done: Counter[str] = Counter(kills=0, freezes=0)
+    done: Counter[str] = Counter(kills=0, freezes=0, broker_restarts=0)
     with ExitStack() as stack:
         broker = stack.enter_context(Kafka())
         cluster = Cluster(broker.bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos")
@@ -71,7 +71,7 @@ def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
             "BOURSE_REGISTRY_URL": cluster.registry_url,
             "BOURSE_TOPIC_PREFIX": cluster.prefix,
         }
-        group = Members(_Alerts(), environment, folder, chance)
+        group = Members(_Alerts(), environment, folder, chance, broker if broker_restarts else None)
         stack.callback(group.stop)
         fed = threading.Event()
         about = cluster, replay.events, kills * SECONDS_A_KILL, fed
@@ -100,6 +100,7 @@ def run(kills: int, seed: int, members: int, folder: Path) -> dict[str, Any]:
     return {
         "kills": done["kills"],
         "freezes": done["freezes"],
+        "broker_restarts": done["broker_restarts"],
         "expected": expected.total(),
         "found": found.total(),
         "lost": (expected - found).total(),
@@ -123,9 +124,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--broker-restarts", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bourse-chaos-alerts-") as folder:
-        result = run(given.kills, given.seed, given.members, Path(folder))
+        result = run(given.kills, given.seed, given.members, Path(folder), given.broker_restarts)
     print(json.dumps(result))
     return int(bool(result["lost"] or result["twice"] or result["wrong"]))
 

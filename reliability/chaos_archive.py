@@ -1,7 +1,8 @@
 """Archives that are killed and frozen while a day is produced: `make chaos-archive KILLS=200 SEED=1 SINK=parquet`.
 
-Members that are restarted join a group of their own, or the common one, by chance: so they need not wait for the
-sessions of the dead, and several write the same partitions at once, which is the worst there is for such a sink.
+The broker restarts now and then. Members that are restarted join a group of their own, or the common one, by chance: so
+they need not wait for the sessions of the dead, and several write the same partitions at once, which is the worst case
+for such a sink.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from bourse_consumers.archive.topic import read_topic, topics_of
 from bourse_consumers.postgres.proof import verify as verify_tables
 from bourse_consumers.postgres.sink import connect
 from bourse_consumers.postgres.tables import Tables
-from bourse_producer.replay import Replay
 from bourse_sandbox.kafka import Kafka, free_port
-from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TRADES
+from reliability import day
 
 __all__ = ["Members", "Options", "feed", "main", "run"]
 
 CONSUME = [sys.executable, "-m", "bourse_cli", "consume"]
 FREEZE_SHARE = 0.2
 LONGEST_FREEZE_SECONDS = 14.0
+BROKER_SHARE = 0.1
 SECONDS_A_KILL = 1.0
 SETTLE_SECONDS = 180.0
 
@@ -60,6 +61,7 @@ class Options:
     seed: int
     sink: str = "parquet"
     members: int = 3
+    broker_restarts: bool = True
 
 
 @contextmanager
@@ -161,8 +163,16 @@ class _Sink(Protocol):
 class Members:
     """The consumers: always as many as there should be, whatever is done to them."""
 
-    def __init__(self, sink: _Sink, environment: dict[str, str], folder: Path, chance: random.Random) -> None:
+    def __init__(
+        self,
+        sink: _Sink,
+        environment: dict[str, str],
+        folder: Path,
+        chance: random.Random,
+        broker: Kafka | None = None,
+    ) -> None:
         self._sink, self._environment, self._folder, self._chance = sink, environment, folder, chance
+        self._broker = broker
         self._children: list[tuple[Child, ExitStack]] = []
         self._number = 0
         self.thaws: list[tuple[float, Child]] = []
@@ -185,7 +195,12 @@ class Members:
         self._children.append((child, stack))
 
     def strike(self) -> str:
-        """Kill one, or freeze it for a while."""
+        """Kill one, or freeze it for a while; with a broker, restart that sometimes."""
+        if self._broker is not None and self._chance.random() < BROKER_SHARE:
+            self._chance.choice([self._broker.kill, self._broker.stop])()
+            time.sleep(self._chance.uniform(0, 2))
+            self._broker.start()
+            return "broker_restarts"
         at = self._chance.randrange(len(self._children))
         child, stack = self._children[at]
         if self._chance.random() < FREEZE_SHARE and all(child is not frozen for _, frozen in self.thaws):
@@ -224,14 +239,12 @@ class Members:
 
 def run(options: Options, folder: Path) -> dict[str, Any]:
     """Do it; return what was found."""
-    replay = Replay()
-    replay.day(REAL_DAY)
+    events = day.expected_events()
     chance = random.Random(options.seed)  # repeatable on purpose
-    done: Counter[str] = Counter(kills=0, freezes=0)
+    done: Counter[str] = Counter(kills=0, freezes=0, broker_restarts=0)
     with ExitStack() as stack:
-        cluster = Cluster(
-            stack.enter_context(Kafka()).bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos"
-        )
+        broker = stack.enter_context(Kafka())
+        cluster = Cluster(broker.bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos")
         apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
         cluster.registry().register_all(cluster.prefix)
         environment = {
@@ -248,11 +261,11 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             environment |= reach
             os.environ.update(reach)
             sink = _Files("s3://lake/archive" if reach else str(folder / "archive"), folder)
-        members = Members(sink, environment, folder, chance)
+        members = Members(sink, environment, folder, chance, broker if options.broker_restarts else None)
         stack.callback(members.stop)
         fed = threading.Event()
         seconds = options.kills * SECONDS_A_KILL
-        feeder = threading.Thread(target=feed, args=(cluster, replay.events, seconds, fed), daemon=True)
+        feeder = threading.Thread(target=feed, args=(cluster, events, seconds, fed), daemon=True)
         feeder.start()
         for _ in range(options.members):
             members.start()
@@ -267,7 +280,7 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             raise SystemExit("the day could not be produced")
         members.stop()
         members.start("last")
-        expected = {event.event_id for event in replay.events}
+        expected = {event.event_id for event in events}
         until = time.monotonic() + SETTLE_SECONDS
         while sink.count() < len(expected) and time.monotonic() < until:
             time.sleep(0.5)
@@ -277,6 +290,7 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
         "sink": options.sink,
         "kills": done["kills"],
         "freezes": done["freezes"],
+        "broker_restarts": done["broker_restarts"],
         "rows": found.total(),
         "expected": len(expected),
         "lost": len(expected - found.keys()),
@@ -287,20 +301,12 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def feed(cluster: Cluster, events: Sequence[TradeEvent], seconds: float, fed: threading.Event) -> None:
-    """Publish the day, a transaction a poll, in about so many seconds."""
+    """Publish the day's events, a transaction for each poll, within about this time; brokers may restart meanwhile."""
     serializer = cluster.registry().serializer(TRADES, cluster.prefix)
-    producer = cluster.transactional_producer(f"{cluster.prefix}-feeder")
-    producer.init_transactions(30)
-    polls = [list(group) for _, group in groupby(events, key=lambda event: event.poll_sequence)]
-    for poll in polls:
-        producer.begin_transaction()
-        for event in poll:
-            record = serializer(event)
-            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
-        producer.commit_transaction()
-        time.sleep(seconds / len(polls))
-    producer.close()
-    fed.set()
+    polls = [
+        [serializer(event) for event in group] for _, group in groupby(events, key=lambda each: each.poll_sequence)
+    ]
+    day.feed(cluster, polls, seconds, fed)
 
 
 def main() -> int:
@@ -310,10 +316,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sink", choices=["parquet", "s3", "postgres"], default="parquet")
     parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--broker-restarts", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bourse-chaos-archive-") as folder:
         try:
-            result = run(Options(given.kills, given.seed, given.sink, given.members), Path(folder))
+            result = run(Options(**vars(given)), Path(folder))
         except subprocess.SubprocessError as error:
             raise SystemExit(str(error)) from error
     print(json.dumps(result))
