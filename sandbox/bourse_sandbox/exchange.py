@@ -22,10 +22,12 @@ from uuid import uuid4
 import click
 import msgspec
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from bourse_cli.options import stop_on_signals
 from bourse_sandbox.faults import PEEK, Fault, Faults
@@ -106,12 +108,12 @@ class PollClock:
         self._polls += 1
 
 
-class _Refused(Exception):
+class _Refused(HTTPException):
     """A call the exchange answers with an error body."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        super().__init__(status, message)
+        self.code = code
 
 
 def _invalid(message: str) -> _Refused:
@@ -122,17 +124,6 @@ def _remember(known: dict[str, T], key: str, value: T, most: int) -> None:
     known[key] = value
     if len(known) > most:
         del known[next(iter(known))]
-
-
-class _Timed(Response):
-    """A response that reports when its last byte was handed to the socket."""
-
-    sent: Callable[[], None] | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(scope, receive, send)
-        if self.sent is not None:
-            self.sent()
 
 
 class _TokenRequest(msgspec.Struct):
@@ -184,11 +175,9 @@ class PracticeExchange:
             Route("/bourse/v2/clients/{client_id}/trades/realtime", self._realtime),
             Route("/bourse/v2/clients/{client_id}/realTimeTrades", self._realtime),
             Route("/practice/state", self._state),
-            Route("/{path:path}", self._unknown),
         ]
-        self._faults = Faults(
-            Starlette(routes=routes), [Fault.parse(fault) for fault in faults], forget=self._forget, seed=seed
-        )
+        app = Starlette(routes=routes, exception_handlers={HTTPException: self._refuse})
+        self._faults = Faults(app, [*map(Fault.parse, faults)], forget=self._forget, seed=seed)
         self.app: ASGIApp = self._faults if faults else self._faults.app
 
     def _forget(self, refreshes: bool) -> None:
@@ -212,30 +201,26 @@ class PracticeExchange:
     async def _state(self, request: Request) -> Response:
         return self._respond(request, msgspec.json.encode(self.state()))
 
-    async def _unknown(self, request: Request) -> Response:
-        return self._refuse(request, _Refused(404, "NOT_FOUND", "there is no such service"))
-
-    def _respond(self, request: Request, body: bytes, status: int = 200) -> _Timed:
-        now = self._clock.now()
-        date_header = format_datetime(now.astimezone(UTC), usegmt=True)
+    def _respond(
+        self, request: Request, body: bytes, status: int = 200, sent: BackgroundTask | None = None
+    ) -> Response:
+        date_header = format_datetime(self._clock.now().astimezone(UTC), usegmt=True)
         headers = {"Date": date_header, "Content-Type": "application/json; charset=utf-8"}
         if len(body) > 1_000 and _GZIP.search(request.headers.get("accept-encoding", "")):
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
-        return _Timed(body, status, headers)
+        return Response(body, status, headers, background=sent)
 
-    def _refuse(self, request: Request, refused: _Refused) -> Response:
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        status, message = getattr(error, "status_code", 500), getattr(error, "detail", "")
         body = {
             "status": "FAILED",
             "trackId": request.query_params.get("trackId") or uuid4().hex,
-            "error": {"code": refused.code, "message": refused.message},
+            "error": {"code": getattr(error, "code", "NOT_FOUND"), "message": message},
         }
-        return self._respond(request, msgspec.json.encode(body), refused.status)
+        return self._respond(request, msgspec.json.encode(body), status)
 
     async def _token(self, request: Request) -> Response:
-        try:
-            return self._respond(request, msgspec.json.encode(self._grant(request, await request.body())))
-        except _Refused as refused:
-            return self._refuse(request, refused)
+        return self._respond(request, msgspec.json.encode(self._grant(request, await request.body())))
 
     def _grant(self, request: Request, body: bytes) -> dict[str, Any]:
         kind, _, credentials = request.headers.get("authorization", "").partition(" ")
@@ -277,12 +262,6 @@ class PracticeExchange:
         }
         return {"result": result, "status": "DONE"}
 
-    async def _realtime(self, request: Request) -> Response:
-        try:
-            return self._answer(request)
-        except _Refused as refused:
-            return self._refuse(request, refused)
-
     def _authorise(self, request: Request, scope: str) -> None:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         grant = self._grants.get(token)
@@ -293,7 +272,7 @@ class PracticeExchange:
         if scope not in grant.scopes:
             raise _Refused(403, "FORBIDDEN", f"the token has no scope {scope}")
 
-    def _answer(self, request: Request) -> Response:
+    async def _realtime(self, request: Request) -> Response:
         successor = request.url.path.endswith("/realTimeTrades")
         self._authorise(request, SUCCESSOR_SCOPE if successor else SCOPE)
         query = request.query_params
@@ -365,10 +344,11 @@ class PracticeExchange:
         first, second = ids if self.calls % 2 else reversed(ids)
         key = b'responseCode":"FN-BRSE-20000000000","status' if successor else b"state"
         body = b'{"trackId":"%b","result":%b,"trackId":"%b","%b":"DONE"}' % (first, result, second, key)
-        response = self._respond(request, body)
-        if counted:
-            response.sent = lambda: _remember(self._sent, track_id, time.time_ns() / 1e6, 1_000)
-        return response
+
+        async def sent() -> None:  # runs when the last byte was handed to the socket
+            _remember(self._sent, track_id, time.time_ns() / 1e6, 1_000)
+
+        return self._respond(request, body, sent=BackgroundTask(sent) if counted else None)
 
     def _whole_market(self, rights: bool) -> bytes:
         rows = self._market.rows(self._clock.now(), rights)

@@ -27,7 +27,6 @@ Compatible = Callable[[dict[str, Any], list[dict[str, Any]]], list[str]]
 """Return why a new schema is not fully compatible with older ones: messages, none if it is."""
 
 _LEVELS = ("NONE", "BACKWARD", "BACKWARD_TRANSITIVE", "FORWARD", "FORWARD_TRANSITIVE", "FULL", "FULL_TRANSITIVE")
-_GLOBAL = ""  # the "subject" whose level applies to all that have none of their own
 
 
 def serve_registry(
@@ -35,7 +34,7 @@ def serve_registry(
 ) -> Server:
     """Start a registry on 127.0.0.1, by default on a free port, and return when it answers.
 
-    `compatible` decides what may be registered; BACKWARD and FORWARD ask it as FULL does, which is stricter. Raises
+    `compatible` decides what may be registered: every level but NONE is as strict as FULL_TRANSITIVE. Raises
     ConfigurationError if the port is taken or the file was not written by a registry.
     """
     registry = _Registry(file, compatible)
@@ -46,10 +45,7 @@ def serve_registry(
         ("GET", "/subjects/{subject}/versions", registry.versions),
         ("POST", "/subjects/{subject}/versions", registry.register),
         ("GET", "/subjects/{subject}/versions/{version}", registry.version),
-        ("POST", "/compatibility/subjects/{subject}/versions", registry.check),
         ("POST", "/compatibility/subjects/{subject}/versions/{version}", registry.check),
-        ("GET", "/config", registry.level),
-        ("PUT", "/config", registry.set_level),
         ("GET", "/config/{subject}", registry.level),
         ("PUT", "/config/{subject}", registry.set_level),
     ]
@@ -66,15 +62,13 @@ class _Registry:
         self._compatible = compatible
         self._schemas: list[str] = []  # as first registered; the one with id 1 first
         self._subjects: dict[str, list[int]] = {}  # ids; version 1 first
-        self._levels: dict[str, str] = {_GLOBAL: "FULL_TRANSITIVE"}
+        self._levels: dict[str, str] = {}
         if file is not None and file.exists():
             try:
                 kept = json.loads(file.read_text(encoding="utf-8"))
                 self._schemas, self._subjects, self._levels = kept["schemas"], kept["subjects"], kept["levels"]
             except (OSError, ValueError, KeyError, TypeError):
-                raise ConfigurationError(
-                    f"{file} is not a schema registry: remove it, or choose another file"
-                ) from None
+                raise ConfigurationError(f"{file} is not a schema registry: remove it, or choose another") from None
 
     def schema(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
         if not 1 <= at["id"] <= len(self._schemas):
@@ -90,10 +84,8 @@ class _Registry:
     def version(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
         ids, text = self._ids(at), at["version"]
         version = len(ids) if text in {"latest", "-1"} else int(text) if text.isdecimal() else 0
-        if version < 1:
-            raise _Refused(42202, f"The specified version '{text}' is not a valid version id")
-        if version > len(ids):
-            raise _Refused(40402, f"Version {version} not found.")
+        if not 1 <= version <= len(ids):
+            raise _Refused(40402, f"Version {text} not found.")
         return self._entry(at, ids[version - 1])
 
     def lookup(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
@@ -117,24 +109,20 @@ class _Registry:
         return {"id": number}
 
     def check(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-        one = "version" in at
-        ids = [self.version(at, body)["id"]] if one else self._subjects.get(at["subject"], [])
-        faults = self._faults(at["subject"], _schema_in(body), ids)
+        faults = self._faults(at["subject"], _schema_in(body), [self.version(at, body)["id"]])
         return {"is_compatible": not faults, "messages": faults}
 
     def level(self, at: dict[str, Any], _: dict[str, Any]) -> dict[str, str]:
-        subject = at.get("subject", _GLOBAL)
-        inherits = at.get("defaultToGlobal", "").lower() == "true"
-        level = self._levels.get(subject, self._levels[_GLOBAL] if inherits else None)
-        if level is None:
+        subject = at["subject"]
+        if subject not in self._levels:
             raise _Refused(40408, f"Subject '{subject}' does not have subject-level compatibility configured")
-        return {"compatibilityLevel": level}
+        return {"compatibilityLevel": self._levels[subject]}
 
     def set_level(self, at: dict[str, Any], body: dict[str, Any]) -> dict[str, str]:
         level = body.get("compatibility")
         if level not in _LEVELS:
             raise _Refused(42203, f"Invalid compatibility level. Valid values are {', '.join(_LEVELS)}")
-        self._levels[at.get("subject", _GLOBAL)] = level
+        self._levels[at["subject"]] = level
         self._save()
         return {"compatibility": level}
 
@@ -154,11 +142,8 @@ class _Registry:
         return next((number for number, text in texts if json.dumps(json.loads(text), sort_keys=True) == wanted), 0)
 
     def _faults(self, subject: str, schema: dict[str, Any], ids: list[int]) -> list[str]:
-        level = self._levels.get(subject, self._levels[_GLOBAL])
-        if level == "NONE" or not ids:
-            return []
-        chosen = ids if level.endswith("_TRANSITIVE") else ids[-1:]
-        return self._compatible(schema, [json.loads(self._schemas[number - 1]) for number in chosen])
+        olds = [json.loads(self._schemas[number - 1]) for number in ids]
+        return self._compatible(schema, olds) if olds and self._levels.get(subject) != "NONE" else []
 
     def _save(self) -> None:
         if self._file is not None:

@@ -130,14 +130,12 @@ def test_a_file_that_is_no_registry_is_the_operators_to_mend(tmp_path: Path) -> 
         serve_registry(file=file)
 
 
-def test_global_and_subject_levels(small_registry: str) -> None:
-    """A subject without a level of its own is a 40408, unless the global one is asked for."""
-    assert httpx.get(f"{small_registry}/config").json() == {"compatibilityLevel": "FULL_TRANSITIVE"}
+def test_the_level_of_a_subject(small_registry: str) -> None:
+    """A subject without a level of its own is a 40408; an unknown level is a 42203."""
     assert httpx.get(f"{small_registry}/config/s").json()["error_code"] == 40408
-    assert (
-        httpx.get(f"{small_registry}/config/s?defaultToGlobal=true").json()["compatibilityLevel"] == "FULL_TRANSITIVE"
-    )
-    assert httpx.put(f"{small_registry}/config", json={"compatibility": "FOO"}).json()["error_code"] == 42203
+    assert httpx.put(f"{small_registry}/config/s", json={"compatibility": "FOO"}).json()["error_code"] == 42203
+    httpx.put(f"{small_registry}/config/s", json={"compatibility": "FULL"}).raise_for_status()
+    assert httpx.get(f"{small_registry}/config/s").json() == {"compatibilityLevel": "FULL"}
 
 
 @pytest.mark.parametrize(
