@@ -56,7 +56,6 @@ REWRITTEN_PAGES = (
     "docs/archive.md",
     "docs/consumers.md",
     "docs/benchmarks.md",
-    "DECISIONS.md",
 )
 REWRITTEN_COMMANDS = (
     "alerts",
