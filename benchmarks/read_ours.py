@@ -46,9 +46,9 @@ def make(kind: str, where: str) -> Consumer:
         schema = f"ours_{uuid4().hex[:8]}"
         consumer = archive_postgres.main(["--dsn", where, "--schema", schema, "--apply-schema"], standalone_mode=False)
     else:
-        from bourse_consumers.alerts.plugin import alerts
+        from bourse_consumers.alerts.command import consume
 
-        consumer = alerts.main(["--rules", where], standalone_mode=False)
+        consumer = consume.main(["--rules", where], standalone_mode=False)
     return consumer
 
 

@@ -45,11 +45,12 @@ def write(path: Path, symbols: Iterable[str], foreign: int = 0) -> Path:
 
 def _five(name: int, group: int, match: str) -> list[str]:
     what = parameters(group)
+    percent, level = what["percent"], what["level"]
     tests = [
-        f"type: change, percent: {what['percent']}, window: 5m, resolve: {{percent: {what['percent'] / 2}}}",
-        f"type: crossing, level: {what['level']}, resolve: {{amount: 0}}",
-        f"type: band, low: {what['low']}, high: {what['high']}, resolve: {{amount: 0}}",
-        f"type: volume, shares: {what['shares']}",
-        f"type: value, rial: {what['rial']}",
+        f'when: "abs(percent(last_price, 5m)) >= {percent}", until: "abs(percent(last_price, 5m)) < {percent / 2}"',
+        f'when: "crossed_up(last_price, {level}) or crossed_down(last_price, {level})"',
+        f"when: last_price < {what['low']} or last_price > {what['high']}",
+        f"when: volume >= {what['shares']}",
+        f"when: value >= {what['rial']}",
     ]
     return [f"  - {{name: r{name}-{number}, {test}, match: {{{match}}}}}" for number, test in enumerate(tests)]

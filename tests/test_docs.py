@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from bourse_cli.root import bourse
-from bourse_consumers.alerts.ruleset import load
-from bourse_consumers.alerts.trial import cases
+from bourse_consumers.alerts.rules_file import RuleFiles
 from bourse_consumers.archive.parquet import ParquetArchive
 from bourse_consumers.archive.store import Folder
 from bourse_consumers.testing import Memory
@@ -27,7 +26,6 @@ from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
-from bourse_schemas.events import AlertKind
 from bourse_schemas.topics import TOPICS
 
 ROOT = Path(__file__).parent.parent
@@ -219,15 +217,14 @@ def test_the_plug_in_of_the_pages_is_the_example() -> None:
 
 
 def test_rules_in_the_manual_are_rules(tmp_path: Path) -> None:
-    """The manual's rules have every type and pass the manual's cases; the example is one that the alerts take."""
+    """The manual's rules and its table are read without a mistake, and so are the examples."""
     manual = FENCE.findall((ROOT / "docs" / "alerts.md").read_text("utf-8"))
-    rules, tests = (block for language, block in manual if language == "yaml")
+    (rules,) = (block for language, block in manual if language == "yaml")
+    (table,) = (block for language, block in manual if language == "csv")
     (tmp_path / "rules.yaml").write_text(rules, "utf-8")
-    (tmp_path / "cases.yaml").write_text(tests, "utf-8")
-    found = load(tmp_path / "rules.yaml")
-    assert {rule.kind for rule in found} == {*AlertKind} - {AlertKind.UNKNOWN}
-    assert [wrong for _, wrong in cases(tmp_path / "cases.yaml", found)] == [[], []]
-    assert load(ROOT / "examples" / "rules.yaml")
+    (tmp_path / "levels.csv").write_text(table, "utf-8")
+    assert {rule.scope for rule in RuleFiles([tmp_path / "rules.yaml"]).rules} == {"instrument", "market", "feed"}
+    assert len(RuleFiles([ROOT / "examples" / "rules.yaml"]).rules) == 12
 
 
 @pytest.mark.kafka

@@ -34,7 +34,6 @@ from bourse_schemas.events import (
     PollMarker,
     PriceAlert,
     TradeEvent,
-    Unit,
 )
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
@@ -327,15 +326,14 @@ def _poll_line(view: View, marker: PollMarker) -> str:
 
 
 def _alert_line(alert: PriceAlert) -> str:
-    what = [_observed(alert), alert.rule, alert.condition, alert.symbol or ""]
+    what = [_observed(alert), alert.rule, alert.when, alert.symbol or ""]
     about = alert.instrument or alert.source
     return f"{_clock(alert.raised_at)} {alert.state} {about} " + "; ".join(_fit(part, 200) for part in what if part)
 
 
 def _observed(alert: PriceAlert) -> str:
-    if alert.observed is None:
-        return f"{alert.price:,}" if alert.price is not None else ""
-    return f"{alert.observed:+.2f} %" if alert.unit is Unit.PERCENT else f"{alert.observed:,.10g}"
+    """Return the first quantity that the rule compares."""
+    return next((f"{value:,.10g}" for value in alert.values.values()), "")
 
 
 # --- screen -----------------------------------------------------------------------------------------------------------
@@ -466,7 +464,7 @@ def _event_row(event: TradeEvent) -> tuple[Cell, ...]:
 def _alert_row(alert: PriceAlert) -> tuple[Cell, ...]:
     state = ("● FIRING" if alert.state is AlertState.FIRING else f"○ {alert.state}", STYLES.get(alert.state, ""))
     what = _clock(alert.raised_at), state, alert.instrument or alert.source
-    return *what, _observed(alert), _number(alert.price), alert.rule, alert.symbol or alert.condition
+    return *what, _observed(alert), _number(alert.last_price), alert.rule, alert.symbol or alert.when
 
 
 def render(view: View, width: int, height: int, now: float) -> list[Text]:

@@ -16,7 +16,6 @@ import msgspec
 
 __all__ = [
     "TEHRAN",
-    "AlertKind",
     "AlertState",
     "Candle",
     "DeadLetter",
@@ -29,10 +28,10 @@ __all__ = [
     "PriceAlert",
     "Reason",
     "ResolvedBy",
+    "Scope",
     "Severity",
     "Stage",
     "TradeEvent",
-    "Unit",
     "tidy",
 ]
 
@@ -90,20 +89,6 @@ class AlertState(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
-class AlertKind(StrEnum):
-    """What kind of rule raised an alert."""
-
-    CHANGE = "CHANGE"
-    CROSSING = "CROSSING"
-    BAND = "BAND"
-    VOLUME = "VOLUME"
-    VALUE = "VALUE"
-    CANCELLED = "CANCELLED"
-    QUIET = "QUIET"
-    FEED = "FEED"
-    UNKNOWN = "UNKNOWN"
-
-
 class Severity(StrEnum):
     """How urgent a rule's author finds it."""
 
@@ -113,15 +98,12 @@ class Severity(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
-class Unit(StrEnum):
-    """Unit of an alert's observed value and threshold."""
+class Scope(StrEnum):
+    """What an alert's rule judges."""
 
-    PERCENT = "PERCENT"
-    RIAL = "RIAL"
-    SHARES = "SHARES"
-    COUNT = "COUNT"
-    SECONDS = "SECONDS"
-    NONE = "NONE"
+    INSTRUMENT = "INSTRUMENT"
+    MARKET = "MARKET"
+    FEED = "FEED"
     UNKNOWN = "UNKNOWN"
 
 
@@ -129,6 +111,7 @@ class ResolvedBy(StrEnum):
     """What ended an alert's episode."""
 
     CONDITION = "CONDITION"
+    DAY_END = "DAY_END"
     RULE_REMOVED = "RULE_REMOVED"
     UNKNOWN = "UNKNOWN"
 
@@ -236,32 +219,28 @@ class PollMarker(Event, frozen=True, kw_only=True, gc=False):
 
 
 class PriceAlert(Event, frozen=True, kw_only=True, gc=False):
-    """An alert raised or resolved."""
+    """The begin or end of an alert's episode."""
 
     alert_id: str
     state: AlertState
-    kind: AlertKind
     rule: str
-    rule_version: str
+    title: str | None = None
     severity: Severity
+    scope: Scope
     trading_day: date
     source: str
     instrument: str | None = None
     symbol: str | None = None
-    title: str | None = None
-    event_id: str | None = None
-    poll_sequence: int | None = None
-    condition: str
-    observed: float | None = None
-    threshold: float | None = None
-    unit: Unit
-    price: int | None = None
-    reference_price: int | None = None
+    instrument_title: str | None = None
+    poll_sequence: int
+    when: str
+    values: dict[str, float]
+    last_price: int | None = None
     traded_at: datetime | None = None
-    started_at: datetime
+    since: datetime
     raised_at: datetime
     resolved_by: ResolvedBy | None = None
-    message: str | None = None
+    message: dict[str, str] | None = None
     labels: dict[str, str]
     channels: list[str]
 

@@ -34,15 +34,14 @@ from bourse_consumers.testing import Memory, MemoryStream, run, runner, stream_o
 from bourse_sandbox.kafka import free_port
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import (
-    AlertKind,
     AlertState,
     DeadLetter,
     PriceAlert,
     Reason,
     ResolvedBy,
+    Scope,
     Severity,
     Stage,
-    Unit,
 )
 from tests.web import Web, serving
 
@@ -54,7 +53,7 @@ MARKS = re.compile("[\u200f\u2066\u2068\u2069]")
 
 def alert(number: int = 1, poll: int | None = 1, **fields: Any) -> PriceAlert:
     """Return an alert of a poll, with an id of its own."""
-    plausible = {"alert_id": f"alert-{number}", "poll_sequence": poll, "channels": ["desk"]}
+    plausible = {"alert_id": f"alert-{number}", "poll_sequence": poll, "channels": ["desk"], "title": None}
     return structs.replace(words.example(NOON), **{**plausible, **fields})
 
 
@@ -68,24 +67,26 @@ def plain(text: str) -> str:
 
 def test_an_alert_in_persian() -> None:
     """Persian digits and separators, the day of the Jalali calendar, the time of Tehran."""
-    text = words.group([alert(observed=-3.25, price=1_205_488)], FA)
+    text = words.group([alert()], FA)
     assert plain(text.title) == "🔵 ومعادن fast-move"
-    assert plain(text.body) == ("تغییر قیمت -۳٫۲۵٪ (آستانه +۳٪)، قیمت ۱٬۲۰۵٬۴۸۸، ۱۲:۰۰:۰۰\n۱۴۰۵/۰۹/۰۲")
+    assert plain(text.body) == "۳٫۲ درصد در پنج دقیقه، اکنون ۵٬۴۸۸، ۱۲:۰۰:۰۰\n۱۴۰۵/۰۹/۰۲"
 
 
 def test_an_alert_in_english() -> None:
     """With the digits and the calendar of the language, unless told."""
     text = words.group([alert()], EN)
-    assert plain(text.body) == ("change +3.2% (threshold +3%), price 5,488, 12:00:00\n2026-11-23")
+    assert plain(text.body) == "3.2 % in five minutes, now 5,488, 12:00:00\n2026-11-23"
     mixed = words.group([alert()], Manner("en", "fa", "jalali"))
-    assert plain(mixed.body).endswith("price ۵٬۴۸۸, ۱۲:۰۰:۰۰\n۱۴۰۵/۰۹/۰۲")
+    assert plain(mixed.body).endswith("now 5,488, ۱۲:۰۰:۰۰\n۱۴۰۵/۰۹/۰۲")
 
 
 def test_persian_reads_right() -> None:
     """On the screen, by Unicode's algorithm: from the right, with numbers and Latin words in their own direction."""
     for english_digits in (False, True):
         manner = Manner("fa", "en" if english_digits else "fa", "jalali")
-        line = words.group([alert(observed=-3.25)] * 2, manner).body.splitlines()[0]
+        line = words.group(
+            [alert(title="fast-move", message={"fa": manner.ltr("-3.25%" if english_digits else "-۳٫۲۵٪")})] * 2, manner
+        ).body.splitlines()[0]
         shown = MARKS.sub("", get_display(line, base_dir=None))
         number, at = ("-3.25%", "12:00:00") if english_digits else ("-۳٫۲۵٪", "۱۲:۰۰:۰۰")
         assert number in shown
@@ -99,13 +100,16 @@ def test_persian_reads_right() -> None:
 
 def test_without_the_marks_persian_would_read_wrong() -> None:
     """The test above can fail."""
-    line = plain(words.group([alert(observed=-3.25)] * 2, FA).body.splitlines()[0])
+    line = plain(words.group([alert(message={"fa": f"تغییر {FA.ltr('-۳٫۲۵٪')}"})] * 2, FA).body.splitlines()[0])
     assert "-۳٫۲۵٪" not in get_display(line, base_dir=None)
 
 
 def test_the_authors_own_message_is_the_text() -> None:
-    """The rule's template, filled in, stands in the place of what was measured."""
-    text = words.group([alert(message="همین حالا\nببین")], FA)
+    """In the language of the channel, on one line; in another one if it has no other."""
+    text = words.group([alert(message={"fa": "همین حالا\nببین"})], FA)
+    assert (
+        words.group([alert(message={"fa": "ببین"})], EN).body == words.group([alert(message={"en": "ببین"})], EN).body
+    )
     assert plain(text.body).startswith("همین حالا ببین، ۱۲:۰۰:۰۰")
 
 
@@ -118,11 +122,11 @@ def test_the_end_of_an_alert() -> None:
 
 
 def test_an_alert_of_the_feed_says_what_is_wrong() -> None:
-    """Nothing is measured there; the rule's condition stands for it, in a Persian line too."""
-    feed = alert(kind=AlertKind.FEED, symbol=None, instrument=None, observed=None, price=None, condition="feed is DOWN")
+    """Without a message the rule's expression is printed, in a Persian line too."""
+    feed = alert(scope=Scope.FEED, symbol=None, instrument=None, title=None, message=None, when="feed_state == DOWN")
     text = words.group([feed], FA)
     assert plain(text.title) == "🔵 sample fast-move"
-    assert plain(text.body).startswith("جریان داده (feed is DOWN)، ۱۲:۰۰:۰۰")
+    assert plain(text.body).startswith("feed_state == DOWN، ۱۲:۰۰:۰۰")
 
 
 def test_a_channels_template() -> None:
@@ -136,17 +140,15 @@ def test_a_channels_template() -> None:
 
 @pytest.mark.parametrize("manner", [FA, EN], ids=["fa", "en"])
 def test_every_alert_can_be_written(manner: Manner) -> None:
-    """Of any kind, unit and state, with everything absent that may be."""
+    """Of any scope and state, with everything absent that may be."""
     bare = dict.fromkeys(
-        ("instrument", "symbol", "title", "event_id", "poll_sequence", "observed", "threshold", "price")
+        ("instrument", "symbol", "title", "instrument_title", "last_price", "traded_at", "resolved_by", "message")
     )
-    for kind in AlertKind:
-        for unit in Unit:
-            for state in AlertState:
-                for fields in ({}, bare):
-                    changed = structs.replace(alert(kind=kind, unit=unit, state=state), **fields)
-                    text = words.group([changed], manner)
-                    assert "None" not in text.title + text.body
+    for scope in Scope:
+        for state in AlertState:
+            for fields in ({}, bare):
+                text = words.group([structs.replace(alert(scope=scope, state=state), **fields)], manner)
+                assert "None" not in text.title + text.body
 
 
 def test_many_of_one_poll() -> None:
@@ -404,17 +406,17 @@ channels:
         )
     said = str(caught.value)
     for expected in (
-        "channels.yaml:2: defaults.langauge: unknown key; did you mean language?",
-        "channels.yaml:5: channels.plain.url: this is a secret: say {env: NAME}",
-        "channels.yaml:6: channels.both: give either url",
-        "channels.yaml:7: channels.few.limit: Input should be greater",
-        "channels.yaml:16: none: is there twice",
+        "channels.yaml:2:12: defaults.langauge: unknown key; did you mean language?",
+        "channels.yaml:5:5: channels.plain.url: this is a secret: say {env: NAME}",
+        "channels.yaml:6:3: channels.both: give either url",
+        "channels.yaml:7:9: channels.few.limit: Input should be greater",
+        "channels.yaml:16:3: none: the key is given twice",
         "channels.none.quiet.too: unknown key; did you mean to?",
-        "channels.yaml:11: channels.words.severity[1]: Input should be 'info', 'warning' or 'critical'",
-        "channels.yaml:12: channels.words.template: {simbol} is unknown",
-        "channels.yaml:13: channels.words.quiet.from: give a time of day",
-        "channels.yaml:14: channels.words.address: give an address",
-        "channels.yaml:15: channels.a b",
+        "channels.yaml:11:5: channels.words.severity[1]: Input should be 'info', 'warning' or 'critical'",
+        "channels.yaml:12:5: channels.words.template: {simbol} is unknown",
+        "channels.yaml:13:13: channels.words.quiet.from: give a time of day",
+        "channels.yaml:14:5: channels.words.address: give an address",
+        "channels.yaml:15:4: channels.a b",
     ):
         assert expected in said
     assert "secret/1" not in said
@@ -461,10 +463,10 @@ channels:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "cannot read the channels"),
+        (None, "the channels: cannot read"),
         ("", "this is not the channels: such a file has the keys version and channels"),
         ("a: [", "not YAML"),
-        ("version: 2\nchannels: {}", "version: 2 is newer than this release reads"),
+        ("version: 2\nchannels: {}", "version: Input should be 1"),
         ("version: 1\nchannels: {}", "at least 1"),
     ],
 )

@@ -27,7 +27,6 @@ from bourse_consumers.watch import Group, View, lag, render, summary
 from bourse_sandbox.kafka import Kafka
 from bourse_schemas.codec import Serializer, schema_text
 from bourse_schemas.events import (
-    AlertKind,
     AlertState,
     DeadLetter,
     Event,
@@ -38,10 +37,10 @@ from bourse_schemas.events import (
     PollMarker,
     PriceAlert,
     Reason,
+    Scope,
     Severity,
     Stage,
     TradeEvent,
-    Unit,
 )
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import CANDLES, POLLS, TOPICS, TRADES
@@ -116,19 +115,18 @@ def alert(**changes: Any) -> PriceAlert:
     base = PriceAlert(
         alert_id="a",
         state=AlertState.FIRING,
-        kind=AlertKind.CHANGE,
         rule="fast",
-        rule_version="0" * 12,
         severity=Severity.WARNING,
+        scope=Scope.INSTRUMENT,
         trading_day=DAY,
         source="finnotech/trades-realtime",
         instrument="IRO1MADN0001",
         symbol=SYMBOL,
-        condition="change over 5 min ≥ 3 %",
-        observed=3.2,
-        unit=Unit.PERCENT,
-        price=1025,
-        started_at=AT,
+        poll_sequence=1,
+        when="percent(last_price, 5m) >= 3",
+        values={"percent(last_price, 5m)": 3.2},
+        last_price=1025,
+        since=AT,
         raised_at=AT,
         labels={},
         channels=[],
@@ -311,7 +309,7 @@ def test_lines_without_a_terminal_begin_with_the_newest_poll() -> None:
     view.add(alert(), 0.0)
     first, second = view.news
     assert first.startswith("2019-08-24 09:32:00 OPEN FRESH poll 2 PUBLISHED; 500 rows, 10 opened, 100 traded")
-    assert second.startswith("09:30:00 FIRING IRO1MADN0001 +3.20 %; fast; change over 5 min ≥ 3 %; ")
+    assert second.startswith("09:30:00 FIRING IRO1MADN0001 3.2; fast; percent(last_price, 5m) >= 3; ")
 
 
 @pytest.mark.parametrize("view", [View(), live_view()], ids=["empty", "full"])
@@ -349,7 +347,7 @@ def test_foreign_text_cannot_steer_the_terminal(text: str, width: int) -> None:
     view.add(event(symbol=text), 0.0)
     view.add(marker(1, error_kind="provider", error_message=text), 0.0)
     view.go_live(0.0)
-    view.add(alert(symbol=None, rule=text, condition=text), 0.0)
+    view.add(alert(symbol=None, rule=text, when=text), 0.0)
     view.trouble("registry", text)
     lines = render(view, width, 40, 0.0)
     assert max(cell_len(line.plain) for line in lines) <= width

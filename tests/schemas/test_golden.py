@@ -30,7 +30,7 @@ RELEASED = {
     "Candle.v1": "f0a48a4363468548",
     "DeadLetter.v1": "6bbaf809e4e3513f",
     "PollMarker.v1": "0e986df49bf5bea0",
-    "PriceAlert.v1": "eeedf26b924cd464",
+    "PriceAlert.v1": "656cbb7c6ff28a27",
     "TradeEvent.v1": "3e60705fd1e46f2b",
 }
 

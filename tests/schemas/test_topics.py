@@ -8,7 +8,6 @@ import msgspec
 import pytest
 
 from bourse_schemas.events import (
-    AlertKind,
     AlertState,
     Candle,
     DeadLetter,
@@ -19,10 +18,10 @@ from bourse_schemas.events import (
     PollMarker,
     PriceAlert,
     Reason,
+    Scope,
     Severity,
     Stage,
     TradeEvent,
-    Unit,
 )
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES, Topic, event_id, topic_of
 
@@ -67,15 +66,15 @@ MARKER = PollMarker(
 ALERT = PriceAlert(
     alert_id="a1",
     state=AlertState.FIRING,
-    kind=AlertKind.FEED,
     rule="r",
-    rule_version="v",
     severity=Severity.INFO,
+    scope=Scope.FEED,
     trading_day=date(2019, 8, 24),
     source="finnotech/trades-realtime",
-    condition="c",
-    unit=Unit.NONE,
-    started_at=AT,
+    poll_sequence=1,
+    when="c",
+    values={},
+    since=AT,
     raised_at=LATER,
     labels={},
     channels=[],
@@ -100,7 +99,7 @@ def test_names_and_subjects() -> None:
         "bourse.alerts",
         "bourse.dead-letters",
     ]
-    assert [topic.partitions for topic in TOPICS] == [6, 6, 1, 6, 1]
+    assert [topic.partitions for topic in TOPICS] == [6, 6, 1, 1, 1]
     assert [topic.cleanup for topic in TOPICS] == ["delete", "compact", "delete", "delete", "delete"]
     assert TRADES.subject("tehran") == "tehran.trades-value"
     assert [topic_of(topic.event) for topic in TOPICS] == list(TOPICS)

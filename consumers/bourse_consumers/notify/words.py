@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from persiantools import digits
 from persiantools.jdatetime import JalaliDate
 
-from bourse_schemas.events import TEHRAN, AlertKind, AlertState, PriceAlert, ResolvedBy, Severity, Unit
+from bourse_schemas.events import TEHRAN, AlertState, PriceAlert, ResolvedBy, Scope, Severity
 
 __all__ = [
     "TEHRAN",
@@ -39,26 +39,12 @@ RESOLVED, SUMMARY, TROUBLE, SAMPLE = "✅", "📋", "⚠️", "👋"
 # How urgent: an unknown severity, of a later release, is taken for a warning.
 RANKS = {Severity.CRITICAL: 2, Severity.WARNING: 1, Severity.UNKNOWN: 1, Severity.INFO: 0}
 
-FA_KINDS = {
-    AlertKind.CHANGE: "تغییر قیمت",
-    AlertKind.CROSSING: "عبور از سطح",
-    AlertKind.BAND: "محدودهٔ قیمت",
-    AlertKind.VOLUME: "حجم معاملات",
-    AlertKind.VALUE: "ارزش معاملات",
-    AlertKind.CANCELLED: "ابطال معاملات",
-    AlertKind.QUIET: "بدون معامله",
-    AlertKind.FEED: "جریان داده",
-}
-FA_UNITS = {Unit.RIAL: " ریال", Unit.SHARES: " سهم", Unit.COUNT: " معامله", Unit.SECONDS: " ثانیه"}
-EN_UNITS = {Unit.RIAL: " rial", Unit.SHARES: " shares", Unit.COUNT: " trades", Unit.SECONDS: " s"}
-
 FA = {
     "alerts": "{} هشدار",
     "ended": "{} پایان‌یافته",
     "over": "پایان: ",
-    "removed": "پایان (قاعده برداشته یا عوض شد): ",
-    "threshold": " (آستانه {})",
-    "price": "قیمت {}",
+    "removed": "پایان (قاعده برداشته شد): ",
+    "day_end": "پایان روز: ",
     "more": "… و {} مورد دیگر",
     "digest": "خلاصهٔ {} هشدار",
     "stale": "{} هشدار قدیمی فرستاده نشد",
@@ -77,9 +63,8 @@ EN = {
     "alerts": "{} alerts",
     "ended": "{} over",
     "over": "over: ",
-    "removed": "over (the rule was removed or changed): ",
-    "threshold": " (threshold {})",
-    "price": "price {}",
+    "removed": "over (the rule was removed): ",
+    "day_end": "over with the day: ",
     "more": "… and {} more",
     "digest": "{} alerts in short",
     "stale": "{} old alerts were not sent",
@@ -138,13 +123,6 @@ class Manner:
             return self.ltr(self._digits(f"{jalali.year}/{jalali.month:02}/{jalali.day:02}", number=False))
         return self.ltr(self._digits(f"{local:%Y-%m-%d}", number=False))
 
-    def quantity(self, value: float, unit: Unit, *, sign: bool = False) -> str:
-        """Return a value with its unit."""
-        if unit is Unit.PERCENT:
-            text = f"{value:{'+' if sign else ''}.2f}".rstrip("0").rstrip(".")
-            return self.ltr(self._digits(f"{text}%"))
-        return self.number(value) + (FA_UNITS if self.language == "fa" else EN_UNITS).get(unit, "")
-
     def span(self, span: timedelta) -> str:
         """Return how long something is, in its largest whole unit."""
         seconds = int(span.total_seconds())
@@ -177,17 +155,14 @@ TEMPLATE_FIELDS = (
     "mark",
     "state",
     "rule",
-    "kind",
+    "title",
     "severity",
-    "condition",
+    "when",
     "instrument",
     "symbol",
-    "title",
+    "instrument_title",
     "message",
     "price",
-    "reference_price",
-    "observed",
-    "threshold",
     "time",
     "day",
 )
@@ -207,29 +182,20 @@ def template_mistake(template: str) -> str | None:
 
 
 def _fields(alert: PriceAlert, manner: Manner) -> dict[str, str]:
-    def money(price: int | None) -> str:
-        return "" if price is None else manner.number(price)
-
-    def measured(value: float | None) -> str:
-        signed = alert.unit is Unit.PERCENT
-        return "" if value is None else manner.quantity(value, alert.unit, sign=signed)
-
-    kind = FA_KINDS.get(alert.kind, alert.rule) if manner.language == "fa" else alert.kind.lower()
+    texts = alert.message or {}
+    message = texts.get(manner.language) or next(iter(texts.values()), "")
     return {
         "mark": RESOLVED if alert.state is AlertState.RESOLVED else MARKS.get(alert.severity, "🟠"),
         "state": alert.state.value,
         "rule": manner.any(alert.rule),
-        "kind": kind,
+        "title": manner.any(alert.title or alert.rule),
         "severity": alert.severity.value,
-        "condition": manner.any(alert.condition),
+        "when": manner.ltr(alert.when),
         "instrument": manner.ltr(alert.instrument or ""),
         "symbol": manner.any(alert.symbol or alert.instrument or alert.source),
-        "title": manner.any(alert.title or ""),
-        "message": manner.any(alert.message or ""),
-        "price": money(alert.price),
-        "reference_price": money(alert.reference_price),
-        "observed": measured(alert.observed),
-        "threshold": measured(alert.threshold),
+        "instrument_title": manner.any(alert.instrument_title or ""),
+        "message": manner.any(message),
+        "price": "" if alert.last_price is None else manner.number(alert.last_price),
         "time": manner.moment(alert.raised_at),
         "day": manner.day(alert.raised_at),
     }
@@ -238,25 +204,16 @@ def _fields(alert: PriceAlert, manner: Manner) -> dict[str, str]:
 def _head(alert: PriceAlert, manner: Manner) -> str:
     """Return which alert it is, in few words."""
     value = _fields(alert, manner)
-    over = "" if alert.state is not AlertState.RESOLVED else manner.words["over"]
-    if alert.resolved_by is ResolvedBy.RULE_REMOVED:
-        over = manner.words["removed"]
-    return f"{value['mark']} {over}{value['symbol']} {value['rule']}"
+    ends = {ResolvedBy.RULE_REMOVED: "removed", ResolvedBy.DAY_END: "day_end"}
+    over = "" if alert.state is not AlertState.RESOLVED else manner.words[ends.get(alert.resolved_by, "over")]  # type: ignore[arg-type]
+    return f"{value['mark']} {over}{value['symbol']} {value['title']}"
 
 
 def _said(alert: PriceAlert, manner: Manner) -> str:
-    """Return what it says: what the rule's author wrote, or what was measured."""
+    """Return the rule's text, filled in, or else its expression, and the time."""
     value = _fields(alert, manner)
-    if alert.message:
-        parts = [" ".join(value["message"].split("\n"))]
-    elif value["observed"]:
-        limit = manner.say("threshold", value["threshold"]) if value["threshold"] else ""
-        parts = [f"{value['kind']} {value['observed']}{limit}"]
-    else:
-        parts = [f"{value['kind']} ({value['condition']})"]
-    if not alert.message and value["price"] and not (alert.unit is Unit.RIAL and alert.observed == alert.price):
-        parts.append(manner.say("price", value["price"]))
-    return manner.words["comma"].join((*parts, value["time"]))
+    text = " ".join((value["message"] or value["when"]).split("\n"))
+    return manner.words["comma"].join((text, value["time"]))
 
 
 def _line(alert: PriceAlert, manner: Manner) -> str:
@@ -342,23 +299,22 @@ def example(now: datetime) -> PriceAlert:
     return PriceAlert(
         alert_id="00000000-0000-0000-0000-000000000000",
         state=AlertState.FIRING,
-        kind=AlertKind.CHANGE,
         rule="fast-move",
-        rule_version="0" * 12,
+        title="تغییر سریع",
         severity=Severity.INFO,
+        scope=Scope.INSTRUMENT,
         trading_day=now.astimezone(TEHRAN).date(),
         source="sample",
         instrument="IRO1MADN0001",
         symbol="ومعادن",
-        title="سرمایه گذاری توسعه معادن و فلزات",
-        condition="last_price up 3 % within 5m",
-        observed=3.2,
-        threshold=3.0,
-        unit=Unit.PERCENT,
-        price=5488,
-        reference_price=5318,
-        started_at=now,
+        instrument_title="سرمایه گذاری توسعه معادن و فلزات",
+        poll_sequence=1,
+        when="abs(percent(last_price, 5m)) >= 3",
+        values={"abs(percent(last_price, 5m))": 3.2},
+        last_price=5488,
+        since=now,
         raised_at=now,
+        message={"fa": "۳٫۲ درصد در پنج دقیقه، اکنون ۵٬۴۸۸", "en": "3.2 % in five minutes, now 5,488"},
         labels={},
         channels=[],
     )

@@ -1,0 +1,271 @@
+"""`bourse consume alerts` and `bourse alerts`: rules checked and tried out, and the alerts that were raised."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bourse_cli.options import cluster_options
+from bourse_schemas.errors import ConfigurationError, Undecodable
+from bourse_schemas.events import TEHRAN, AlertState, Candle, PollMarker, PriceAlert, TradeEvent
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES
+
+if TYPE_CHECKING:
+    from bourse_consumers.alerts.rule import Rule
+    from bourse_consumers.alerts.trial import Past, Trial
+    from bourse_consumers.api import MarketConsumer
+
+__all__ = ["alerts", "consume"]
+
+PATH = click.Path(path_type=Path)
+LANGUAGE = click.option(
+    "--language", type=click.Choice(["en", "fa"]), default="en", show_default=True, help="Language of the mistakes."
+)
+SHOWN = 20
+
+
+@click.command("alerts")
+@click.option(
+    "--rules", required=True, multiple=True, type=PATH, help="YAML file with rules, or a folder of them. Repeatable."
+)
+def consume(rules: tuple[Path, ...]) -> MarketConsumer:
+    """Raise alerts by the rules of files, which are read again when they change, and at SIGHUP."""
+    from bourse_consumers.alerts.consumer import Alerts
+    from bourse_consumers.alerts.rules_file import RuleFiles
+
+    consumer = Alerts(RuleFiles(rules))
+
+    def again(*_: object) -> None:
+        consumer.reload = True
+
+    signal.signal(signal.SIGHUP, again)
+    return consumer
+
+
+@click.group
+def alerts() -> None:
+    """Check alert rules, try them out on past days, list the alerts that were raised."""
+
+
+@alerts.command
+@click.argument("rules", nargs=-1, required=True, metavar="RULES…", type=PATH)
+@click.option("--channels", type=PATH, help="Channels file: every `notify` must be in it.")
+@LANGUAGE
+@cluster_options
+@click.pass_context
+def check(
+    ctx: click.Context, cluster: Cluster, *, rules: tuple[Path, ...], channels: Path | None, language: str
+) -> None:
+    """Print every mistake in files of rules, with a corrected line. Exit 2 if there is one.
+
+    With --bootstrap-servers, or its variable, names that no instrument of bourse.candles has are mistakes too.
+    """
+    from bourse_consumers.alerts.rules_file import RuleFiles, strangers
+
+    found = RuleFiles(rules, _channels(channels), language).rules
+    if _asked(ctx):
+        known = {candle.instrument: candle.symbol for candle in _events(cluster, CANDLES, Candle)}
+        if lost := list(strangers(found, known, language)):
+            raise ConfigurationError("\n".join(lost))
+    click.echo(f"{', '.join(map(str, rules))}: {len(found)} rules, ok")
+
+
+@alerts.command("try")
+@click.argument("expression")
+@click.option("--file", "files", multiple=True, type=PATH, help="Captures or captured days instead. Repeatable.")
+@LANGUAGE
+@cluster_options
+@click.pass_context
+def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tuple[Path, ...], language: str) -> None:
+    """Show for which instruments EXPRESSION holds.
+
+    With --bootstrap-servers, or its variable: now, by the topics. Else: when it held on the real day that ships with
+    the sandbox, or in the files.
+    """
+    from bourse_consumers.alerts.expressions import Mistake
+    from bourse_consumers.alerts.mistakes import WRITE, explain
+    from bourse_consumers.alerts.rules_file import compile_rule
+    from bourse_consumers.yaml_file import pointed, printable
+
+    try:
+        rule = compile_rule(expression)
+    except Mistake as mistake:
+        fix, at = mistake.fix, mistake.at
+        end = mistake.end or at + 1
+        corrected = mistake.whole or (expression[:at] + fix + expression[end:] if fix else None)
+        text = explain(mistake.text, language, fix, **mistake.values)
+        shown = pointed(expression, at, end, corrected, WRITE[language])
+        raise ConfigurationError(f"{printable(text)}{shown}") from None
+    live = _asked(ctx) and not files
+    trial = _tried([rule], _topics(cluster, last_day=True) if live else _files(files))
+    fired = trial.fired("try")
+    if live:
+        ended = {alert.alert_id for alert in trial.alerts if alert.state is AlertState.RESOLVED}
+        fired = [alert for alert in fired if alert.alert_id not in ended]
+    for alert in fired[: None if live else SHOWN]:
+        click.echo(_line(alert))
+    if len(fired) > SHOWN and not live:
+        click.echo(f"… and {len(fired) - SHOWN:,} more")
+    who = len({alert.instrument for alert in fired})
+    click.echo(
+        f"{next(trial.summary())}\n{'holds now' if live else 'held'} for {who:,} instruments, {len(fired):,} episodes"
+    )
+
+
+@alerts.command
+@click.argument("rules", metavar="RULES", type=PATH)
+@click.argument("files", nargs=-1, metavar="[FILE|-]…", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--topics", is_flag=True, help="Try them on what the topics hold, instead of files.")
+@click.option("--list", "as_list", is_flag=True, help="Print every alert, one a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print every alert as JSON, with the fields of the topic.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print every alert as CSV.")
+@click.option("--html", type=PATH, help="Write a page with charts to this file.")
+@click.option(
+    "--instrument",
+    "instruments",
+    multiple=True,
+    help="Symbol or code to chart. Repeatable. [default: the six with most episodes]",
+)
+@cluster_options
+def test(
+    cluster: Cluster, *, rules: Path, files: tuple[Path, ...], topics: bool, as_list: bool, as_json: bool, as_csv: bool,
+    html: Path | None, instruments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Show what rules would have raised in the past: on the real day that ships with the sandbox, or in files.
+
+    FILE is a capture of the producer, a captured day, or what `replay --json` and `tail --json` print.
+    """
+    from msgspec.structs import asdict
+
+    from bourse_consumers.alerts.rules_file import RuleFiles, strangers
+    from bourse_schemas.codec import to_json
+
+    if topics and files:
+        raise ConfigurationError("give files or --topics, not both")
+    found = RuleFiles([rules]).rules
+    trial = _tried(found, _topics(cluster) if topics else _files(files))
+    if html is not None:
+        from bourse_consumers.alerts.report import page
+
+        html.write_text(page(trial, instruments), "utf-8")
+    if as_json:
+        for alert in trial.alerts:
+            click.echo(to_json(asdict(alert)))
+    elif as_csv:
+        _csv(trial.alerts)
+    elif as_list:
+        for alert in trial.alerts:
+            click.echo(_line(alert))
+    else:
+        for line in (*strangers(found, trial.symbols), *trial.summary()):
+            click.echo(line)
+
+
+@alerts.command("list")
+@click.option("--open", "only_open", is_flag=True, help="Only what is firing now.")
+@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Of this trading day only.")
+@click.option("--json", "as_json", is_flag=True, help="One alert a line, with the fields of the topic.")
+@cluster_options
+def list_alerts(cluster: Cluster, *, only_open: bool, day: Any, as_json: bool) -> None:
+    """List the alerts on the topic, the newest last."""
+    from msgspec.structs import asdict
+
+    from bourse_schemas.codec import to_json
+
+    found = sorted(_events(cluster, ALERTS, PriceAlert), key=lambda alert: alert.raised_at)
+    if day is not None:
+        found = [alert for alert in found if alert.trading_day == day.date()]
+    if only_open:
+        ended = {alert.alert_id for alert in found if alert.state is AlertState.RESOLVED}
+        found = [alert for alert in found if alert.alert_id not in ended]
+    if not found:
+        click.echo("none", err=True)
+    for alert in found:
+        click.echo(to_json(asdict(alert)) if as_json else _line(alert))
+
+
+def _asked(ctx: click.Context) -> bool:
+    """Return whether the operator named a cluster."""
+    source = ctx.get_parameter_source("bootstrap_servers")
+    return source not in {click.core.ParameterSource.DEFAULT, None}
+
+
+def _channels(path: Path | None) -> list[str] | None:
+    from bourse_consumers.yaml_file import Document, entries
+
+    if path is None:
+        return None
+    root = Document(path, "--channels").root
+    found = next((value for key, value in entries(root) if key.value == "channels"), None)
+    if not entries(found):
+        raise ConfigurationError(f"{path}: not a channels file: it has a mapping `channels`")
+    return [str(key.value) for key, _ in entries(found)]
+
+
+def _events(cluster: Cluster, topic: Any, event: type[Any]) -> Iterator[Any]:
+    from bourse_schemas.reading import read
+
+    name, decode = topic.full_name(cluster.prefix), cluster.registry().deserializer(event)
+    for record in read(cluster, name):
+        try:
+            yield decode(record.value)
+        except Undecodable as error:
+            click.echo(f"{name}-{record.place[1]}-{record.offset}: {error}", err=True)
+
+
+def _topics(cluster: Cluster, *, last_day: bool = False) -> list[Past]:
+    from bourse_consumers.alerts.trial import polls_of
+
+    trades = list(_events(cluster, TRADES, TradeEvent))
+    markers = list(_events(cluster, POLLS, PollMarker))
+    if last_day and trades:
+        day = max(event.trading_day for event in trades)
+        trades = [event for event in trades if event.trading_day == day]
+        markers = [each for each in markers if each.requested_at.astimezone(TEHRAN).date() == day]
+    return polls_of([*markers, *trades])
+
+
+def _files(files: Sequence[Path]) -> list[Past]:
+    from bourse_consumers.alerts.trial import polls_of, read, real_day
+
+    return polls_of(read(files or [real_day()]))
+
+
+def _tried(rules: Sequence[Rule], polls: Sequence[Past]) -> Trial:
+    from bourse_consumers.alerts.trial import Trial
+
+    trial = Trial(rules)
+    trial.run(polls)
+    return trial
+
+
+def _line(alert: PriceAlert) -> str:
+    from bourse_consumers.yaml_file import printable
+
+    texts = alert.message or {}
+    values = ", ".join(f"{name} = {value:,.6g}" for name, value in alert.values.items())
+    who = f"{alert.symbol or alert.source} ({alert.instrument})" if alert.instrument else alert.source
+    text = texts.get("en") or next(iter(texts.values()), values)
+    when = f"{alert.raised_at.astimezone(TEHRAN):%Y-%m-%d %H:%M:%S}"
+    return printable(f"{when}  {alert.state.value:<8}  {alert.rule}  {who}  {text}")
+
+
+def _csv(found: Sequence[PriceAlert]) -> None:
+    import csv
+    import io
+    import json
+
+    names = ("raised_at", "state", "rule", "instrument", "symbol", "last_price", "since", "resolved_by", "alert_id")
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([*names, "values"])
+    for alert in found:
+        row = [getattr(alert, name) for name in names]
+        cells = [each.astimezone(TEHRAN).isoformat() if hasattr(each, "astimezone") else each for each in row]
+        writer.writerow([*cells, json.dumps(alert.values, ensure_ascii=False)])
+    click.echo(out.getvalue(), nl=False)

@@ -1,0 +1,197 @@
+"""What an alert says to people, in Persian and in English: the rule's own text filled in, or one made of its parts."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+from typing import NamedTuple
+
+from bourse_consumers.alerts.expressions import STATES, Expression, Kind, Number, Side, Span
+
+__all__ = [
+    "LANGUAGES",
+    "SPEC",
+    "WORDS",
+    "Part",
+    "Texts",
+    "Values",
+    "describe",
+    "describe_feed",
+    "quantity",
+    "show",
+    "split",
+    "usual",
+]
+
+LANGUAGES = ("fa", "en")
+# What may be in braces besides expressions.
+WORDS = ("rule", "title", "severity", "state", "instrument", "symbol", "instrument_title", "source")
+SPEC = re.compile(r"\+?,?(\.[0-9])?[f%]?")
+UNKNOWN = "–"
+PERSIAN = str.maketrans("0123456789,.%", "۰۱۲۳۴۵۶۷۸۹٬٫٪")
+LRI, PDI = "\u2066", "\u2069"
+UNITS = {"fa": ("ساعت", "دقیقه", "ثانیه"), "en": ("h", "min", "s")}
+COLUMN_WORDS = {
+    "open_price": ("اولین قیمت", "first price"),
+    "high_price": ("بیشترین قیمت", "highest price"),
+    "low_price": ("کمترین قیمت", "lowest price"),
+    "last_price": ("آخرین قیمت", "last price"),
+    "closing_price": ("قیمت پایانی", "closing price"),
+    "previous_close": ("قیمت دیروز", "yesterday's price"),
+    "volume": ("حجم", "volume"),
+    "value": ("ارزش معاملات", "value"),
+    "trade_count": ("تعداد معاملات", "number of trades"),
+    "shares_outstanding": ("تعداد سهام", "number of shares"),
+    "market_value": ("ارزش بازار", "market value"),
+    "quiet": ("بدون معامله به مدت", "not traded for"),
+    "silent": ("بدون داده به مدت", "no poll for"),
+    "feed_state": ("وضعیت داده", "feed"),
+}
+FUNCTION_WORDS = {
+    "abs": ("اندازهٔ {}", "size of {}"),
+    "min": ("کمترین از {}", "lowest of {}"),
+    "max": ("بیشترین از {}", "highest of {}"),
+    "ago": ("{} در {} پیش", "{} {} ago"),
+    "change": ("تغییر {} در {}", "change of {} in {}"),
+    "percent": ("تغییر {} در {}", "change of {} in {}"),
+    "percent of": ("{} نسبت به {}", "{} against {}"),
+    "highest": ("بیشترین {} در {}", "highest {} in {}"),
+    "lowest": ("کمترین {} در {}", "lowest {} in {}"),
+    "mean": ("میانگین {} در {}", "mean {} in {}"),
+    "pace": ("{} معمول در {}", "usual {} in {}"),
+    "before": ("{} پیشین", "{} before"),
+    "annulled": ("{} ابطال‌شده", "annulled {}"),
+    "count": ("تعداد نمادها با {}", "instruments with {}"),
+    "share": ("سهم نمادها با {}", "share of instruments with {}"),
+    "total": ("مجموع {}", "total {}"),
+}
+SIGNS = {"Lt": "<", "LtE": "≤", "Gt": ">", "GtE": "≥", "Eq": "=", "NotEq": "≠", "Add": "+", "Sub": "−", "Mult": "×",
+         "Div": "÷", "And": ("و", "and"), "Or": ("یا", "or")}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A part of a text: itself, a word, or an expression and how to print it."""
+
+    text: str
+    expression: Expression | None = None
+    spec: str = ""
+    word: str | None = None
+
+
+# Per language and state (firing, resolved) the parts.
+Texts = Mapping[str, Mapping[str, Sequence[Part]]]
+Values = Callable[[Expression], "float | int | None"]
+
+
+def split(text: str) -> list[tuple[int, str, str | None, str]]:
+    """Return the pieces of a template: where each is, its text, what is in its braces, and how to print that.
+
+    Raises ValueError with the position of a brace without its partner.
+    """
+    pieces, at = list[tuple[int, str, str | None, str]](), 0
+    for found in re.finditer(r"\{\{|\}\}|\{([^{}]*)\}|[{}]", text):
+        if found[0] in {"{", "}"}:
+            raise ValueError(found.start())
+        pieces.append((at, text[at : found.start()] + (found[0][0] if found[1] is None else ""), None, ""))
+        if found[1] is not None:
+            inside, colon, spec = found[1].rpartition(":")
+            pieces.append((found.start() + 1, "", inside if colon else spec, spec if colon else ""))
+        at = found.end()
+    return [*pieces, (at, text[at:], None, "")]
+
+
+def show(value: float | None, kind: Kind, spec: str, language: str) -> str:
+    """Return a value as a text shows it; an unknown one is a dash."""
+    if value is None or isnan(value):
+        return UNKNOWN
+    if kind == "state":
+        return str(STATES[int(value)])
+    if kind == "time":
+        return _duration(int(value), language)
+    whole = float(value).is_integer()
+    if spec[-1:] in {"f", "%"} or "." in spec:
+        spec += "" if spec[-1] in "f%" else "f"
+    else:
+        value, spec = (int(value), spec or ",") if whole else (value, (spec or ",") + ".2f")
+    text = format(value, spec)
+    if re.fullmatch(r"-0([.,]0*)?%?", text):
+        text = text[1:]
+    return _ltr(text) if language == "fa" else text
+
+
+def _ltr(text: str) -> str:
+    text = text.translate(PERSIAN)
+    return f"{LRI}{text}{PDI}" if text[:1] in "+-" or text[-1:] == "٪" else text
+
+
+def _duration(ms: int, language: str) -> str:
+    seconds = ms // 1000
+    counts = (seconds // 3600, seconds // 60 % 60, seconds % 60 if seconds < 60 else 0)
+    parts = [f"{count} {unit}" for count, unit in zip(counts, UNITS[language], strict=True) if count]
+    text = (" و " if language == "fa" else " ").join(parts) or f"0 {UNITS[language][2]}"
+    return text.translate(PERSIAN) if language == "fa" else text
+
+
+def describe(tree: ast.expr, language: str) -> str:
+    """Return an expression in words."""
+    n = LANGUAGES.index(language)
+
+    def words(each: ast.expr) -> str:
+        return describe(each, language)
+
+    match tree:
+        case ast.Name(id=name) if name in COLUMN_WORDS:
+            return COLUMN_WORDS[name][n]
+        case ast.Constant(value=Span() as ms):
+            return _duration(int(ms), language)
+        case ast.Constant(value=Number() as number):
+            return show(float(number), "number", "", language)
+        case ast.Call(func=ast.Name(id="percent"), args=[x, y]) if not isinstance(y, ast.Constant):
+            return FUNCTION_WORDS["percent of"][n].format(words(x), words(y))
+        case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTION_WORDS:
+            parts = [words(each) for each in args]
+            if name in {"min", "max"}:
+                parts = [("، " if n == 0 else ", ").join(parts)]
+            return FUNCTION_WORDS[name][n].format(*parts)
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
+        case ast.BinOp(left=left, op=op, right=right):
+            return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
+        case ast.BoolOp(op=op, values=values):
+            return f" {SIGNS[type(op).__name__][n]} ".join(words(each) for each in values)
+    return ast.unparse(tree)
+
+
+def quantity(side: Side, value: float | None, language: str) -> str:
+    """Return a side of a comparison in words, with its value."""
+    is_percent = side.text.removeprefix("abs(").startswith("percent(") and side.node.kind == "number"
+    if value is None or isnan(value) or not is_percent:
+        shown = show(value, side.node.kind, "", language)
+    else:
+        shown = f"{value:+,.2f}%" if side.text[0] == "p" else f"{value:,.2f}%"
+        shown = _ltr(shown) if language == "fa" else shown
+    return f"{describe(side.tree, language)} {shown}"
+
+
+def describe_feed(state: str, language: str) -> str:
+    """Return the feed's state in words."""
+    return f"{COLUMN_WORDS['feed_state'][LANGUAGES.index(language)]} {state}"
+
+
+def usual(
+    subject: Mapping[str, str], last: tuple[int | None, float], sides: Sequence[str], scope: str, language: str
+) -> str:
+    """Return the text of a rule that has none: who, last price with percent, and each compared quantity."""
+    comma = "، " if language == "fa" else ", "
+    if scope != "instrument":
+        return comma.join([subject["title"] or subject["rule"], *sides])
+    price, percent = last
+    name = subject["symbol"] or subject["instrument"]
+    head = f"{name} ({subject['instrument_title']})" if subject["instrument_title"] else name
+    now = show(price, "number", "", language)
+    if not isnan(percent):
+        sign = f"{percent:+.2f}%"
+        now += f" ({_ltr(sign) if language == 'fa' else sign})"
+    return f"{head}: {comma.join([now, *sides])}"
