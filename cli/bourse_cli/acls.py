@@ -12,7 +12,7 @@ import click
 
 from bourse_cli.options import cluster_options, declared_topic
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES, Topic
 
 __all__ = ["Right", "acls", "rights"]
@@ -90,7 +90,8 @@ def acls(
         return
     for (resource, pattern, name), same in groupby(found, lambda right: right[:3]):
         flag = "cluster" if resource == "cluster" else f"{resource} {shlex.quote(name)}"
-        operations = " ".join(f"--operation {right.operation}" for right in same)
+        # The tool knows DescribeConfigs, and not DESCRIBE_CONFIGS.
+        operations = " ".join(f"--operation {right.operation.title().replace('_', '')}" for right in same)
         click.echo(
             f"kafka-acls --bootstrap-server {cluster.bootstrap_servers} --add --allow-principal "
             f"{shlex.quote(principal)} {operations} --{flag} --resource-pattern-type {pattern}"
@@ -106,11 +107,13 @@ def rights(
     wanted = [("READ", reads or needs.reads), ("WRITE", needs.writes), *((right, needs.on) for right in needs.others)]
     for operation, on in wanted:
         for topic in on:
+            if operation == "DESCRIBE" and topic in needs.reads:
+                continue
             yield Right("topic", wide, f"{prefix}." if prefixed else topic.full_name(prefix), operation)
     if service == "doctor":
         yield Right("group", "prefixed", f"{prefix}-", "DESCRIBE")
     if needs.group:
-        member = group or f"{prefix}-{needs.group}"
+        member = group or (producer_id(prefix) if service == "produce" else f"{prefix}-{needs.group}")
         yield Right("group", wide, member, "READ")
         if service == "produce":
             yield Right("transactional-id", wide, member, "WRITE")

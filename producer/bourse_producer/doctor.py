@@ -33,7 +33,7 @@ from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError
 from bourse_schemas.events import FeedState, PollMarker
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.topics import POLLS, TOPICS
 
 if TYPE_CHECKING:
@@ -317,8 +317,8 @@ def _kafka(cluster: Cluster, overrides: Mapping[str, Any], source: str, *, respo
         for name in ("lead", "consumer groups", "last poll"):
             yield Check(name, Status.SKIP, f"there is no topic {POLLS.full_name(cluster.prefix)}")
         return
-    yield _lead(cluster, admin, source)
-    yield from _groups(cluster, admin, source)
+    yield _lead(cluster, admin)
+    yield from _groups(cluster, admin)
     yield _last_poll(cluster, source, response_clock=response_clock)
 
 
@@ -358,11 +358,11 @@ def _topics(cluster: Cluster, overrides: Mapping[str, Any], brokers: int) -> Che
     )
 
 
-def _lead(cluster: Cluster, admin: AdminClient, source: str) -> Check:
+def _lead(cluster: Cluster, admin: AdminClient) -> Check:
     """Say who may write under the transactional id of this source: whom the group of its producers has elected."""
     from confluent_kafka import KafkaException
 
-    name = f"{cluster.prefix}-producer-{source}"
+    name = producer_id(cluster.prefix)
     try:
         group = admin.describe_consumer_groups([name], request_timeout=STEP_SECONDS)[name].result()
     except KafkaException as error:
@@ -378,7 +378,7 @@ def _lead(cluster: Cluster, admin: AdminClient, source: str) -> Check:
     return _ok("lead", f"{name} is held by {leading[0].client_id} at {leading[0].host}; {others} on standby")
 
 
-def _groups(cluster: Cluster, admin: AdminClient, source: str) -> Iterator[Check]:
+def _groups(cluster: Cluster, admin: AdminClient) -> Iterator[Check]:
     """Yield how far each of our consumer groups is behind, the offsets of transaction markers included."""
     from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
     from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # not in its __all__
@@ -389,8 +389,7 @@ def _groups(cluster: Cluster, admin: AdminClient, source: str) -> Iterator[Check
         ours = sorted(
             group.group_id
             for group in listed.valid
-            if group.group_id.startswith(f"{cluster.prefix}-")
-            and group.group_id != f"{cluster.prefix}-producer-{source}"
+            if group.group_id.startswith(f"{cluster.prefix}-") and group.group_id != producer_id(cluster.prefix)
         )
         if not ours:
             yield _ok(name, f"none begins with {cluster.prefix}-: nobody consumes")

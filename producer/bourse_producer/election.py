@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from confluent_kafka import OFFSET_END, KafkaException
 
 from bourse_cli.logs import get_logger
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.topics import POLLS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Election:
 
     def __init__(self, cluster: Cluster, source: str) -> None:
         self._cluster = cluster
-        self._group = f"{cluster.prefix}-producer-{source}"
+        self._group = producer_id(cluster.prefix)
         self._changed = threading.Condition()
         self._term: int | None = None
         self._terms = 0

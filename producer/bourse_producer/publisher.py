@@ -15,7 +15,7 @@ from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
-from bourse_schemas.kafka import Cluster, abandon
+from bourse_schemas.kafka import Cluster, abandon, producer_id
 from bourse_schemas.reading import read
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
 
@@ -64,7 +64,7 @@ class Publisher:
         writes = [topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)]
         cluster.require_topics([topic.full_name(cluster.prefix) for topic in (CANDLES, POLLS)], writes)
         cluster.require_sizes(writes)
-        self._transactional_id = f"{cluster.prefix}-producer-{source}"
+        self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
 
     def restore(self) -> State:
@@ -103,6 +103,8 @@ class Publisher:
             try:
                 return self._producer.init_transactions(POLL_SECONDS)
             except KafkaException as error:
+                if refusal := self._cluster.refusal(error.args[0], transactional_id=self._transactional_id):
+                    raise refusal from error
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise self._error(error.args[0]) from error
 

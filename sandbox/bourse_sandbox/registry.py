@@ -30,11 +30,17 @@ _LEVELS = ("NONE", "BACKWARD", "BACKWARD_TRANSITIVE", "FORWARD", "FORWARD_TRANSI
 
 
 def serve_registry(
-    *, port: int = 0, file: Path | None = None, compatible: Compatible = lambda _new, _old: []
+    *,
+    port: int = 0,
+    file: Path | None = None,
+    compatible: Compatible = lambda _new, _old: [],
+    tls: Path | None = None,
+    wrap: Callable[[Any], Any] = lambda app: app,
 ) -> Server:
     """Start a registry on 127.0.0.1, by default on a free port, and return when it answers.
 
-    `compatible` decides what may be registered: every level but NONE is as strict as FULL_TRANSITIVE. Raises
+    `compatible` decides what may be registered: every level but NONE is as strict as FULL_TRANSITIVE. `tls` is a PEM
+    file with key and certificate, `wrap` puts a middleware around the application. Raises
     ConfigurationError if the port is taken or the file was not written by a registry.
     """
     registry = _Registry(file, compatible)
@@ -50,7 +56,8 @@ def serve_registry(
         ("PUT", "/config/{subject}", registry.set_level),
     ]
     routes = [Route(path, _endpoint(call), methods=[method]) for method, path, call in calls]
-    return serve(Starlette(routes=routes, exception_handlers={HTTPException: _refusal}), port=port)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _refusal})
+    return serve(wrap(app), port=port, tls=tls)
 
 
 _Call = Callable[[dict[str, Any], dict[str, Any]], Any]  # (path and query, body) -> answer

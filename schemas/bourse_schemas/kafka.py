@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bourse_schemas.registry import Registry
 
-__all__ = ["Cluster", "abandon", "kafka_logger"]
+__all__ = ["Cluster", "TopicState", "abandon", "kafka_logger", "producer_id"]
 
 # If a transaction cannot be aborted, its successor aborts it: an operator need not read of it.
 warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
@@ -354,6 +354,11 @@ class Cluster:
             raise ConfigurationError(f"Kafka settings are refused: {error.args[0].str()}; see -X") from error
         except (TypeError, ValueError, AttributeError) as error:  # names that mean a Python object to the client
             raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
+
+
+def producer_id(prefix: str) -> str:
+    """Return the group in which producers elect a leader, and the leader's transactional id."""
+    return f"{prefix}-producer"
 
 
 def _is_mock(metadata: ClusterMetadata) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,7 @@ def test_commands_and_json_are_the_same_rights(bourse: Run, service: str, wide: 
         operations = [word for before, word in itertools.pairwise(words) if before == "--operation"]
         resource, name, flag, pattern = words[-4:]
         assert flag == "--resource-pattern-type"
+        operations = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", each).upper() for each in operations]
         found += [Right(resource.removeprefix("--"), pattern, name, operation) for operation in operations]
     assert sorted(found) == sorted(expected)
 
@@ -85,3 +88,14 @@ def test_an_illegal_prefix_is_refused_before_anything_is_asked(
     code, out, err = bourse(*command, *NOBODY, "--topic-prefix", prefix)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "is not legal in a topic name" in err
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
+
+
+def test_the_manual_has_the_rights_of_every_service() -> None:
+    """Every operation of every service is in its row."""
+    rows = {name: line for line in PAGE.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+    for service in SERVICES:
+        for right in rights("bourse", service):
+            assert right.operation in rows[service], right

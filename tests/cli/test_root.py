@@ -394,6 +394,19 @@ def test_a_wrong_override_is_refused_before_the_cluster_is_asked(
 # --- settings and secrets ---------------------------------------------------------------------------------------------
 
 
+def test_the_settings_in_the_manual_are_settings(bourse: Run, tmp_path: Path, shown: list[tuple[Cluster, str]]) -> None:
+    """The page's bourse.toml is one, and the clients take what it says."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for file in ("kafka-password", "registry-user"):
+        (tmp_path / file).write_text("me:hush\n", "utf-8")
+    (tmp_path / "bourse.toml").write_text(block.replace("/run/secrets", str(tmp_path)), "utf-8")
+    assert bourse("where")[0] == 0
+    ((cluster, _),) = shown
+    assert cluster.user == "User:bourse-producer"
+    assert cluster.settings["sasl.password"] == "me:hush"
+
+
 def test_settings_pass_through_and_secrets_come_from_files(
     bourse: Run, shown: list[tuple[Cluster, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

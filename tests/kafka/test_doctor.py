@@ -151,7 +151,7 @@ def test_all_is_well(place: Place, wait_for: Callable[..., Any]) -> None:
 
     command, variables = place.command("produce", "--schedule", "always", "--poll-seconds", "1", "--clock", "response")
     with spawn(command, env=variables, stdout=place.folder / "log", stderr=place.folder / "log"):
-        group = f"{place.cluster.prefix}-producer-{SOURCE}"
+        group = f"{place.cluster.prefix}-producer"
         admin = place.cluster.admin()
         wait_for(
             lambda: any(
