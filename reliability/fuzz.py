@@ -1,26 +1,37 @@
 """Mutated real responses through the client, the parser and the service: `make fuzz N=10000 SEED=1`.
 
 A crash is anything but a marker. A wrong event is one that differs from what the pure core (`parse`, `diff`) makes of
-the bytes delivered, that names values no row of the body holds, or that breaks a sequence or a sum.
+the bytes delivered, that names values no row of the body holds, or that breaks a sequence or a sum. A leak is a secret
+in a marker, a dead letter, an event, a log line or a capture: errors of the exchange quote our secrets in every field.
+A tenth of the cases goes over TLS.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import gzip
 import json
 import random
+import ssl
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
@@ -29,13 +40,16 @@ from bourse_producer.patience import Patience
 from bourse_producer.publisher import State
 from bourse_producer.responses import Reading
 from bourse_producer.service import Producer, Settings
+from bourse_sandbox.serving import serve
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent
+from reliability.certificate import self_signed
 
 __all__ = ["Fuzz", "main"]
 
 REAL_DAY = Path(__file__).parents[1] / "sandbox/bourse_sandbox/data/day-2019-08-21.ndjson.gz"
-TOKEN = {"result": {"value": "t", "lifeTime": 864_000_000}, "status": "DONE"}
+SECRET, NID = "s3cr3t/of-the?account", "7340219856"
+BASIC = base64.b64encode(f"fuzz:{SECRET}".encode()).decode()
 TOTALS = ("volume", "value", "trade_count")
 ROWS = 25
 BOM = "\ufeff".encode()
@@ -69,13 +83,19 @@ BODIES = (
     b'{"result":[[[]]],"state":"DONE"}',
     b"[" * 99_999,
 )
+# What is answered instead of rows or of a token; %s is where a secret is quoted.
 ERRORS = (
     (400, b'{"status":"FAILED","error":{"code":"VALIDATION_ERROR","message":"trackId is duplicated"}}'),
-    (403, b'{"error":{"message":"ip"}}'),
-    (429, b""),
-    (500, b"<html>"),
-    (200, b'{"result":{"error":{"code":5,"message":[1]}},"status":"FAILED"}'),
-    (200, b'{"responseCode":"FN-ABCD-40800000000"}'),
+    (400, b'{"status":"FAILED","trackId":"%s","error":{"code":"%s","message":"no good: %s"}}'),
+    (401, b'{"message":"invalid token %s"}'),
+    (403, b'{"error":{"message":"ip %s"}}'),
+    (403, b"<html>%s</html>"),
+    (429, b"%s"),
+    (500, b"<html>%s"),
+    (400, b'{"responseCode":"%s","error":"%s"}'),
+    (200, b'{"result":{"error":{"code":5,"message":["%s"]}},"status":"FAILED"}'),
+    (200, b'{"responseCode":"FN-ABCD-40800000000","error":{"code":"%s"}}'),
+    (200, b'{"result":{"value":"%s","scopes":["%s"],"lifeTime":"%s","refreshToken":"%s"},"error":{"message":"%s"}}'),
 )
 
 
@@ -97,58 +117,92 @@ class Fuzz:
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
         self._day = responses()
-        self.counts: Counter[str] = Counter(
-            dict.fromkeys(("cases", "crashes", "wrong_events", "events", "rejected_rows", "refused_bodies"), 0)
-        )
+        names = ("cases", "crashes", "wrong_events", "leaks", "events", "rejected_rows", "refused_bodies", "quoted")
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self.first: list[str] = []
         self._at = 0
         self._known: dict[str, Candle] = {}
         self._last: PollMarker | None = None
         self._delivered: list[Received] = []
-        self._contexts: list[Reading] = []
-        transport = httpx2.MockTransport(self._answer)
-        client = httpx2.Client(transport=transport)
-        account = Credentials("fuzz", "fuzz", "0123456789")
-        exchange = Finnotech(
-            client, "http://h", account, on_response=self._delivered.append, patience=Patience(longest_seconds=0)
-        )
-        settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, quota_seconds=0)
-        self._producer = Producer(exchange, lambda: self, settings, capture=self)
+        self._readings: list[Reading] = []
+        self._tokens: list[str] = []
+        self._shown: list[str] = []
+        structlog.configure(processors=[self._log], logger_factory=structlog.ReturnLoggerFactory())
 
-    def run(self, cases: int) -> None:
-        """Try so many responses."""
-        for _ in range(cases):
-            self.counts["cases"] += 1
-            self._at += self._chance.random() < 0.7
-            if self._at == len(self._day):
-                # The same day once more, to a service that knows nothing.
-                self._at, self._known = 0, {}
-                self._producer._close()
-            self._delivered.clear()
-            self._contexts = []
-            try:
-                self._producer._hold_until = 0.0
-                self._producer._recoverable(self._producer._poll_once)
-            except Exception as error:  # that is what is looked for
-                self.counts["crashes"] += 1
-                self.first.append(f"{type(error).__name__}: {error}; body {self._delivered[-1:]!r}"[:500])
-                self._producer._close()
+    def run(self, cases: int, *, tls: bool = False) -> None:
+        """Try this many responses."""
+        self._tokens = []
+        with self._client(tls) as (client, url):
+            account = Credentials("fuzz", SECRET, NID)
+            patience = Patience(longest_seconds=0)
+            exchange = Finnotech(client, url, account, on_response=self._delivered.append, patience=patience)
+            settings = Settings(poll_seconds=0, always=True, response_clock=True, retry_seconds=0, quota_seconds=0)
+            for _ in range(cases):
+                self._try(Producer(exchange, lambda: self, settings, capture=self))
+
+    def _try(self, producer: Producer) -> None:
+        self.counts["cases"] += 1
+        self._at += self._chance.random() < 0.7
+        if self._at == len(self._day):
+            # The same day once more, to a service that knows nothing.
+            self._at, self._known = 0, {}
+        self._delivered.clear()
+        self._shown.clear()
+        self._readings = []
+        try:
+            producer.run_once()
+        except Exception as error:  # that is what is looked for
+            self.counts["crashes"] += 1
+            self.first.append(f"{type(error).__name__}: {error}; body {self._delivered[-1:]!r}"[:500])
+        self._shown += [f"{each} {each.headers} {each.body!r}" for each in self._delivered]
+        for secret in (SECRET, NID, BASIC, *self._tokens):
+            for shown in self._shown:
+                if secret in shown:
+                    self.counts["leaks"] += 1
+                    self.first.append(f"leak of {secret}: {shown}"[:500])
+
+    def _log(self, _: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        self._shown.append(repr(event))
+        raise structlog.DropEvent
 
     # --- the exchange -------------------------------------------------------------------------------------------------
 
-    def _answer(self, request: httpx2.Request) -> httpx2.Response:
-        if request.method == "POST":
-            return httpx2.Response(200, json=TOKEN)
+    @contextmanager
+    def _client(self, tls: bool) -> Iterator[tuple[httpx2.Client, str]]:
+        if not tls:
+            transport = httpx2.MockTransport(self._answered)
+            yield httpx2.Client(transport=transport), "http://exchange"
+            return
+        routes = [Route("/{path:path}", self._respond, methods=["GET", "POST"])]
+        with tempfile.TemporaryDirectory() as folder:
+            pem = self_signed(Path(folder) / "exchange.pem")
+            trusted = ssl.create_default_context(cafile=str(pem))
+            with (
+                serve(Starlette(routes=routes), "127.0.0.1", tls=pem) as server,
+                httpx2.Client(verify=trusted) as client,
+            ):
+                yield client, server.url
+
+    def _answered(self, request: httpx2.Request) -> httpx2.Response:
+        status, headers, body = self._answer(request.method, request.url.params.get("trackId", ""))
+        return httpx2.Response(status, headers=headers, content=body)
+
+    async def _respond(self, request: Request) -> Response:
+        status, headers, body = self._answer(request.method, request.query_params.get("trackId", ""))
+        return Response(body, status, headers)
+
+    def _answer(self, method: str, track_id: str) -> tuple[int, dict[str, str], bytes]:
+        if method == "POST":
+            return self._token()
         chance = self._chance
         at, rows = self._day[self._at]
         rows = [dict(row) for row in rows]
         headers = {"Date": format_datetime(at + timedelta(seconds=chance.choice([0, 0, -600, 600])), usegmt=True)}
         if chance.random() < 0.1:
-            status, body = chance.choice([*ERRORS, *((200, each) for each in BODIES)])
-            return httpx2.Response(status, content=body, headers=headers)
+            status, body = chance.choice([self._error(headers), (200, chance.choice(BODIES))])
+            return status, headers, body
         for _ in range(chance.choice([0, 0, 1, 1, 2, 5])):
             chance.choice(ROW_MUTATIONS)(chance, rows)
-        track_id = request.url.params["trackId"]
         envelope = {"trackId": track_id, "result": rows, "state": chance.choice(["DONE"] * 20 + ["FAILED", None])}
         body = json.dumps(envelope, ensure_ascii=chance.random() < 0.5).encode()
         for _ in range(chance.choice([0, 0, 0, 0, 0, 1, 1, 3])):
@@ -157,7 +211,30 @@ class Fuzz:
             headers["Content-Encoding"] = chance.choice(["gzip", "gzip", "gzip", "deflate", "nonsense"])
             packed = gzip.compress(body, 1)
             body = chance.choice([packed, packed, packed[: len(packed) // 2], packed[:-4], body])
-        return httpx2.Response(200, content=body, headers=headers)
+        return 200, headers, body
+
+    def _token(self) -> tuple[int, dict[str, str], bytes]:
+        headers: dict[str, str] = {}
+        if self._chance.random() < 0.2:
+            status, body = self._error(headers)
+            return status, headers, body
+        value, refresh = (f"{kind}-{self._chance.getrandbits(64):x}" for kind in ("token", "refresh"))
+        self._tokens = [value, refresh, *self._tokens[:4]]
+        life = self._chance.choice([864_000_000, 864_000_000, 864_000_000, 1])
+        result = {"value": value, "lifeTime": life, "refreshToken": refresh, "scopes": ["a"]}
+        return 200, headers, json.dumps({"result": result, "status": "DONE"}).encode()
+
+    def _error(self, headers: dict[str, str]) -> tuple[int, bytes]:
+        """Return an error that quotes one of our secrets wherever it can, in its headers too."""
+        self.counts["quoted"] += 1
+        secret = self._chance.choice([SECRET, NID, BASIC, f"Basic {BASIC}", *self._tokens])
+        if self._chance.random() < 0.3:
+            headers |= {"Retry-After": secret, "Content-Type": f"text/{secret}"}
+        status, body = self._chance.choice(ERRORS)
+        body = body.replace(b"%s", secret.encode())
+        if self._chance.random() < 0.2:
+            body = self._chance.choice(BYTE_MUTATIONS)(self._chance, body)
+        return status, body
 
     # --- the log, and the capture: what is published, and from what ---------------------------------------------------
 
@@ -179,17 +256,18 @@ class Fuzz:
     def committed(self, poll_sequence: int, outcome: Outcome) -> None:
         """Know it already."""
 
-    def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Any) -> None:
+    def poll(self, poll_sequence: int, readings: Sequence[Reading], known: Any) -> None:
         """Take how the responses were read."""
-        self._contexts = list(contexts)
+        self._readings = list(readings)
 
     def publish(self, changes: Changes, letters: Sequence[DeadLetter], markers: Sequence[PollMarker]) -> None:
         """Check, then keep."""
+        self._shown += [repr(msgspec.to_builtins(each)) for each in (*letters, *markers, *changes.events)]
         self.counts["events"] += len(changes.events)
         self.counts["rejected_rows"] += markers[-1].rejected_rows
         self.counts["refused_bodies"] += markers[-1].outcome is Outcome.FAILED
         bodies = {received.track_id: received.body for received in self._delivered}
-        calls = [(bodies[context.track_id], context) for context in self._contexts]
+        calls = [(bodies[reading.track_id], reading) for reading in self._readings]
         try:
             expected: Sequence[TradeEvent] = derive(self._known, calls).changes.events if calls else []
         except ExchangeError:
@@ -328,19 +406,19 @@ BYTE_MUTATIONS: Sequence[Callable[[random.Random, bytes], bytes]] = (_flip, _fli
 
 
 def main() -> int:
-    """Run as told on the command line; return the exit code."""
+    """Run as the command line asks; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
     began = time.monotonic()
     fuzz = Fuzz(options.seed)
-    fuzz.run(options.n)
+    fuzz.run(options.n - options.n // 10)
+    fuzz.run(options.n // 10, tls=True)
     for words in sorted(set(fuzz.first), key=lambda each: each.startswith("no row"))[:10]:
         print(words, file=sys.stderr)
     print(json.dumps({**fuzz.counts, "seconds": round(time.monotonic() - began)}))
-    return int(bool(fuzz.counts["crashes"] or fuzz.counts["wrong_events"]))
+    return int(any(fuzz.counts[fault] for fault in ("crashes", "wrong_events", "leaks")))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def refusal(status: int, body: bytes, track_id: str | None, retry_after: float |
     if status in {200, 400} and code == "VALIDATION_ERROR":
         return ExchangeRefused("internal", text, **details)
     if status == 200 and code is None and not message:
-        return ExchangeNonsense("nonsense", "the response is neither DONE nor an error", track_id=track_id)
+        message = "the body is not JSON" if answer is UNSET else "the response is neither DONE nor an error"
+        return ExchangeNonsense("nonsense", message, track_id=track_id)
     return ExchangeUnavailable("provider", text, **details)
 
 

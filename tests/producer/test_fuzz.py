@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import structlog
 from msgspec import structs
 
 from bourse_producer import derive, service
+from bourse_producer.conceal import Concealer
 from bourse_producer.diff import Changes, Snapshot, diff
 from bourse_producer.responses import Reading
 from bourse_schemas.events import Candle
@@ -16,23 +17,35 @@ from reliability.fuzz import Fuzz
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Log nothing: every case is a line or two."""
-    structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
+def _logs_as_before() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_is_found(seed: int) -> None:
-    """Hundreds of events of mutated responses, none of them wrong, and no crash."""
+@pytest.mark.parametrize(("seed", "tls"), [(1, False), (2, True)])
+def test_nothing_is_found(seed: int, tls: bool) -> None:
+    """Hundreds of events of mutated responses, none of them wrong, no crash, and no secret that was quoted."""
     fuzz = Fuzz(seed)
-    fuzz.run(500)
-    assert (fuzz.counts["crashes"], fuzz.counts["wrong_events"]) == (0, 0), fuzz.first[:3]
+    fuzz.run(500, tls=tls)
+    assert [fuzz.counts[fault] for fault in ("crashes", "wrong_events", "leaks")] == [0, 0, 0], fuzz.first[:3]
     assert fuzz.counts["events"] > 200
     assert min(fuzz.counts["rejected_rows"], fuzz.counts["refused_bodies"]) > 50
+    assert fuzz.counts["quoted"] > 20
+
+
+def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In topics, logs and captures."""
+    monkeypatch.setattr(Concealer, "text", lambda _, text: text)
+    monkeypatch.setattr(Concealer, "data", lambda _, data: data)
+    fuzz = Fuzz(1)
+    fuzz.run(400)
+    assert fuzz.counts["leaks"] > 10
+    shown = " ".join(fuzz.first)
+    assert all(place in shown for place in ("'event': 'poll'", "'poll_sequence'", "Received("))
 
 
 def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the pure core made them up as well: no row of the body says so."""
+    """Even if the pure core makes them up as well: no row of the body has them."""
 
     def inflated(known: Mapping[str, Candle], snapshot: Snapshot) -> Changes:
         found = {code: structs.replace(candle, value=candle.value + 1) for code, candle in snapshot.candles.items()}
@@ -46,7 +59,7 @@ def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the bytes say is what must come out."""
+    """What the bytes contain is what must come out."""
 
     def forgetful(known: Mapping[str, Candle], snapshot: Snapshot) -> Changes:
         return diff({}, snapshot)
@@ -58,9 +71,9 @@ def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytes
 
 
 def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is no ExchangeError."""
+    """Anything but an ExchangeError."""
 
-    def broken(body: bytes, context: Reading) -> Snapshot:
+    def broken(body: bytes, reading: Reading) -> Snapshot:
         raise KeyError("state")
 
     monkeypatch.setattr(service, "parse", broken)
