@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2
+from socksio.exceptions import SOCKSError
 
 from bourse_schemas.errors import ExchangeNonsense, ExchangeUnavailable, Stuck
 
@@ -76,7 +77,7 @@ class Transport:
             raise ExchangeUnavailable("timeout", message) from error
         if isinstance(error, httpx2.DecodingError):
             raise ExchangeNonsense("nonsense", f"the body cannot be unpacked: {error}") from error
-        if isinstance(error, httpx2.HTTPError):
+        if isinstance(error, httpx2.HTTPError | SOCKSError):
             raise ExchangeUnavailable("network", f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if error is not None:
             raise error

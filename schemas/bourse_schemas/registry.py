@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
@@ -35,9 +37,10 @@ class Registry:
         self.url = url
         try:
             own = {key: int(value) if _is_number(key) else value for key, value in (settings or {}).items()}
-            self._client = SchemaRegistryClient(
-                {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **own, "url": url}
-            )
+            with _no_proxy_variables():
+                self._client = SchemaRegistryClient(
+                    {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **own, "url": url}
+                )
         except (ValueError, TypeError, OSError) as error:
             raise ConfigurationError(
                 f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
@@ -152,7 +155,8 @@ class Registry:
 
     def _ask(self, right: str, question: Callable[[], R]) -> R:
         """Return the answer to a question; `right` is what the user must be allowed to do."""
-        import httpx2  # what Confluent's client calls with
+        import httpx2
+        from socksio.exceptions import SOCKSError  # what Confluent's client calls with
 
         try:
             return question()
@@ -161,7 +165,7 @@ class Registry:
             raise ConfigurationError(f"{self.url} is not a schema registry: is --registry-url right?") from error
         except OAuthTokenError as error:
             raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, SOCKSError) as error:
             raise self._unreachable(error) from error
         except SchemaRegistryError as error:
             status = error.http_status_code
@@ -191,6 +195,17 @@ class Registry:
             f"the schema registry at {self.url} does not answer ({reason}): "
             f"is it running, and is --registry-url right?{hint}"
         )
+
+
+@contextmanager
+def _no_proxy_variables() -> Iterator[None]:
+    """Hide the proxy variables: without a proxy Confluent's client would read them again, and fail on some values."""
+    names = {f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")}
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _is_number(setting: str) -> bool:

@@ -303,6 +303,21 @@ def test_each_channel_has_its_own_proxy(web: Web) -> None:
     assert len(web.asked) == 1
 
 
+def test_a_webhook_follows_the_environments_proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one decision for all clients: loopback is not proxied, and a bad variable is named."""
+    told = sent(alert())
+    with serving() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", "[::1]")
+        Webhook("http://hooks.example.ir/x").send(told.text, told)
+        assert [asked.path for asked in proxy.asked] == ["http://hooks.example.ir/x"]
+        Webhook(f"{web.url}/x").send(told.text, told)
+    assert len(web.asked) == 1
+    monkeypatch.setenv("HTTP_PROXY", "socks://127.0.0.1:1")
+    with pytest.raises(ConfigurationError, match="HTTP_PROXY: socks:// is not a supported proxy scheme"):
+        Webhook("http://hooks.example.ir/x")
+
+
 def test_a_webhook_is_signed_and_can_be_told_from_a_repetition(web: Web) -> None:
     """As Standard Webhooks has it; the alerts are those of the topic, field for field."""
     key = base64.b64encode(b"a key of some length").decode()

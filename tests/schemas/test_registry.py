@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -232,3 +235,52 @@ def test_a_schema_is_compatible_with_itself_and_with_no_other(topic: Any) -> Non
     """All five."""
     for other in TOPICS:
         assert (not compatible(avro_schema(topic.event), [avro_schema(other.event)])) == (topic is other)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ALL_PROXY": "socks://127.0.0.1:1"},
+        {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1,[::1]"},
+        {"http_proxy": "http://127.0.0.1:1"},
+    ],
+)
+def test_a_registry_on_loopback_is_not_proxied(
+    bourse: Run, monkeypatch: pytest.MonkeyPatch, small_registry: str, variables: dict[str, str]
+) -> None:
+    """Whatever a desktop's variables hold: neither our decision nor Confluent's client uses them."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert bourse("schemas", "register", "--registry-url", small_registry)[0] == 0
+    assert {name: os.environ[name] for name in variables} == variables
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpcore2 leaves the socket open
+@pytest.mark.parametrize("reply", [b"\x05\x04\x00\x01\x00\x00\x00\x00\x00\x00", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_registry_is_asked_through_a_socks_proxy(bourse: Run, monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+    """The proxy is given the registry's name; its refusal, or an answer that is not SOCKS, is no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        asked: list[bytes] = []
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection = proxy.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(b"\x05\x00")  # no authentication
+                    asked.append(connection.recv(100))
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        monkeypatch.setenv("ALL_PROXY", f"socks5://127.0.0.1:{proxy.getsockname()[1]}")
+        code, _, err = bourse("schemas", "check", "--registry-url", "http://registry.invalid:8081")
+    assert (code, "does not answer" in err) == (2, True)
+    assert b"registry.invalid" in asked[0]
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+    code, _, err = bourse("schemas", "check", "--registry-url", "http://registry.invalid:8081")
+    assert (code, err) == (2, "Error: ALL_PROXY: socks:// is not a supported proxy scheme; did you mean socks5://?\n")
+    gc.collect()

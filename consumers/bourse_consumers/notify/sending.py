@@ -7,6 +7,7 @@ import binascii
 import hmac
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import httpx
 import requests
 from apprise import Apprise, AppriseAsset, NotifyFormat, NotifyType, OverflowMode
+from socksio.exceptions import SOCKSError
 
+from bourse_cli.proxies import proxy_for
 from bourse_consumers.notify.policy import Message
 from bourse_consumers.notify.words import Text
 from bourse_schemas.codec import to_json
@@ -143,7 +146,8 @@ class Webhook:
         require_address(url)
         self._url, self._secrets = url, _secrets(url, proxy)
         self._key = _key(key) if key is not None else None
-        self._client = httpx.Client(timeout=SECONDS, proxy=proxy, follow_redirects=False)
+        transport = httpx.HTTPTransport(proxy=proxy or proxy_for(url, environ=os.environ))
+        self._client = httpx.Client(timeout=SECONDS, transport=transport, follow_redirects=False)
 
     def send(self, text: Text, message: Message | None = None) -> None:
         """Post a text and its alerts; any answer but 2xx is a failure."""
@@ -159,7 +163,7 @@ class Webhook:
         body = json.dumps(content, ensure_ascii=False).encode()
         try:
             answer = self._client.post(self._url, content=body, headers=self._headers(told, body))
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, SOCKSError) as error:
             raise NotSent(scrub(f"{type(error).__name__}: {error}", self._secrets)) from None
         if not answer.is_success:
             raise NotSent(
