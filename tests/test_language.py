@@ -47,7 +47,6 @@ REWRITTEN_SOURCES = (
     "consumers/bourse_consumers/runner.py",
     "consumers/bourse_consumers/kafka_stream.py",
     "consumers/bourse_consumers/testing.py",
-    "sandbox/",
     "producer/",
 )
 REWRITTEN_PAGES = (
@@ -63,7 +62,6 @@ REWRITTEN_COMMANDS = (
     "archive",
     "watch",
     "consume",
-    "sandbox",
     "demo",
     "produce",
     "doctor",
