@@ -37,7 +37,7 @@ N ?= 10000
 POLLS ?= 10000
 SEED ?= 1
 
-chaos: .venv/.installed ## a real day while services die: KILLS=200 SEED=1 BROKERS=1
+chaos: .venv/.installed ## a real day while producers die and brokers restart: KILLS=200 SEED=1 BROKERS=1
 	@$(BIN)/python -m reliability.chaos --kills $(KILLS) --seed $(SEED) --brokers $(BROKERS) $(ARGS)
 
 SINK ?= parquet
