@@ -55,12 +55,16 @@ def _existing(to: str) -> Store:
     return store
 
 
-TO = click.option("--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="Where the archive lies.")
+TO = click.option(
+    "--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="Folder, bucket or database of the archive."
+)
 
 
 @archive.command
-@click.option("--to", required=True, metavar="FOLDER|s3://…|postgresql://…", help="Where the archive lies.")
-@click.option("--day", type=DAY, help="Look at one day only.")
+@click.option(
+    "--to", required=True, metavar="FOLDER|s3://…|postgresql://…", help="Folder, bucket or database of the archive."
+)
+@click.option("--day", type=DAY, help="Check one day only.")
 @click.option(
     "--polls", metavar="FOLDER|s3://…", help="An archive of the polls topic: every change must have its poll."
 )
@@ -86,7 +90,7 @@ def verify(
 ) -> None:
     """Prove that an archive holds every event once: offsets, sequences, totals, and the topic itself.
 
-    Exit 0 if it does, 1 where something is wrong.
+    Exit 0 if it does, otherwise 1.
     """
     from dataclasses import asdict
 
@@ -137,7 +141,7 @@ def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, day: d
 def compact(*, to: str, before: date | None, day: date | None, as_json: bool) -> None:
     """Put the many small files of closed days together: about 128 MiB each, sorted by instrument.
 
-    May be interrupted at any point, and run beside writers and readers.
+    May be interrupted at any point, and may run while others write and read.
     """
     from bourse_consumers.archive.care import compact as put_together
     from bourse_consumers.archive.store import StoreError

@@ -709,7 +709,7 @@ def _batch(events: list[Any], undecodable: int, trouble: str | None, caught_up: 
 
 @click.command()
 @cluster_options
-@click.option("--seconds", type=click.FloatRange(min=0), help="End after so many seconds. [default: at Ctrl-C]")
+@click.option("--seconds", type=click.FloatRange(min=0), help="End after N seconds. [default: at Ctrl-C]")
 def watch(cluster: Cluster, seconds: float | None) -> None:
     """Show the market, the feed and the consumers live, from Kafka alone.
 

@@ -97,7 +97,7 @@ class Replay:
                     context = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
                     self._publish(Poll(number, [(body, context)]))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{path} is no captured day, or a damaged one: {error}") from error
+            raise ConfigurationError(f"{path} is not a captured day, or it is damaged: {error}") from error
 
     def _settle(self, poll: Poll, after: dict[InstrumentCode, Candle] | None) -> None:
         """Decide on a poll whose outcome was not noted: by what was known afterwards, else by the topic's markers."""

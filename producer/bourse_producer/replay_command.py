@@ -33,7 +33,7 @@ def replay(
 ) -> None:
     """Derive the events again, from a producer's captures or from captured days (*.ndjson.gz).
 
-    The same bytes give the same events. With --against the topics are compared with them; exit 1 where they differ.
+    The same bytes give the same events. With --against they are compared with the topics; exit 1 if they differ.
     """
     from msgspec.structs import asdict
 

@@ -23,15 +23,13 @@ __all__ = ["archive"]
     show_default=True,
     help="Which topic to keep; each has a place of its own.",
 )
-@click.option(
-    "--max-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Close a file at so many rows."
-)
+@click.option("--max-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Close a file at N rows.")
 @click.option(
     "--max-bytes",
     type=click.IntRange(1),
     default=16 << 20,
     show_default=True,
-    help="… or as the largest one when all of them have so many bytes in memory.",
+    help="Close the largest open file when all of them hold N bytes in memory.",
 )
 @click.option(
     "--max-age-seconds",

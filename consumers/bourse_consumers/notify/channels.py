@@ -84,9 +84,11 @@ class _Secret(Strict):
             return found
         path = folder / (self.file or "")
         try:
-            found = path.read_text("utf-8").strip()
+            found = path.read_text("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+            raise ValueError(
+                f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+            ) from None
         if not found:
             raise ValueError(f"{path} is empty")
         return found
@@ -148,7 +150,7 @@ class _Channel(_Manners):
         if self.key is not None and self.webhook is None:
             raise ValueError("key signs a webhook: leave it out")
         if self.address is not None and self.webhook is not None:
-            raise ValueError("address is for a url of Apprise: a webhook's own address says where it goes")
+            raise ValueError("address is for Apprise's url: a webhook has its own address, leave it out")
         return self
 
 
