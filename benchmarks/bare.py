@@ -19,7 +19,6 @@ from benchmarks.market import received_at, rows
 from benchmarks.plain import records
 from bourse_cli.logs import configure_logging
 from bourse_producer.publisher import Publisher
-from bourse_producer.responses import SOURCE
 from bourse_schemas.codec import Record, schema_text
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
@@ -48,7 +47,7 @@ def main(bootstrap_servers: str, registry: str, prefix: str, rounds: str) -> Non
     filled = [
         (record.topic, record.value + bytes(weight), record.key) for record, weight in zip(ready, weights, strict=True)
     ]
-    publisher = Publisher(cluster, SOURCE)
+    publisher = Publisher(cluster)
     publisher.restore()
     bare = cluster.transactional_producer("bare")
     bare.init_transactions(30)

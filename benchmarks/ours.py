@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import httpx2
 
 from bourse_cli.logs import configure_logging
+from bourse_producer.clock import PracticeClock
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech, Reply
+from bourse_producer.patience import Call
 from bourse_producer.publisher import Publisher
-from bourse_producer.responses import SOURCE
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.events import DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster
@@ -27,12 +28,12 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
     began = got = 0.0
 
     class Exchange(Finnotech):
-        def realtime(self, **call: Any) -> Reply:
+        def fetch(self, call: Call, **options: Any) -> Reply:
             nonlocal began, got
             if not sys.stdin.readline():
-                signal.raise_signal(signal.SIGTERM)
+                stop.set()
             began = time.perf_counter()
-            reply = super().realtime(**call)
+            reply = super().fetch(call, **options)
             got = time.perf_counter()
             return reply
 
@@ -43,10 +44,13 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
             print(json.dumps((got - began, worked_out - got, time.perf_counter() - worked_out)), flush=True)
 
     cluster = Cluster(bootstrap_servers, registry, prefix)
-    settings = Settings(poll_seconds=0, always=True, response_clock=True)
+    settings = Settings(poll_seconds=0, always=True)
+    stop = threading.Event()
+    clock = PracticeClock(stop)
     with httpx2.Client(headers={"User-Agent": "bourse-stream"}) as client:
         account = Credentials("bench", "bench", "0123456789")
-        Producer(Exchange(client, exchange, account), lambda: Publication(cluster, SOURCE), settings).run()
+        finnotech = Exchange(client, exchange, account, clock=clock)
+        Producer(finnotech, lambda: Publication(cluster), settings, clock).run()
 
 
 if __name__ == "__main__":

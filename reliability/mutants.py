@@ -31,7 +31,7 @@ DIFF, FRESHNESS = "producer/bourse_producer/diff.py", "producer/bourse_producer/
 KAFKA, UNIT = "tests/kafka/test_producer.py", "tests/producer"
 
 INITIALISE = "        self._initialise()\n"
-READ = "        candles = self._newest_candles()\n"
+READ = "        return committed_state(self._cluster)\n"
 
 MUTANTS = [
     Mutant(
@@ -46,21 +46,21 @@ MUTANTS = [
         "restore before init",
         PUBLISHER,
         f"{INITIALISE}{READ}",
-        f"{READ}{INITIALISE}",
+        f"        state = committed_state(self._cluster)\n{INITIALISE}        return state\n",
         f"{KAFKA}::test_what_an_older_instance_commits_at_the_last_moment_is_known",
     ),
     Mutant(
         "no fencing check",
         PUBLISHER,
-        "    if fenced:\n",
-        "    if False:\n",
+        "        if error.code() in FENCED:\n",
+        "        if False:\n",
         f"{KAFKA}::test_an_older_instance_is_fenced",
     ),
     Mutant(
         "<= for < in stale",
         DIFF,
-        "candle.traded_at < before.traded_at",
-        "candle.traded_at <= before.traded_at",
+        "candle.traded_at < known.traded_at",
+        "candle.traded_at <= known.traded_at",
         f"{UNIT}/test_diff.py",
     ),
     Mutant(
@@ -80,21 +80,21 @@ MUTANTS = [
     Mutant(
         "fenced, and goes on owning the partition",
         SERVICE,
-        "                self._leadership.resign()\n",
+        "            self._leadership.resign()\n",
         "",
-        f"{UNIT}/test_service.py::test_a_fenced_leader_says_so_and_stands_again",
+        f"{UNIT}/test_service.py::test_a_fenced_leader_stands_again",
     ),
     Mutant(
         "a failed transaction is not read back",
         SERVICE,
-        "                self._close()\n                self._sleep(pause)\n",
-        "                self._sleep(pause)\n",
-        f"{UNIT}/test_service.py::test_a_failed_publication_starts_over_from_what_is_committed",
+        "            self._close()\n            self._metrics.failures",
+        "            self._metrics.failures",
+        f"{UNIT}/test_service.py::test_a_publication_that_had_succeeded_is_not_repeated",
     ),
     Mutant(
         "missed beats leave no marker",
         SERVICE,
-        "missed = self._missed_beats(requested_at)",
+        "missed = self._missed_beats(poll)",
         "missed: list[datetime] = []",
         f"{UNIT}/test_service.py::test_beats_missed_between_runs_are_skipped",
     ),

@@ -7,25 +7,27 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from bourse_schemas.errors import did_you_mean
 from bourse_schemas.events import TEHRAN, Phase
 
-__all__ = ["HOURS", "TEHRAN", "Calendar", "parse_calendar", "parse_day"]
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+
+__all__ = ["HOURS", "Calendar", "official_holiday", "parse_calendar", "parse_day"]
 
 DAY = timedelta(days=1)
 # From the year after on the lunar holidays of the package are estimates.
 LUNAR_KNOWN_UNTIL = date(2026, 12, 31)
 # Longer than any run of closed days (Nowruz with its weekends).
 HORIZON_DAYS = 30
-
-
-# Python's numbers of them.
-WEEKDAYS = {"monday": 0, "tuesday": 1, "wednesday": 2, "thursday": 3, "friday": 4, "saturday": 5, "sunday": 6}
+# In the order of Python's numbers.
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 HOURS = ("pre_opens", "opens", "closes", "at_last_until", "corrected_until")
 
 
@@ -36,14 +38,11 @@ def _holidays() -> Mapping[date, str]:
     # Asked for one country the package imports all 250: 14 MB more at the peak of the producer's memory.
     spec = spec_from_file_location("holidays_iran", f"{holidays.__path__[0]}/countries/iran.py")
     try:
-        module = module_from_spec(spec) if spec else None
-        if spec is None or spec.loader is None or module is None:
-            raise FileNotFoundError
-        spec.loader.exec_module(module)
-        days: Mapping[date, str] = module.Iran()
-    except FileNotFoundError:  # kept elsewhere by another version: dearer, and right
-        days = holidays.country_holidays("IR")
-    return days
+        module = module_from_spec(cast("ModuleSpec", spec))
+        cast("Loader", module.__loader__).exec_module(module)
+        return cast("Mapping[date, str]", module.Iran())
+    except (FileNotFoundError, AttributeError):  # another version keeps it elsewhere: larger, and right
+        return holidays.country_holidays("IR")
 
 
 def official_holiday(day: date) -> str | None:
@@ -56,7 +55,7 @@ class Calendar:
     """Trading days and, in Tehran's local time, the phases of a session.
 
     `weekdays` are Python's (Monday is 0). Continuous trading is [opens, closes); trading at the last price ends at
-    `at_last_until`; corrections arrive until `corrected_until`. `closed` and `opened` are days told at short notice.
+    `at_last_until`; corrections arrive until `corrected_until`. `closed` and `opened` are days by name.
     """
 
     weekdays: frozenset[int] = frozenset({5, 6, 0, 1, 2})
@@ -71,11 +70,11 @@ class Calendar:
     holiday: Callable[[date], str | None] = official_holiday
 
     def is_trading_day(self, day: date) -> bool:
-        """Say whether the exchange trades on this day."""
+        """Return whether the exchange trades on this day."""
         return self.why_closed(day) is None
 
     def why_closed(self, day: date) -> str | None:
-        """Return why the exchange does not trade on this day, None where it does."""
+        """Return why the exchange does not trade on this day, None if it does."""
         if day in self.opened:
             return None
         if day in self.closed:
@@ -104,7 +103,7 @@ class Calendar:
         return next((day for day in days if self.is_trading_day(day)), None)
 
     def trades_at_last(self, now: datetime) -> bool:
-        """Say whether trades, at whatever price, can still happen in this session."""
+        """Return whether trades, at whatever price, can still happen in this session."""
         return now.astimezone(TEHRAN).time() < self.at_last_until
 
     def next_session(self, now: datetime) -> datetime:
@@ -117,48 +116,42 @@ class Calendar:
 
 
 def parse_day(text: str) -> date:
-    """Return the day of YYYY-MM-DD, Gregorian, or Jalali where the year is below 1700; raise ValueError."""
+    """Return the day of YYYY-MM-DD, Gregorian, or Jalali if the year is below 1700; raise ValueError."""
     found = re.fullmatch(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is not a date like 2026-12-05 or 1405-09-14")
+    year, month, day = map(int, found.groups())
     try:
-        year, month, day = (int(part) for part in found.groups()) if found else (0, 0, 0)
         if year >= 1700:
             return date(year, month, day)
         from persiantools.jdatetime import JalaliDate
 
         gregorian: date = JalaliDate(year, month, day).to_gregorian()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, OverflowError):
-        why = "there is no such day" if found else "it is no day such as 2026-12-05 or 1405-09-14"
-        raise ValueError(f"{text!r}: {why}") from None
+        raise ValueError(f"{text!r}: there is no such day") from None
     return gregorian
 
 
 def parse_calendar(text: str) -> Calendar:
-    """Return the calendar that a file of the operator's makes of the usual one; raise ValueError with what is wrong."""
+    """Return the usual calendar as an operator's file changes it; raise ValueError that names the mistake."""
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
-    hours = _require(given.pop("hours", {}), dict, "hours")
-    closed, opened = (frozenset(_days(given.pop(name, []), name)) for name in ("closed", "open"))
-    if both := closed & opened:
+        raise ValueError(f"not TOML: {error}") from None
+    hours = given.pop("hours", {})
+    if not isinstance(hours, dict):
+        raise ValueError("hours must be a table")
+    for table, known, where in ((given, (*LISTS, "known_until"), ""), (hours, HOURS, "hours.")):
+        for name in table:
+            if name not in known:
+                raise ValueError(f"unknown key {where}{name}{did_you_mean(name, known)}")
+    lists = {name: frozenset(_list(name, given[name], kind)) for name, kind in LISTS.items() if name in given}
+    changes: dict[str, Any] = {"opened" if name == "open" else name: values for name, values in lists.items()}
+    if both := lists.get("closed", frozenset()) & lists.get("open", frozenset()):
         raise ValueError(f"{min(both)} is both closed and open: leave one out")
-    changes: dict[str, Any] = {"closed": closed, "opened": opened}
-    if "weekdays" in given:
-        named = _require(given.pop("weekdays"), list, "weekdays")
-        if unknown := [each for each in named if str(each).lower() not in WEEKDAYS]:
-            raise ValueError(f"weekdays: {unknown[0]!r} is none of {', '.join(WEEKDAYS)}")
-        changes["weekdays"] = frozenset(WEEKDAYS[str(each).lower()] for each in named)
     if "known_until" in given:
-        changes["known_until"] = _days([given.pop("known_until")], "known_until")[0]
-    _no_others(given, ["closed", "open", "hours", "weekdays", "known_until"], "")
-    for name in HOURS:
-        if name in hours:
-            value = hours.pop(name)
-            try:
-                changes[name] = value if isinstance(value, time) else time.fromisoformat(str(value))
-            except ValueError:
-                raise ValueError(f"hours.{name}: {value!r} is no time such as 08:45") from None
-    _no_others(hours, list(HOURS), "hours.")
+        changes["known_until"] = _list("known_until", [given["known_until"]], _day)[0]
+    changes |= {name: _list(f"hours.{name}", [value], _time)[0] for name, value in hours.items()}
     calendar = Calendar(**changes)
     for before, after in pairwise(HOURS):
         if getattr(calendar, before) > getattr(calendar, after):
@@ -166,24 +159,32 @@ def parse_calendar(text: str) -> Calendar:
     return calendar
 
 
-def _days(given: Any, name: str) -> list[date]:
-    days = []
-    for each in _require(given, list, name):
-        try:
-            is_day = isinstance(each, date) and not isinstance(each, datetime)
-            days.append(each if is_day else parse_day(str(each)))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return days
+def _list(name: str, given: Any, convert: Callable[[Any], Any]) -> list[Any]:
+    if not isinstance(given, list):
+        raise ValueError(f"{name} must be a list")
+    try:
+        return [convert(each) for each in given]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
-def _require(given: Any, kind: type, name: str) -> Any:
-    if not isinstance(given, kind):
-        raise ValueError(f"{name} must be {'a list' if kind is list else 'a table'}")
-    return given
+def _day(given: Any) -> date:
+    return given if isinstance(given, date) and not isinstance(given, datetime) else parse_day(str(given))
 
 
-def _no_others(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in given:
-        near = get_close_matches(name, known, 1)
-        raise ValueError(f"unknown key {where}{name}" + (f": is {where}{near[0]} meant?" if near else ""))
+def _time(given: Any) -> time:
+    try:
+        return given if isinstance(given, time) else time.fromisoformat(str(given))
+    except ValueError:
+        raise ValueError(f"{given!r} is not a time like 08:45") from None
+
+
+def _weekday(given: Any) -> int:
+    try:
+        return WEEKDAYS.index(str(given).lower())
+    except ValueError:
+        raise ValueError(f"{given!r} is none of {', '.join(WEEKDAYS)}") from None
+
+
+# The lists of a file, and what their entries are.
+LISTS = {"closed": _day, "open": _day, "weekdays": _weekday}

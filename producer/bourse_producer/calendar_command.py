@@ -1,26 +1,82 @@
-"""`bourse calendar`: trading days and phases, Gregorian and Jalali."""
+"""`bourse calendar`: trading days and phases, Gregorian and Jalali; and the operator's calendar file."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import click
 
-from bourse_producer.calendar import HOURS, TEHRAN, parse_day
-from bourse_producer.calendar_file import CalendarFile, calendar_option
+from bourse_cli.inputs import read_text
+from bourse_cli.logs import get_logger
+from bourse_producer.calendar import HOURS, Calendar, parse_calendar, parse_day
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import TEHRAN
 
-__all__ = ["calendar"]
+__all__ = ["CalendarFile", "calendar", "calendar_option"]
 
-MOST_DAYS = 3660
+MAX_DAYS = 3660
 SHOWN_DAYS = 14
+
+
+class CalendarFile:
+    """The calendar of a file with closures and extra openings, read again whenever the file changes.
+
+    An invalid new file is logged once and ignored.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._calendar = Calendar()
+        if path is not None:
+            self._stamp, self._calendar = _stamp(path), self._read(path)
+
+    def calendar(self) -> Calendar:
+        """Return the present calendar."""
+        if self._path is not None and (stamp := _stamp(self._path)) != self._stamp:
+            self._stamp = stamp
+            try:
+                self._calendar = self._read(self._path)
+                get_logger().info("calendar changed", file=str(self._path))
+            except ConfigurationError as error:
+                get_logger().error("calendar file ignored", error=str(error))
+        return self._calendar
+
+    @staticmethod
+    def _read(path: Path) -> Calendar:
+        try:
+            return parse_calendar(read_text(path, "--calendar"))
+        except ValueError as error:
+            raise ConfigurationError(f"--calendar {path}: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def calendar_option(command: Any) -> Any:
+    """Add `--calendar FILE`; the command gets `calendar_file: CalendarFile`."""
+    return click.option(
+        "--calendar",
+        "calendar_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="BOURSE_CALENDAR",
+        callback=lambda _, __, path: CalendarFile(path),
+        help="Closures, extra openings and hours, in TOML; read again when it changes.",
+    )(command)
 
 
 @click.command
 @click.argument("days", metavar="[DATE|FROM..TO]", required=False)
 @calendar_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a day.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per day.")
 def calendar(days: str | None, calendar_file: CalendarFile, *, as_json: bool) -> None:
     """Show trading days; a DATE is Gregorian or Jalali, such as 2026-12-05 or 1405-09-14."""
     from persiantools.jdatetime import JalaliDate
@@ -46,15 +102,14 @@ def calendar(days: str | None, calendar_file: CalendarFile, *, as_json: bool) ->
 
 
 def _range(days: str | None) -> tuple[date, date]:
+    if days is None:
+        today = datetime.now(TEHRAN).date()
+        return today, today + timedelta(days=SHOWN_DAYS - 1)
+    begin, _, end = days.partition("..")
     try:
-        if days is None:
-            today = datetime.now(TEHRAN).date()
-            return today, today + timedelta(days=SHOWN_DAYS - 1)
-        begin, dots, end = days.partition("..")
-        first = parse_day(begin)
-        last = parse_day(end) if dots else first
+        first, last = parse_day(begin), parse_day(end or begin)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    if not 0 <= (last - first).days < MOST_DAYS:
-        raise ConfigurationError(f"{days}: give the earlier day first, and ten years at most")
+    if not 0 <= (last - first).days < MAX_DAYS:
+        raise ConfigurationError(f"{days}: name the earlier day first, and ten years at most")
     return first, last

@@ -1,11 +1,13 @@
-"""Every response, byte for byte, before it is published: what any event can be proved from.
+"""Every response, byte for byte, before it is published: any event can be derived from it again.
 
-A capture is a folder of gzip files of records, each a line of JSON with the kind, then `body_bytes` bytes and a line
-feed. Every file stands alone: it begins with the state that the first of its polls started from.
+A capture is a folder of gzip files of records: a line of JSON with the kind, then `body_bytes` bytes and a line feed.
 
-start      who wrote it                       state      what was known: the last poll, and each instrument's candle
-response   an answer of the exchange          poll       which responses a poll is made of, and how they are read
-committed  that the poll is published, and with which outcome
+state      what was known: each instrument's candle, the last poll's sequence, and the ids of the last polls committed
+response   an answer of the exchange
+poll       which responses a poll is made of, and how they are read
+
+Each poll is a gzip member of its own, so that a torn end costs one poll. A new file begins with a state at every
+restore, every day, every 64 MiB, and after a failure.
 """
 
 from __future__ import annotations
@@ -15,11 +17,9 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from io import BytesIO
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,13 +28,14 @@ from bourse_producer.diff import InstrumentCode
 from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
 from bourse_producer.responses import Reading
-from bourse_schemas.errors import ConfigurationError, PublishError
-from bourse_schemas.events import Candle, Outcome
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import Candle
 
-__all__ = ["Capture", "Record", "read"]
+__all__ = ["Capture", "Record", "read_capture"]
 
 FILE_BYTES = 64 << 20
-Known = Mapping[InstrumentCode, Candle]
+# Polls whose ids a state names: more than can be undecided.
+LAST_POLLS = 100
 
 
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,11 +43,10 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: str
     body_bytes: int = 0
-    at: datetime | None = None
-    poll_sequence: int | None = None
-    outcome: Outcome | None = None
-    calls: Sequence[Reading] = ()
-    track_id: str | None = None
+    poll_sequence: int = 0
+    poll_ids: Sequence[str] = ()
+    readings: Sequence[Reading] = ()
+    track_id: str = ""
     path: str | None = None
     query: Mapping[str, str] = {}
     status: int | None = None
@@ -55,125 +55,97 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     received_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record read back."""
 
     head: Head
     body: bytes
 
-    def candles(self) -> dict[InstrumentCode, Candle]:
-        """Return what a `state` knew."""
-        return {candle.instrument: candle for candle in msgspec.json.decode(self.body, type=list[Candle])}
-
 
 class Capture:
-    """Appends to a folder; where it cannot, publication stops (`required`) or goes on, and it is told."""
+    """Appends to a folder. A failure to write is logged and counted, and stops no publication."""
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        required: bool = False,
-        on_error: Callable[[], None] = lambda: None,
-        most_bytes: int = FILE_BYTES,
+        self, folder: Path, *, on_error: Callable[[], None] = lambda: None, max_bytes: int = FILE_BYTES
     ) -> None:
-        self._folder, self._required, self._on_error, self._most_bytes = folder, required, on_error, most_bytes
-        self._pending = BytesIO()
-        self._file: int | None = None
-        self._day: date | None = None
+        self._folder, self._on_error, self._max_bytes = folder, on_error, max_bytes
+        self._pending: list[bytes] = []
+        self._ids: list[str] = []
+        self._last: tuple[int, list[str]] = (0, [])
+        self._file: Path | None = None
         self._failed = False
         self._log = get_logger(capture=str(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open()
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(None, "no permission")
         except OSError as error:
-            raise ConfigurationError(f"--capture {folder}: cannot write there: {error.strerror}") from error
+            raise ConfigurationError(f"--capture {folder}: cannot write: {error.strerror}") from error
 
     def restored(self, state: State) -> None:
         """Keep what the next polls start from."""
-        self._pending.write(_state(state.candles, state.poll_sequence))
-        self._sync(anew=self._file is None)
+        ids = [each for marker in state.markers[-LAST_POLLS:] for each in (marker.poll_id, marker.rights_poll_id)]
+        self._ids, self._last = [each for each in ids if each is not None], (0, [])
+        self._begin_file(state.candles, state.poll_sequence)
 
     def response(self, received: Received) -> None:
-        """Keep an answer of the exchange; it is durable with the poll it belongs to."""
+        """Keep an answer of the exchange; it is written with the poll it belongs to."""
         fields = {name: getattr(received, name) for name in received.__dataclass_fields__ if name != "body"}
-        self._pending.write(_record(Head("response", **fields), received.body))
+        self._pending.append(_record(Head("response", **fields), received.body))
 
-    def poll(self, poll_sequence: int, contexts: Sequence[Reading], known: Known) -> None:
-        """Make the responses durable, and how they are read; `known` is what they are compared with."""
-        self._pending.write(_record(Head("poll", poll_sequence=poll_sequence, calls=contexts)))
-        full = self._file is None or os.fstat(self._file).st_size >= self._most_bytes
-        anew = full or self._day != datetime.now(UTC).date()
-        if anew:
-            rest = self._pending.getvalue()
-            self._pending = BytesIO()
-            self._pending.write(_state(known, poll_sequence - 1) + rest)
-        self._sync(anew=anew)
+    def poll(self, poll_sequence: int, readings: Sequence[Reading], known: Mapping[InstrumentCode, Candle]) -> None:
+        """Write the responses, and how they are read; `known` is what they are compared with."""
+        sequence, ids = self._last
+        if sequence < poll_sequence:
+            # The sequence goes on only after a commit.
+            self._ids = [*self._ids, *ids][-2 * LAST_POLLS :]
+        self._last = poll_sequence, [reading.track_id for reading in readings]
+        poll, self._pending = (
+            [*self._pending, _record(Head("poll", poll_sequence=poll_sequence, readings=readings))],
+            [],
+        )
+        if self._file is None or self._is_full(self._file):
+            self._begin_file(known, poll_sequence - 1)
+        self._write(poll)
 
-    def committed(self, poll_sequence: int, outcome: Outcome) -> None:
-        """Note that the poll is published; durable with the next one."""
-        self._pending.write(_record(Head("committed", poll_sequence=poll_sequence, outcome=outcome)))
+    def _is_full(self, file: Path) -> bool:
+        today = f"capture-{datetime.now(UTC):%Y%m%d}"
+        return not file.name.startswith(today) or not file.exists() or file.stat().st_size >= self._max_bytes
 
-    def close(self) -> None:
-        """Write what is left."""
-        self._required = False
-        self._sync()
-        self._shut()
+    def _begin_file(self, known: Mapping[InstrumentCode, Candle], poll_sequence: int) -> None:
+        self._file = self._new_file()
+        body = msgspec.json.encode(list(known.values()))
+        self._write([_record(Head("state", poll_sequence=poll_sequence, poll_ids=self._ids), body)])
 
-    # --- files --------------------------------------------------------------------------------------------------------
+    def _new_file(self) -> Path:
+        return self._folder / f"capture-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}.gz"
 
-    def _open(self) -> None:
-        self._shut()
-        now = datetime.now(UTC)
-        number = 0
-        while True:
-            path = self._folder / f"capture-{now:%Y%m%dT%H%M%S}-{number}.gz"
-            try:
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                break
-            except FileExistsError:
-                number += 1
-        self._day = now.date()
-        self._append(_record(Head("start", at=now)))
-
-    def _shut(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            with suppress(OSError):
-                os.close(file)
-
-    def _sync(self, *, anew: bool = False) -> None:
-        """Append what is pending as one gzip member: whatever happens to the next one, this one can be read.
-
-        Where it cannot, it is dropped: the next file begins with a state of its own.
-        """
-        pending = self._pending.getvalue()
-        self._pending = BytesIO()
+    def _write(self, records: Sequence[bytes]) -> None:
+        """Append records as one gzip member; after a failure the next file begins with a state."""
         try:
-            if anew:
-                self._open()
-            self._append(pending)
+            if self._file is not None:
+                self._append(self._file, gzip.compress(b"".join(records), 1))
         except OSError as error:
             self._on_error()
-            self._shut()
+            self._file = None
             if not self._failed:
-                self._failed = True
-                self._log.error("responses are not captured", error=error.strerror, required=self._required)
-            if self._required:
-                raise PublishError(f"responses cannot be captured in {self._folder}: {error.strerror}") from error
-
-    def _append(self, pending: bytes) -> None:
-        if self._file is None:
-            raise OSError(None, "the last attempt failed")
-        if pending:
-            member = memoryview(gzip.compress(pending, 1))
-            while member:
-                member = member[os.write(self._file, member) :]
-            os.fsync(self._file)
-            if self._failed:
+                self._log.error("capture failed", error=error.strerror)
+            self._failed = True
+        else:
+            if self._failed and self._file is not None:
                 self._failed = False
-                self._log.info("capturing again")
+                self._log.info("capture works again")
+
+    @staticmethod
+    def _append(file: Path, member: bytes) -> None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        try:
+            rest = memoryview(member)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _record(head: Head, body: bytes = b"") -> bytes:
@@ -181,13 +153,9 @@ def _record(head: Head, body: bytes = b"") -> bytes:
     return msgspec.json.encode(head) + b"\n" + body + b"\n"
 
 
-def _state(known: Known, poll_sequence: int) -> bytes:
-    return _record(Head("state", poll_sequence=poll_sequence), msgspec.json.encode(list(known.values())))
-
-
-def read(path: Path, oddities: Counter[str]) -> Iterator[Record]:
-    """Yield the records of a file; a torn end, as a crash leaves it, is counted in `oddities` and ends it."""
-    head_of = msgspec.json.Decoder(Head)
+def read_capture(path: Path, notes: Counter[str]) -> Iterator[Record]:
+    """Yield the records of a file; a torn end, as a crash leaves it, is counted in `notes` and ends it."""
+    head_of, count = msgspec.json.Decoder(Head), 0
     try:
         with gzip.open(path) as file:
             while line := file.readline():
@@ -196,9 +164,13 @@ def read(path: Path, oddities: Counter[str]) -> Iterator[Record]:
                 if len(body) < head.body_bytes or file.read(1) != b"\n":
                     raise EOFError
                 yield Record(head, body)
+                count += 1
     except EOFError:
-        oddities[f"{path.name}: its end is torn off"] += 1
+        notes[f"{path.name}: its end is torn off"] += 1
     except OSError as error:
+        if count and isinstance(error, gzip.BadGzipFile):  # one byte of the next member
+            notes[f"{path.name}: its end is torn off"] += 1
+            return
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
     except (zlib.error, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is no capture, or a damaged one: {error}") from error
+        raise ConfigurationError(f"{path} is not a capture, or is damaged: {error}") from error

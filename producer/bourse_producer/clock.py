@@ -7,49 +7,85 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-__all__ = ["Clock", "PracticeClock", "SystemClock"]
+__all__ = ["Clock", "PracticeClock", "SystemClock", "to_millis"]
+
+# Linux counts the time in which the machine was suspended only here.
+BOOT_TIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+# A wait may end this long before its beat: clocks are slewed.
+TICK_SECONDS = 0.05
+
+
+def to_millis(instant: datetime) -> datetime:
+    """Cut an instant to milliseconds, as the events hold it."""
+    return instant.replace(microsecond=instant.microsecond // 1000 * 1000)
 
 
 class Clock(Protocol):
-    """The market's time, the time that nobody sets, and waiting."""
+    """The market's time, elapsed time, and waiting."""
+
+    simulated: bool
 
     def now(self) -> datetime:
         """Return the market's time: UTC, whole milliseconds."""
 
     def monotonic(self) -> float:
-        """Return seconds of a clock that never jumps."""
+        """Return seconds of a clock that is never set; the time of a suspended machine counts."""
 
     def wait(self, seconds: float) -> bool:
         """Wait, or until a stop is requested; return whether it was."""
+
+    def seconds_to_beat(self, interval: float) -> float:
+        """Return the seconds until this machine's clock is at a multiple of the interval."""
+
+    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:
+        """Return the market's time at which a response arrived, received at `received_at` and dated by its sender."""
 
 
 class SystemClock:
     """This machine's clock; `stop` ends every wait."""
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
+    simulated = False
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._stop = stop or threading.Event()
 
     def now(self) -> datetime:
         """Return the time, cut to milliseconds as the events hold it."""
-        now = datetime.fromtimestamp(time.time(), UTC)
-        return now.replace(microsecond=now.microsecond // 1000 * 1000)
+        return to_millis(datetime.fromtimestamp(time.time(), UTC))
 
     def monotonic(self) -> float:
-        """Return the monotonic clock's seconds."""
-        return time.monotonic()
+        """Return the seconds since the machine was started."""
+        return time.clock_gettime(BOOT_TIME)
 
     def wait(self, seconds: float) -> bool:
         """Wait at most this long; return True as soon as a stop is requested."""
         return self._stop.wait(max(0.0, seconds))
 
+    def seconds_to_beat(self, interval: float) -> float:
+        """Return the seconds until the next multiple of the interval; one that is all but reached does not count."""
+        return interval - (time.time() + TICK_SECONDS) % interval + TICK_SECONDS if interval else 0.0
+
+    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:  # noqa: ARG002  # the protocol's
+        """Return when the response arrived: our clock counts, whatever the sender's is."""
+        return to_millis(received_at)
+
 
 class PracticeClock(SystemClock):
-    """The time of a simulated market: this machine's, moved by what the last response's Date header told."""
+    """The time of a simulated market: this machine's, moved by what the Date header of the last response told."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    simulated = True
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
         super().__init__(stop)
         self.offset = timedelta()
 
     def now(self) -> datetime:
         """Return the simulated time."""
         return super().now() + self.offset
+
+    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:
+        """Return when the response was dated, and let the market's time go on from there."""
+        if dated is None:
+            return to_millis(received_at)
+        self.offset = dated - super().now()
+        return to_millis(dated)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import os
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from bourse_cli.health import Monitor
-from bourse_cli.options import cluster_options, http_option
-from bourse_producer.calendar_file import CalendarFile, calendar_option
+from bourse_cli.logs import get_logger
+from bourse_cli.options import cluster_options, http_option, stop_on_signals
+from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 
+if TYPE_CHECKING:
+    from bourse_producer.service import Producer, Trial
+    from bourse_schemas.events import PollMarker
+
 __all__ = ["produce"]
+
+PRACTICE_HOLD_SECONDS = 2.0
+STOP_SECONDS = 3.5
 
 
 @click.command
@@ -50,7 +62,7 @@ __all__ = ["produce"]
     type=click.FloatRange(min=1),
     default=180.0,
     show_default=True,
-    help="An open market that does not move for so long is FROZEN.",
+    help="An open market that does not move for this time is FROZEN.",
 )
 @click.option(
     "--partial-share",
@@ -64,14 +76,19 @@ __all__ = ["produce"]
     type=click.FloatRange(0, 1),
     default=0.2,
     show_default=True,
-    help="A response of which more rows than this cannot be used is not published.",
+    help="A response with a larger share of unusable rows is not published.",
 )
 @click.option(
     "--quota-seconds",
     type=click.FloatRange(min=0),
     default=3600.0,
     show_default=True,
-    help="How long to leave an exchange alone that says our calls are used up.",
+    help="Pause after the exchange reports that the paid calls are used up.",
+)
+@click.option(
+    "--max-calls-per-day",
+    type=click.IntRange(min=1),
+    help="Charged calls a day (Tehran), restarts included; one poll is kept for the day's end. [default: no limit]",
 )
 @click.option(
     "--capture",
@@ -79,15 +96,17 @@ __all__ = ["produce"]
     envvar="BOURSE_CAPTURE",
     help="Keep every response in this folder, byte for byte; see `bourse replay`.",
 )
-@click.option(
-    "--capture-required/--no-capture-required",
-    default=False,
-    show_default=True,
-    help="Publish nothing that could not be captured.",
-)
 @http_option
 @click.option(
     "--once", is_flag=True, help="Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Poll once, print what would be published, write nothing. The call is charged."
+)
+@click.option(
+    "--remove-candle",
+    metavar="PARTITION/KEY",
+    help="Remove a record from the candles, and do nothing else: a delisted instrument, or what is not a candle.",
 )
 @cluster_options
 @click.pass_context
@@ -105,43 +124,65 @@ def produce(
     partial_share: float,
     max_rejected_share: float,
     quota_seconds: float,
+    max_calls_per_day: int | None,
     capture: Path | None,
-    capture_required: bool,
     http: str | None,
     once: bool,
+    dry_run: bool,
+    remove_candle: str | None,
 ) -> None:
     """Poll the exchange and publish what changed, exactly once; of several instances one polls, the others stand by."""
     from datetime import timedelta
 
-    from bourse_cli.health import CAPTURE_ERRORS, EXCHANGE_CALLS
     from bourse_cli.logs import configure_logging
+    from bourse_producer.beats import Beats
+    from bourse_producer.clock import PracticeClock, SystemClock
     from bourse_producer.election import Election
-    from bourse_producer.freshness import Freshness
-    from bourse_producer.publisher import Publisher
-    from bourse_producer.service import Producer, Settings
-    from bourse_schemas.events import Outcome
+    from bourse_producer.freshness import GOOD, Freshness
+    from bourse_producer.patience import Patience
+    from bourse_producer.publisher import Publisher, committed_state
+    from bourse_producer.service import ALIVE_SECONDS, Producer, Settings
 
     configure_logging(ctx.find_root().obj or "info")
+    if remove_candle is not None:
+        publisher = Publisher(cluster)
+        publisher.remove(remove_candle)
+        publisher.close()
+        return
+    once = once or dry_run
     if once and ctx.get_parameter_source("http") is not ParameterSource.COMMANDLINE:
         http = None  # from file or environment it is meant for the service, which may run next to this command
     profile = exchange.profile
-    if rights and profile.name == "realTimeTrades":
+    if rights and profile.one_call:
         raise ConfigurationError("--rights is for --profile trades-realtime: leave it out")
     settings = Settings(
-        source=profile.source,
+        profile=profile,
+        rights=rights,
         poll_seconds=poll_seconds,
         always=schedule == "always",
-        response_clock=clock == "response",
-        rights=rights,
-        profile=profile,
         calendar=calendar_file.calendar,
         freshness=Freshness(timedelta(seconds=frozen_seconds), partial_share),
-        quota_seconds=quota_seconds,
-        # A service tries again while the beat lasts; whoever polls once is told at once.
-        retry_seconds=0.0 if once else 1.0,
         max_rejected_share=max_rejected_share,
+        max_calls_per_day=max_calls_per_day,
+    )
+    stop = stop_on_signals()
+    ours = PracticeClock(stop) if clock == "response" else SystemClock(stop)
+    patience = Patience(
+        quota_seconds=quota_seconds,
+        max_calls_per_day=max_calls_per_day,
+        reserved_calls=2 if rights else 1,
+        # A simulated market's time is not that of its holds.
+        longest_seconds=PRACTICE_HOLD_SECONDS if ours.simulated else math.inf,
     )
     monitor = Monitor("producer")
+    metrics = monitor.producer
+
+    def on_call(outcome: str) -> None:
+        monitor.beat(ALIVE_SECONDS)
+        metrics.calls.labels(outcome).inc()
+        if outcome == "token_done":
+            metrics.token_minted.set_to_current_time()
+
     watched = replace(cluster, on_statistics=monitor.statistics) if http else cluster
     with ExitStack() as stack:
         stack.enter_context(monitor.serve(http))
@@ -149,29 +190,74 @@ def produce(
         if capture is not None:
             from bourse_producer.capture import Capture
 
-            kept = Capture(capture, required=capture_required, on_error=lambda: monitor.count(CAPTURE_ERRORS))
-            stack.callback(kept.close)
-        finnotech = exchange.connect(
-            stack,
-            on_call=lambda outcome: monitor.count(EXCHANGE_CALLS, outcome=outcome),
-            on_response=kept.response if kept else None,
-        )
+            kept = Capture(capture, on_error=metrics.capture_errors.inc)
+        hooks = {"on_call": on_call, **({"on_response": kept.response} if kept else {})}
+        # A service tries again while the beat lasts; a command that polls once reports a failure at once.
+        retry_seconds = 0.0 if once else 1.0
+        finnotech = exchange.connect(stack, clock=ours, patience=patience, retry_seconds=retry_seconds, **hooks)
+        metrics.token_expires.set_function(lambda: ends.timestamp() if (ends := finnotech.token_ends_at()) else 0.0)
         producer = Producer(
             finnotech,
-            lambda: Publisher(watched, profile.source),
+            lambda: Publisher(watched),
             settings,
-            leadership=Election(watched, profile.source),
+            ours,
+            leadership=Election(watched, Beats(poll_seconds).owed_seconds()),
             capture=kept,
             monitor=monitor,
         )
         if not once:
-            producer.run()
+            _run(producer, stop)
             return
-        marker = producer.run_once()
-    if marker.outcome is Outcome.FAILED:
-        if marker.error_kind in {"token", "scope", "address"}:
-            raise ConfigurationError(
-                f"the exchange refuses us: {marker.error_message}\n"
-                "check the client id, its secret, the national id, the scope, and that your address is whitelisted"
-            )
-        ctx.exit(1)
+        marker = _print(producer.try_out(committed_state(cluster))) if dry_run else producer.run_once()
+    if marker is None:
+        ctx.exit(3)
+    if marker.error_kind in {"token", "scope", "address"}:
+        raise ConfigurationError(
+            f"the exchange refuses the call: {marker.error_message}\n"
+            "check the client id, its secret, the national id, the scope, and that your address is whitelisted"
+        )
+    ctx.exit(int(marker.outcome not in GOOD))
+
+
+def _run(producer: Producer, stop: threading.Event) -> None:
+    """Run the service in a thread of its own, which is left alone if a call into Kafka's client outlasts a stop.
+
+    Nothing is lost with a commit that is not waited for: the next leader settles it and reads back what is committed.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            producer.run()
+        except BaseException as error:  # raised in the main thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="producer", daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop.is_set():
+        thread.join(0.2)
+    thread.join(STOP_SECONDS)
+    if failures:
+        raise failures[0]
+    if thread.is_alive():
+        get_logger().warning("stopped", reason="a call into Kafka's client did not return")
+        os._exit(0)
+
+
+def _print(trial: Trial) -> PollMarker:
+    """Print a poll that is not published: its events, a line each, then in one line what it amounts to."""
+    from msgspec.structs import asdict
+
+    from bourse_producer.markers import COUNTS, ODD
+    from bourse_schemas.codec import to_json
+
+    marker = trial.markers[-1]
+    for event in trial.derived.changes.events:
+        click.echo(to_json(asdict(event)))
+    for letter in trial.letters:
+        click.echo(f"dead letter: {letter.reason}: {letter.message}", err=True)
+    counts = ", ".join(f"{getattr(marker, name)} {name}" for name in ("rows", *COUNTS, *ODD))
+    click.echo(f"dry run, nothing is written: {marker.outcome} {marker.feed_state}: {counts}", err=True)
+    if marker.error_kind:
+        click.echo(f"{marker.error_kind}: {marker.error_message}", err=True)
+    return marker

@@ -28,7 +28,7 @@ from click.core import ParameterSource
 from bourse_cli.configuration import prepare
 from bourse_cli.options import cluster_options
 from bourse_cli.topics import Plan, plan_topics
-from bourse_producer.calendar_file import CalendarFile, calendar_option
+from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import BourseError, ConfigurationError, ExchangeError

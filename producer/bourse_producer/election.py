@@ -1,12 +1,14 @@
-"""Which instance of a source polls: the one that owns the polls topic's only partition, by Kafka's own group protocol.
+"""Which instance of a prefix polls: the owner of the polls topic's only partition, by Kafka's own group protocol.
 
 Fencing alone keeps two live instances from publishing the same poll, but lets them take over from each other for ever.
+Owning is not enough either: a leader that does not poll, because it hangs, leaves the group.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from confluent_kafka import OFFSET_END, KafkaException
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Election"]
 
-# The least a broker allows (group.min.session.timeout.ms): a dead leader is missed after so long.
+# The least a broker allows (group.min.session.timeout.ms): a dead leader is noticed after this time.
 SESSION_MS, HEARTBEAT_MS = 6_000, 1_500
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 2.0
@@ -28,44 +30,66 @@ RETRY_SECONDS = 1.0
 
 
 class Election:
-    """A member of the source's group; each time it is elected a new term begins."""
+    """A member of the prefix's group; each time it is elected a new term begins.
 
-    def __init__(self, cluster: Cluster, source: str) -> None:
-        self._cluster = cluster
+    A leader may owe a poll for `owed_seconds`; then it leaves the group, until the service asks for its term again.
+    """
+
+    def __init__(self, cluster: Cluster, owed_seconds: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._cluster, self._owed_seconds, self._monotonic = cluster, owed_seconds, monotonic
         self._group = producer_id(cluster.prefix)
         self._changed = threading.Condition()
         self._term: int | None = None
         self._terms = 0
-        self._resigned = self._stop = False
+        self._owed_until: float | None = None
+        self._leave = self._stop = self._asked = False
         self._refusal: Exception | None = None
-        self._log = get_logger(source=source)
-        self._thread = threading.Thread(target=self._run, name="election", daemon=True)
+        self._log = get_logger(group=self._group)
+        self._thread: threading.Thread | None = None
 
     def term(self, wait_seconds: float = 0.0) -> int | None:
-        """Return the term in which this instance leads, None where it does not after so long a wait.
+        """Return the term in which this instance leads, None if it does not after this wait.
 
-        The first call joins the group. Raises ConfigurationError where the brokers do not let us into it, and whatever
-        else ended the membership.
+        The first call joins the group. Raises what ended the membership, ConfigurationError if the brokers do not let
+        us into the group; the next call joins again.
         """
         with self._changed:
-            if not self._thread.ident:
+            self._asked = True
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="election", daemon=True)
                 self._thread.start()
             self._changed.wait_for(lambda: self._term is not None or self._refusal or self._stop, wait_seconds)
             if self._refusal is not None:
-                raise self._refusal
+                refusal, self._refusal, self._thread = self._refusal, None, None
+                raise refusal
             return self._term
 
-    def resign(self) -> None:
-        """Leave the group and join it anew: who was fenced must not go on owning the partition without publishing."""
+    @property
+    def leads(self) -> bool:
+        """Return whether this instance leads; may be asked from any thread."""
+        return self._term is not None
+
+    def owe(self, in_seconds: float | None) -> None:
+        """Set when the next poll is due; None while no poll is."""
         with self._changed:
-            self._term, self._resigned = None, True
+            self._owed_until = None if in_seconds is None else self._monotonic() + in_seconds + self._owed_seconds
+
+    def overdue(self) -> bool:
+        """Return whether a poll has been owed for too long; may be asked from any thread."""
+        return self._owed_until is not None and self._monotonic() > self._owed_until
+
+    def resign(self) -> None:
+        """Leave the group and join it again: a fenced leader must not own the partition without publishing."""
+        with self._changed:
+            self._term, self._leave = None, True
 
     def close(self) -> None:
         """Leave the group, so that a successor starts at once."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        if self._thread.ident:
+        if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
 
     # --- the member's thread ------------------------------------------------------------------------------------------
@@ -74,10 +98,14 @@ class Election:
         while not self._stop:
             try:
                 self._be_member()
+                with self._changed:
+                    # A service that hangs must not be elected again.
+                    self._changed.wait_for(lambda: self._asked or self._stop)
             except KafkaException as error:
-                self._log.warning("leaving the group of this source and joining anew", error=error.args[0].str())
-                time.sleep(RETRY_SECONDS)
-            except Exception as error:  # raised where the producer runs: nobody may wait for a lead that never comes
+                self._log.warning("joining the group again", error=error.args[0].str())
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stop, RETRY_SECONDS)
+            except Exception as error:  # raised by `term`: the service must not wait for a term that never comes
                 with self._changed:
                     self._refusal = error
                     self._changed.notify_all()
@@ -92,11 +120,15 @@ class Election:
             group_protocol="classic",
             partition_assignment_strategy="cooperative-sticky",
         )
-        self._resigned = False
+        self._leave = False
         try:
             name = POLLS.full_name(self._cluster.prefix)
             consumer.subscribe([name], on_assign=self._elected, on_revoke=self._replaced, on_lost=self._lost)
-            while not (self._stop or self._resigned):
+            while not (self._stop or self._leave):
+                if self._term is not None and self.overdue():
+                    self._log.error("leadership given up", reason="no poll was published in time")
+                    self._asked = False
+                    break
                 message = consumer.poll(POLL_SECONDS)
                 error = message.error() if message is not None else None
                 if error is None:
@@ -113,10 +145,11 @@ class Election:
         for partition in partitions:
             partition.offset = OFFSET_END
         consumer.incremental_assign(partitions)
-        # Owning is all that counts: nothing is read.
+        # Only owning counts: nothing is read.
         consumer.pause(partitions)
-        if any(partition.partition == 0 for partition in partitions) and not self._resigned:
+        if any(partition.partition == 0 for partition in partitions) and not self._leave:
             self._terms += 1
+            self.owe(0.0)
             self._set(self._terms)
 
     def _replaced(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -125,9 +158,7 @@ class Election:
             self._set(None)
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._log.warning(
-            "fenced: the group gave the lead away while this instance did not answer, or could not reach Kafka"
-        )
+        self._log.warning("leadership lost", reason="Kafka removed this instance from the group")
         self._replaced(consumer, partitions)
 
     def _set(self, term: int | None) -> None:

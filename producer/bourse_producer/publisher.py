@@ -3,58 +3,123 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
+from urllib.parse import quote, unquote_to_bytes
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from bourse_cli.logs import get_logger
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
 from bourse_schemas.kafka import Cluster, abandon, producer_id
-from bourse_schemas.reading import read
+from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
+from bourse_schemas.watchdog import deadline
 
-__all__ = ["Publisher", "State"]
+__all__ = ["NoRoom", "Publisher", "State", "committed_state"]
 
 E = TypeVar("E", bound=Event)
 
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
-# Of the polls topic, in offsets, and of one source, in markers: more than a day has at the fastest sensible beat.
-TAIL, MOST_MARKERS = 10_000, 2_000
+# Offsets of the polls topic, of which a marker's transaction takes two: a day at a beat of five seconds.
+TAIL = 20_000
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
 OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
 FOREVER = timedelta(days=365 * 1000)
 ADMIN_SECONDS = 2.0
-# The brokers give a transaction up after 20 s; without an end of its own the client may go on asking for minutes after
-# they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back.
-COMMIT_SECONDS = 25.0
+# The brokers abort a transaction after 20 s; without a limit of its own the client may go on asking for minutes after
+# they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back. The process
+# ends if the client ignores its limit.
+COMMIT_SECONDS, STUCK_SECONDS = 25.0, 60.0
+FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}  # noqa: SLF001  # public
+
+
+class NoRoom(ConfigurationError):
+    """Records of this time would be refused, or deleted at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is committed: each instrument's candle; of one source the last poll's sequence and the latest markers."""
+    """What is committed: each instrument's candle, the last poll's sequence, and the latest markers."""
 
     candles: dict[InstrumentCode, Candle]
     poll_sequence: int
     markers: Sequence[PollMarker] = ()
 
 
+def committed_state(cluster: Cluster) -> State:
+    """Return what is committed; nothing is written.
+
+    Raises PublishError or ConfigurationError if it cannot be read whole: nothing read is not the same as nothing there,
+    the whole market would be published again.
+    """
+    candles: dict[InstrumentCode, Candle] = {}
+    for candle in _candles(cluster):
+        known = candles.get(candle.instrument)
+        # In a topic that has grown an instrument's candles are in two partitions, which are read in any order.
+        if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
+            candles[candle.instrument] = candle
+    markers = list(_markers(cluster))
+    # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
+    polls = [candle.poll_sequence for candle in candles.values()] + [marker.poll_sequence for marker in markers]
+    return State(candles, max(polls, default=0), markers)
+
+
+def _candles(cluster: Cluster) -> Iterator[Candle]:
+    decode = cluster.registry().deserializer(Candle)
+    # Only the last value of a key counts: how many of the others are still there is chance.
+    for record in {(each.place, each.key): each for each in _committed(cluster, CANDLES)}.values():
+        # A tombstone is how an operator removes a delisted instrument: unknown again, if it comes back.
+        if record.value is not None:
+            try:
+                yield decode(record.value)
+            except Undecodable as error:
+                raise ConfigurationError(_foreign(cluster, record, error)) from error
+
+
+def _foreign(cluster: Cluster, record: TopicRecord, error: Undecodable) -> str:
+    (name, partition), key = record.place, record.key or b""
+    return (
+        f"{name}-{partition} at offset {record.offset}, key {key!r}: not a candle ({error}); the state cannot be read\n"
+        f"remove it: bourse produce --bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix} "
+        f"--remove-candle {partition}/{quote(key)}"
+    )
+
+
+def _markers(cluster: Cluster) -> Iterator[PollMarker]:
+    decode = cluster.registry().deserializer(PollMarker)
+    for record in _committed(cluster, POLLS, TAIL):
+        try:
+            yield decode(record.value)
+        except Undecodable as error:
+            place = "-".join(map(str, record.place))
+            get_logger().warning("foreign record skipped", place=place, offset=record.offset, error=str(error))
+
+
+def _committed(cluster: Cluster, topic: Topic, tail: int | None = None) -> Iterator[TopicRecord]:
+    """Yield a topic's committed records; what an open transaction of somebody else hides is waited for."""
+    name = topic.full_name(cluster.prefix)
+    try:
+        yield from read(cluster, name, tail=tail, pending=True, timeout=RESTORE_SECONDS)
+    except KafkaException as error:
+        raise PublishError(f"{name} cannot be read: {error.args[0].str()}") from error
+
+
 class Publisher:
-    """Publishes polls for one source, all or nothing.
+    """Publishes the polls of a prefix, all or nothing.
 
     After any PublishError the instance is void: close it, make a new one, `restore()`, poll again. There is no other
-    recovery, and no guess whether a commit went through: what is committed is read back.
+    recovery, and no guess whether a commit succeeded: what is committed is read back.
     """
 
-    def __init__(self, cluster: Cluster, source: str) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._source = source
         self._room: tuple[timedelta, timedelta] | None = None
         registry = cluster.registry()
         self._trades = registry.serializer(TRADES, cluster.prefix)
@@ -74,46 +139,26 @@ class Publisher:
         it was read. Raises PublishError.
         """
         self._initialise()
-        candles = self._newest_candles()
-        # Behind ten thousand of another source's there may be ours all the same.
-        markers = self._markers(TAIL) or self._markers(None)
-        # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
-        seen = [candle.poll_sequence for candle in candles.values() if candle.source == self._source]
-        seen += [marker.poll_sequence for marker in markers]
-        return State(candles, max(seen, default=0), markers)
-
-    def _newest_candles(self) -> dict[InstrumentCode, Candle]:
-        # Whichever source saw it: where one follows another, the instrument's sequence goes on.
-        candles: dict[InstrumentCode, Candle] = {}
-        for candle in self._committed(CANDLES, Candle):
-            known = candles.get(candle.instrument)
-            # In a topic that has grown an instrument's candles lie in two partitions, which are read in any order.
-            if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
-                candles[candle.instrument] = candle
-        return candles
-
-    def _markers(self, tail: int | None) -> Sequence[PollMarker]:
-        found = self._committed(POLLS, PollMarker, tail)
-        return deque((marker for marker in found if marker.source == self._source), MOST_MARKERS)
+        return committed_state(self._cluster)
 
     def _initialise(self) -> None:
-        """Initialise in short steps: a signal's handler cannot run while librdkafka waits."""
-        deadline = time.monotonic() + RESTORE_SECONDS
+        until = time.monotonic() + RESTORE_SECONDS
         while True:
             try:
-                return self._producer.init_transactions(POLL_SECONDS)
+                with deadline("init_transactions", STUCK_SECONDS):
+                    return self._producer.init_transactions(POLL_SECONDS)
             except KafkaException as error:
                 if refusal := self._cluster.refusal(error.args[0], transactional_id=self._transactional_id):
                     raise refusal from error
-                if not error.args[0].retriable() or time.monotonic() > deadline:
+                if not error.args[0].retriable() or time.monotonic() > until:
                     raise self._error(error.args[0]) from error
 
     def publish(self, changes: Changes, letters: Iterable[DeadLetter], markers: Iterable[PollMarker]) -> None:
         """Publish one poll: events, candles, dead letters and markers in one transaction, or nothing of it.
 
-        Raises PublishError; Fenced where another instance took over.
+        Raises PublishError; Fenced if another instance took over.
         """
-        self._producer.poll(0)  # what it has to say piles up otherwise
+        self.idle()
         self._do(self._producer.begin_transaction)
         for candle, event in zip(changes.candles, changes.events, strict=True):
             state, change = candle_and_event_records(self._candles, self._trades, candle, event)
@@ -125,8 +170,23 @@ class Publisher:
             self._produce(self._polls(marker))
         self._do(lambda: self._producer.commit_transaction(COMMIT_SECONDS))
 
+    def remove(self, place: str) -> None:
+        """Remove a candle, or a foreign record among them, by a record without a value; `place` is PARTITION/KEY."""
+        partition, _, key = place.partition("/")
+        if not (partition.isdecimal() and key):
+            raise ConfigurationError(f"--remove-candle {place}: not a partition and a key such as 0/IRO1MADN0001")
+        self._initialise()
+        self._do(self._producer.begin_transaction)
+        name = CANDLES.full_name(self._cluster.prefix)
+        self._do(lambda: self._producer.produce(name, None, unquote_to_bytes(key), int(partition)))
+        self._do(lambda: self._producer.commit_transaction(COMMIT_SECONDS))
+
+    def idle(self) -> None:
+        """Serve the client's callbacks: statistics of a client that nobody polls pile up."""
+        self._producer.poll(0)
+
     def require_room_for(self, instant: datetime) -> None:
-        """Raise ConfigurationError where records of this time would be deleted at once or refused by the brokers."""
+        """Raise NoRoom if records of this time would be deleted at once or refused by the brokers."""
         now = datetime.now(UTC)
         if now - OLD < instant < now + AHEAD:
             return
@@ -135,11 +195,9 @@ class Publisher:
         retention, ahead = self._room
         if instant < now - retention or instant > now + ahead:
             name = TRADES.full_name(self._cluster.prefix)
-            why = (
-                f"{name} keeps {retention.days} days" if instant < now else f"{name} takes nothing so far in the future"
-            )
-            raise ConfigurationError(
-                f"records of {instant:%Y-%m-%d} would not stay: {why}; for a day of another time run "
+            why = f"keeps {retention.days} days" if instant < now else "takes nothing so far in the future"
+            raise NoRoom(
+                f"records of {instant:%Y-%m-%d} would not stay: {name} {why}; for a day of another time run "
                 "`bourse topics apply --any-time`"
             )
 
@@ -154,7 +212,7 @@ class Publisher:
                     record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers
                 )
             except BufferError:
-                # The queue is full; what brokers do not take is thrown out of it in time, and the commit fails.
+                # The queue is full; what brokers do not take is removed from it in time, and the commit fails.
                 self._producer.poll(POLL_SECONDS)
             except KafkaException as error:
                 if error.args[0].code() in {KafkaError._FATAL, KafkaError._STATE}:  # noqa: SLF001
@@ -164,47 +222,28 @@ class Publisher:
 
     def _do(self, step: Callable[[], object]) -> None:
         try:
-            step()
+            with deadline("a transaction's step", STUCK_SECONDS):
+                step()
         except KafkaException as error:
             raise self._error(error.args[0]) from error
 
     def _error(self, error: KafkaError) -> PublishError:
-        if error.code() in {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}:  # noqa: SLF001
-            return Fenced("another instance with the same source took over")
+        if error.code() in FENCED:
+            return Fenced("another instance of this prefix took over")
         refusal = self._cluster.refusal(error, "WRITE", transactional_id=self._transactional_id)
         return PublishError(str(refusal or error.str()))
 
-    def _committed(self, topic: Topic, event: type[E], tail: int | None = None) -> Iterable[E]:
-        """Yield the committed events of a topic, in order per partition; of the last `tail` offsets, if given."""
-        name = topic.full_name(self._cluster.prefix)
-        decode = self._cluster.registry().deserializer(event)
-        try:
-            # Open transactions are waited for: they hide what was committed after they began.
-            records = read(self._cluster, name, tail=tail, pending=True, timeout=RESTORE_SECONDS)
-            if topic.cleanup == "compact":
-                # Only the last value of a key counts; how much of the others is still there is chance.
-                records = iter({(record.place, record.key): record for record in records}.values())
-            for record in records:
-                # A tombstone is how an operator takes a delisted instrument out: unknown again, when it comes back.
-                if record.value is not None:
-                    yield decode(record.value)
-        except Undecodable as error:
-            raise ConfigurationError(f"{name} holds something that is not ours: {error}") from error
-        except ConfigurationError as error:
-            # Nothing read is not the same as nothing there: the whole market would be published again.
-            raise PublishError(f"the state cannot be read: {error}") from error
-
 
 def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
-    """Return how far into the past and the future a record's time may lie, by the topic's settings."""
+    """Return how far into the past and the future a record's time may be, by the topic's settings."""
     from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
     admin = cluster.admin()
     resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
     try:
-        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result()
-    except KafkaException:
-        # Where settings may not be read, or nobody can tell them (the mock cluster), nothing is known against it.
+        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result(ADMIN_SECONDS)
+    except (KafkaException, TimeoutError):
+        # If settings may not be read, or are not known (the mock cluster), nothing is known against it.
         return FOREVER, FOREVER
     past, future = (
         int(settings[key].value) if key in settings else -1

@@ -1,54 +1,61 @@
-"""The events again, from the bytes, and whether the topics hold exactly these."""
+"""`bourse replay`: the events again, from captured bytes, and whether the topics hold exactly these."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import msgspec
 
-from bourse_producer import capture
+from bourse_cli.options import cluster_options
 from bourse_producer.calendar import Calendar
-from bourse_producer.derive import derive
-from bourse_producer.diff import Changes, InstrumentCode
-from bourse_producer.freshness import GOOD
+from bourse_producer.capture import read_capture
+from bourse_producer.derive import Answer, derive
+from bourse_producer.diff import InstrumentCode
 from bourse_producer.responses import Reading
-from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ConfigurationError, ExchangeError
-from bourse_schemas.events import Candle, PollMarker, TradeEvent
+from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import POLLS, TRADES
+from bourse_schemas.topics import POLLS, TRADES, Topic
 
-__all__ = ["Replay", "Topics"]
+__all__ = ["Replay", "replay"]
 
 SHOWN_DIFFERENCES = 10
-Calls = Sequence[tuple[bytes, Reading]]
+# Responses that wait for their poll: a poll that is published again comes after its responses.
+KEPT_RESPONSES = 100
 
 
 class Poll(NamedTuple):
     """A poll as captured: its sequence and what it was made of."""
 
     sequence: int
-    calls: Calls
+    answers: Sequence[Answer]
+
+    @property
+    def ids(self) -> set[str]:
+        """Return its track ids."""
+        return {reading.track_id for _, reading in self.answers}
 
 
-@dataclass
 class Replay:
-    """Derives events from captures; `said` collects what an operator should know."""
+    """Derives events from captures; `notes` collects what an operator should know.
 
-    markers: dict[int, PollMarker] | None = None
-    events: list[TradeEvent] = field(default_factory=list)
-    polls: set[int] = field(default_factory=set)
-    said: Counter[str] = field(default_factory=Counter)
+    A poll counts if it was published: `committed` are the track ids on the topic, if that is known. Otherwise the next
+    record of the capture shows it, and the last poll of a capture counts.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, committed: set[str] | None = None) -> None:
+        self.events: list[TradeEvent] = []
+        self.polls: set[int] = set()
+        self.notes: Counter[str] = Counter()
+        self._committed = committed
         self._known: dict[InstrumentCode, Candle] = {}
         self._begun = False
 
@@ -56,128 +63,147 @@ class Replay:
         """Take the files of a capture, oldest first."""
         bodies: dict[str, bytes] = {}
         pending: Poll | None = None
-        for record in (record for path in paths for record in capture.read(path, self.said)):
-            head, sequence = record.head, record.head.poll_sequence or 0
-            if head.kind == "state":
-                candles = record.candles()
-                # What was read back afterwards says whether the last poll before was committed.
-                if pending is not None and sequence >= pending.sequence:
-                    self._settle(pending, candles)
+        for head, body in (record for path in paths for record in read_capture(path, self.notes)):
+            if head.kind == "response":
+                bodies[head.track_id] = body
+                if len(bodies) > KEPT_RESPONSES:
+                    del bodies[next(iter(bodies))]
+                continue
+            if pending is not None:
+                later = head.poll_sequence > pending.sequence
+                self._settle(pending, later if head.kind == "poll" else bool(pending.ids & set(head.poll_ids)))
                 pending = None
+            if head.kind == "poll":
+                answers = [(bodies.get(reading.track_id, b""), reading) for reading in head.readings]
+                pending = Poll(head.poll_sequence, answers)
+            elif head.kind == "state":
+                candles = {each.instrument: each for each in msgspec.json.decode(body, type=list[Candle])}
                 if self._begun and candles != self._known:
-                    self.said[f"before poll {sequence + 1} more is known than was captured"] += 1
+                    self.notes[f"before poll {head.poll_sequence + 1} more is known than was captured"] += 1
                 self._known, self._begun = candles, True
-            elif head.kind == "response":
-                bodies[head.track_id or ""] = record.body
-            elif head.kind == "poll":
-                if pending is not None and pending.sequence != sequence:
-                    self._settle(pending, None)
-                calls = [(bodies.pop(context.track_id, b""), context) for context in head.calls]
-                pending = Poll(sequence, calls)
-                bodies.clear()
-            elif head.kind == "committed" and pending is not None and pending.sequence == sequence:
-                if head.outcome in GOOD:
-                    self._publish(pending)
-                pending = None
         if pending is not None:
-            self._settle(pending, None)
+            self._settle(pending, True)
 
     def day(self, path: Path) -> None:
-        """Take a day in the format of the shared data: a line a response, with the rows that changed."""
+        """Take a day in the format of the shared data: a line per response, with the rows that changed."""
         calendar = Calendar()
         rows: dict[str, dict[str, Any]] = {}
         try:
             with gzip.open(path) as lines:
                 for number, line in enumerate(lines, 1):
-                    said = json.loads(line)
-                    rows.update((row["TseSymbolCode"], row) for row in said["changed"])
-                    at = datetime.fromisoformat(said["received_at"]).astimezone(UTC)
+                    response = json.loads(line)
+                    rows.update((row["TseSymbolCode"], row) for row in response["changed"])
+                    at = datetime.fromisoformat(response["received_at"]).astimezone(UTC)
                     whole = sorted(rows.values(), key=lambda row: row["CoID"])
                     body = msgspec.json.encode({"trackId": "replay", "result": whole, "state": "DONE"})
-                    context = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
-                    self._publish(Poll(number, [(body, context)]))
+                    reading = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
+                    self._publish(Poll(number, [(body, reading)]))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not a captured day, or it is damaged: {error}") from error
 
-    def _settle(self, poll: Poll, after: dict[InstrumentCode, Candle] | None) -> None:
-        """Decide on a poll whose outcome was not noted: by what was known afterwards, else by the topic's markers."""
-        if not poll.calls:
-            return
-        if after is not None:
-            if {**self._known, **_latest(self._derive(poll))} == after:
-                self._publish(poll)
-        elif self.markers is not None:
-            marker = self.markers.get(poll.sequence)
-            ids = {context.track_id for _, context in poll.calls}
-            if marker is not None and marker.outcome in GOOD and ids & {marker.poll_id, marker.rights_poll_id}:
-                self._publish(poll)
-        else:
-            self.said[f"poll {poll.sequence} is undecided, and left out: --against asks the topic"] += 1
-
-    def _derive(self, poll: Poll) -> Changes:
-        try:
-            return derive(self._known, poll.calls).changes
-        except ExchangeError as error:
-            raise ConfigurationError(f"poll {poll.sequence} cannot be derived again: {error}") from error
+    def _settle(self, poll: Poll, published: bool) -> None:
+        if published if self._committed is None else poll.ids & self._committed:
+            self._publish(poll)
 
     def _publish(self, poll: Poll) -> None:
-        if poll.calls:
-            changes = self._derive(poll)
-            self._known.update(_latest(changes))
-            self.events += changes.events
+        """Derive a poll's events as the service did, and take its candles for known."""
+        try:
+            changes = derive(self._known, poll.answers).changes
+        except ExchangeError as error:
+            raise ConfigurationError(f"poll {poll.sequence} cannot be derived again: {error}") from error
+        self._known.update((candle.instrument, candle) for candle in changes.candles)
+        self.events += changes.events
         self.polls.add(poll.sequence)
 
 
-def _latest(changes: Changes) -> dict[InstrumentCode, Candle]:
-    return {candle.instrument: candle for candle in changes.candles}
+def _committed(cluster: Cluster, topic: Topic, event: type[Any]) -> Iterator[tuple[bytes, Any]]:
+    from bourse_schemas.reading import read
+
+    decode = cluster.registry().deserializer(event)
+    for record in read(cluster, topic.full_name(cluster.prefix)):
+        yield (record.value or b"")[5:], decode(record.value)
 
 
-class Topics:
-    """What the topics hold of the polls and their events."""
+def _track_ids(cluster: Cluster) -> set[str]:
+    markers: Iterable[PollMarker] = (marker for _, marker in _committed(cluster, POLLS, PollMarker))
+    return {each for marker in markers for each in (marker.poll_id, marker.rights_poll_id) if each is not None}
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self.markers = {marker.poll_sequence: marker for _, marker in self._read(POLLS, PollMarker)}
 
-    def _read(self, topic: Any, event: type[Any]) -> Iterator[tuple[bytes, Any]]:
-        from bourse_schemas.reading import read
+def compare(cluster: Cluster, derived: Replay) -> dict[str, int]:
+    """Print what differs between the polls derived and the same polls on the topic; return the counts."""
+    from bourse_schemas.codec import encoder
 
-        decode = self._cluster.registry().deserializer(event)
-        for record in read(self._cluster, topic.full_name(self._cluster.prefix)):
-            if record.value is not None:
-                yield record.value[5:], decode(record.value)
+    encode = encoder(TradeEvent)
+    ours = {event.event_id: event for event in derived.events}
+    counts = Counter(derived=len(derived.events), found=0, equal=0, different=0, missing=0, extra=0)
+    seen: Counter[str] = Counter()
 
-    def compare(self, derived: Replay) -> dict[str, int]:
-        """Say what differs between the polls derived and the same polls on the topic; return the counts."""
-        encode = encoder(TradeEvent)
-        ours = {event.event_id: event for event in derived.events}
-        counts = Counter(derived=len(derived.events), found=0, equal=0, different=0, missing=0, extra=0)
-        seen: Counter[str] = Counter()
-        for payload, event in self._read(TRADES, TradeEvent):
-            if event.poll_sequence not in derived.polls:
-                continue
-            counts["found"] += 1
-            seen[event.event_id] += 1
-            expected = ours.get(event.event_id)
-            if expected is None or seen[event.event_id] > 1:
-                counts["extra"] += 1
-                self._say(
-                    counts, f"{event.event_id}: on the topic, and not derived" + " again" * (expected is not None)
-                )
-            elif encode(expected) == payload:
-                counts["equal"] += 1
-            else:
-                counts["different"] += 1
-                names = [name for name in event.__struct_fields__ if getattr(event, name) != getattr(expected, name)]
-                for name in names or ["its bytes"]:
-                    values = f"{getattr(event, name, '')!r}, derived {getattr(expected, name, '')!r}"
-                    self._say(counts, f"{event.event_id}: {name} is {values}")
-        for event_id in ours.keys() - seen.keys():
-            counts["missing"] += 1
-            self._say(counts, f"{event_id}: derived, and not on the topic")
-        return dict(counts)
-
-    @staticmethod
-    def _say(counts: Counter[str], words: str) -> None:
+    def differs(kind: str, message: str) -> None:
+        counts[kind] += 1
         if counts["different"] + counts["missing"] + counts["extra"] <= SHOWN_DIFFERENCES:
-            click.echo(words, err=True)
+            click.echo(message, err=True)
+
+    for payload, event in _committed(cluster, TRADES, TradeEvent):
+        if event.poll_sequence not in derived.polls:
+            continue
+        counts["found"] += 1
+        seen[event.event_id] += 1
+        expected = ours.get(event.event_id)
+        if expected is None or seen[event.event_id] > 1:
+            differs("extra", f"{event.event_id}: on the topic, and not derived" + " again" * (expected is not None))
+        elif encode(expected) == payload:
+            counts["equal"] += 1
+        else:
+            names = [name for name in event.__struct_fields__ if getattr(event, name) != getattr(expected, name)]
+            values = [f"{name} is {getattr(event, name)!r}, derived {getattr(expected, name)!r}" for name in names]
+            differs("different", f"{event.event_id}: {'; '.join(values) or 'its bytes differ'}")
+    for event_id in ours.keys() - seen.keys():
+        differs("missing", f"{event_id}: derived, and not on the topic")
+    return dict(counts)
+
+
+@click.command
+@click.argument("captures", nargs=-1, required=True, metavar="CAPTURE…", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One event per line, as `bourse tail --json` shows them.")
+@click.option("--against", metavar="HOST:PORT", help="Compare with the topics of these brokers.")
+@cluster_options
+@click.pass_context
+def replay(
+    ctx: click.Context, cluster: Cluster, captures: tuple[Path, ...], *, as_json: bool, against: str | None
+) -> None:
+    """Derive the events again, from a producer's captures or from captured days (*.ndjson.gz).
+
+    The same bytes give the same events. With --against they are compared with the topics; exit 1 if they differ.
+    """
+    from msgspec.structs import asdict
+
+    from bourse_schemas.codec import to_json
+
+    files = [file for path in captures for file in (sorted(path.glob("capture-*.gz")) if path.is_dir() else [path])]
+    if missing := [path for path in files if not path.is_file()]:
+        raise ConfigurationError(f"{missing[0]}: no such file")
+    if not files:
+        raise ConfigurationError(f"{captures[0]} holds no capture-*.gz")
+    cluster = replace(cluster, bootstrap_servers=against or cluster.bootstrap_servers)
+    derived = Replay(_track_ids(cluster) if against else None)
+    days = [file for file in files if file.name.endswith(".ndjson.gz")]
+    derived.capture([file for file in files if file not in days])
+    for file in days:
+        derived.day(file)
+    for note in derived.notes:
+        click.echo(note, err=True)
+    if against:
+        counts = compare(cluster, derived)
+        click.echo(json.dumps(counts))
+        ctx.exit(int(counts["equal"] != counts["derived"] or counts["found"] != counts["derived"]))
+    if as_json:
+        for event in derived.events:
+            click.echo(to_json(asdict(event)))
+        return
+    by_day: dict[date, Counter[str]] = {}
+    for event in derived.events:
+        by_day.setdefault(event.trading_day, Counter())[event.op] += 1
+    ops = (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
+    for day, count in sorted(by_day.items()):
+        click.echo(f"{day}  {count.total():>8,} events  " + "  ".join(f"{count[op]:>7,} {op}" for op in ops))
+    click.echo(f"{len(derived.polls):,} polls, {len(derived.events):,} events")

@@ -26,7 +26,7 @@ def members(kafka: Kafka, prefix: str) -> Iterator[Callable[[], Election]]:
     with ExitStack() as stack:
 
         def member() -> Election:
-            election = Election(cluster, "source")
+            election = Election(cluster, 600)
             stack.callback(election.close)
             return election
 
@@ -69,11 +69,53 @@ def test_who_resigns_stands_again(members: Callable[[], Election], wait_for: Wai
     assert leader.term() == (3 if leader is first else 1)
 
 
+def test_a_leader_that_does_not_poll_leaves(kafka: Kafka, prefix: str, wait_for: WaitFor) -> None:
+    """Its service hangs: a standby leads within seconds. The one that hung joins again once its service asks."""
+    cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    hangs, healthy = Election(cluster, 3.0), Election(cluster, 600)
+    try:
+        assert wait_for(lambda: hangs.term(1), 15) == 1
+        assert healthy.term() is None
+        assert wait_for(lambda: healthy.term(1), 20) == 1
+        assert (hangs.leads, hangs.overdue()) == (False, True)
+        hangs.owe(None)
+        assert (hangs.term(3), hangs.overdue(), healthy.leads) == (None, False, True)
+        healthy.close()
+        assert wait_for(lambda: hangs.term(1), 15) == 2
+    finally:
+        hangs.close()
+        healthy.close()
+
+
+def test_a_leader_that_polls_stays(kafka: Kafka, prefix: str, wait_for: WaitFor) -> None:
+    """Each poll moves the deadline, and while no poll is due there is none."""
+    cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    now = [0.0]
+    election = Election(cluster, 100.0, lambda: now[0])
+    try:
+        assert wait_for(lambda: election.term(1), 15) == 1
+        for due in (60.0, 300.0):
+            election.owe(due)
+            now[0] += due + 99
+            assert (election.term(0.5), election.overdue()) == (1, False)
+        election.owe(None)
+        now[0] += 100_000
+        assert (election.term(0.5), election.overdue()) == (1, False)
+        election.owe(0)
+        now[0] += 101
+        assert election.overdue()
+        wait_for(lambda: not election.leads)
+    finally:
+        election.close()
+
+
 def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None:
     """So that whatever runs without Kafka's jars runs the same way."""
     cluster = Cluster(mock_kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
     cluster.transactional_producer("maker").list_topics(f"{prefix}.polls", timeout=10)
-    election = Election(cluster, "source")
+    election = Election(cluster, 600)
     assert election.term(15) == 1
     election.close()
 
@@ -88,7 +130,7 @@ class Mistaken(Cluster):
 
 def test_who_can_no_longer_be_elected_does_not_stand_by_for_ever() -> None:
     """An error that nobody expected ends the producer, and with it the orchestrator's patience."""
-    election = Election(Mistaken("127.0.0.1:9", "http://127.0.0.1:9"), "source")
+    election = Election(Mistaken("127.0.0.1:9", "http://127.0.0.1:9"), 600)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a mistake of ours"):
             election.term(10)

@@ -23,9 +23,9 @@ import httpx2
 import pytest
 
 from bourse_cli.topics import apply_topics, plan_topics
+from bourse_producer.clock import PracticeClock
 from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.publisher import Publisher
-from bourse_producer.responses import SOURCE
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
@@ -114,12 +114,12 @@ def example(program: list[str], cluster: Cluster, timeout: float = 60) -> subpro
 def publish(cluster: Cluster, day: Path) -> None:
     """Publish a real day whole, through exchange and producer."""
     practice = practice_exchange(day, "poll")
-    settings = Settings(poll_seconds=0, always=True, response_clock=True)
+    settings, clock = Settings(poll_seconds=0, always=True), PracticeClock()
     with practice.serve() as server, httpx2.Client() as client:
-        exchange = Finnotech(client, server.url, Credentials("practice", "practice", "0123456789"))
-        producer = Producer(exchange, lambda: Publisher(cluster, SOURCE), settings)
+        exchange = Finnotech(client, server.url, Credentials("practice", "practice", "0123456789"), clock=clock)
+        producer = Producer(exchange, lambda: Publisher(cluster), settings, clock)
         for _ in range(practice.state()["responses"]):
-            producer._recoverable(producer._poll_once)
+            producer.poll()
         producer._close()
 
 

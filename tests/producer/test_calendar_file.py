@@ -12,8 +12,7 @@ from click.testing import CliRunner
 from structlog.testing import capture_logs
 
 from bourse_producer.calendar import Calendar, parse_calendar, parse_day
-from bourse_producer.calendar_command import calendar
-from bourse_producer.calendar_file import CalendarFile
+from bourse_producer.calendar_command import CalendarFile, calendar
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN, Phase
 
@@ -44,26 +43,26 @@ def test_closures_and_openings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("closed = [", "it is no TOML"),
+        ("closed = [", "not TOML"),
         ("closed = 2026-12-05", "closed must be a list"),
-        ("closed = ['soon']", "closed: 'soon': it is no day such as 2026-12-05 or 1405-09-14"),
+        ("closed = ['soon']", "closed: 'soon' is not a date like 2026-12-05 or 1405-09-14"),
         ("closed = ['1405-13-01']", "there is no such day"),
         ("closed = [2026-12-05]\nopen = [2026-12-05]", "2026-12-05 is both closed and open"),
-        ("close = []", "unknown key close: is closed meant?"),
+        ("close = []", "unknown key close; did you mean closed?"),
         ("hours = 5", "hours must be a table"),
-        ("[hours]\nopen = '09:00'", "unknown key hours.open: is hours.opens meant?"),
-        ("[hours]\nopens = 'nine'", "hours.opens: 'nine' is no time such as 08:45"),
+        ("[hours]\nopen = '09:00'", "unknown key hours.open; did you mean opens?"),
+        ("[hours]\nopens = 'nine'", "hours.opens: 'nine' is not a time like 08:45"),
         ("[hours]\nopens = '13:30'", "hours.closes comes before hours.opens"),
         ("weekdays = ['Someday']", "weekdays: 'Someday' is none of monday"),
     ],
 )
-def test_mistakes_are_named(text: str, said: str, tmp_path: Path) -> None:
+def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
     """With the key; at the start they are the operator's to change."""
     with pytest.raises(ValueError, match=r".") as caught:
         parse_calendar(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     file = tmp_path / "calendar.toml"
     file.write_text(text)
     with pytest.raises(ConfigurationError, match=r"--calendar .*calendar\.toml: "):
@@ -85,12 +84,12 @@ def test_a_changed_file_counts_at_once_and_a_bad_one_not_at_all(tmp_path: Path) 
         file.unlink()
         for _ in range(3):
             assert not kept.calendar().is_trading_day(SATURDAY)
-    assert [line["event"] for line in lines] == ["the calendar stays as it was"] * 2
+    assert [line["event"] for line in lines] == ["calendar file ignored"] * 2
     file.write_text("closed = []")
     os.utime(file, (1, 1))
     assert kept.calendar().is_trading_day(SATURDAY)
     assert CalendarFile(None).calendar() == Calendar()
-    with pytest.raises(ConfigurationError, match="cannot read it"):
+    with pytest.raises(ConfigurationError, match="cannot read"):
         CalendarFile(tmp_path / "missing.toml")
 
 

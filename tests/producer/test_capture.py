@@ -15,16 +15,15 @@ import pytest
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
-from bourse_producer.capture import Capture, Record, read
+from bourse_producer.capture import Capture, Record, read_capture
 from bourse_producer.derive import derive
 from bourse_producer.finnotech import Received
 from bourse_producer.publisher import State
-from bourse_producer.replay import Replay
-from bourse_producer.replay_command import replay
+from bourse_producer.replay import Replay, replay
 from bourse_producer.responses import Reading
 from bourse_sandbox.market import REAL_DAY
-from bourse_schemas.errors import ConfigurationError, PublishError
-from bourse_schemas.events import Candle, Op, Outcome, PollMarker, TradeEvent
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 
 DAY = date(2026, 11, 21)
 OPENS = datetime(2026, 11, 21, 5, 30, tzinfo=UTC)
@@ -43,7 +42,7 @@ def received(text: bytes, track_id: str) -> Received:
     return Received(track_id, "/p", {"trackId": track_id}, 200, headers, text, OPENS, OPENS + timedelta(seconds=1))
 
 
-def context(sequence: int, track_id: str) -> Reading:
+def reading(sequence: int, track_id: str) -> Reading:
     """Return how the answer of this poll is read."""
     at = OPENS + timedelta(minutes=sequence)
     return Reading(sequence, at, at, DAY, is_right=False, track_id=track_id)
@@ -52,26 +51,50 @@ def context(sequence: int, track_id: str) -> Reading:
 class Service:
     """Polls and captures as the service does, without an exchange and without Kafka."""
 
-    def __init__(self, capture: Capture, known: dict[str, Candle] | None = None, sequence: int = 0) -> None:
-        self.capture, self.known, self.sequence = capture, known or {}, sequence
+    def __init__(self, capture: Capture, before: Service | None = None) -> None:
+        self.capture, self.known, self.markers = capture, dict[str, Candle](), list[PollMarker]()
         self.events: list[TradeEvent] = []
-        capture.restored(State(dict(self.known), sequence))
+        if before is not None:
+            self.known, self.markers = dict(before.known), list(before.markers)
+        self.restore()
 
-    def poll(self, volume: int, *, commit: bool = True, told: bool = True) -> None:
-        """Poll once; the transaction fails, or the process dies before it could note the outcome."""
-        sequence = self.sequence + 1
-        track_id = f"t{sequence}-{volume}"
+    def restore(self) -> None:
+        """Read back what is committed."""
+        self.capture.restored(State(dict(self.known), len(self.markers), list(self.markers)))
+
+    def poll(self, volume: int, *, commit: bool = True, again: str | None = None) -> str:
+        """Poll once, or publish the bytes of an earlier poll again; the transaction may fail. Return the track id."""
+        sequence = len(self.markers) + 1
+        track_id = again or f"t{sequence}-{volume}"
         text = body(volume, track_id)
-        self.capture.response(received(text, track_id))
-        self.capture.poll(sequence, [context(sequence, track_id)], self.known)
-        if not commit:
-            return
-        derived = derive(self.known, [(text, context(sequence, track_id))])
-        self.known.update((candle.instrument, candle) for candle in derived.changes.candles)
-        self.events += derived.changes.events
-        self.sequence = sequence
-        if told:
-            self.capture.committed(sequence, Outcome.PUBLISHED if derived.changes.events else Outcome.UNCHANGED)
+        if again is None:
+            self.capture.response(received(text, track_id))
+        self.capture.poll(sequence, [reading(sequence, track_id)], self.known)
+        if commit:
+            changes = derive(self.known, [(text, reading(sequence, track_id))]).changes
+            self.known.update((candle.instrument, candle) for candle in changes.candles)
+            self.events += changes.events
+            self.markers.append(marker(sequence, track_id))
+        return track_id
+
+
+def marker(sequence: int, track_id: str) -> PollMarker:
+    """Return a poll's marker, as far as it matters here."""
+    counted = dict.fromkeys(("rows", "opened", "traded", "revised", "cancelled", "stale_rows", "rejected_rows"), 0)
+    counted |= dict.fromkeys(("duplicate_rows", "charged_calls"), 0)
+    fields: dict[str, Any] = {
+        "poll_sequence": sequence,
+        "poll_id": track_id,
+        "simulated": True,
+        "source": "s",
+        "outcome": "PUBLISHED",
+        "phase": "OPEN",
+        "feed_state": "FRESH",
+        "requested_at": OPENS,
+        "day_final": False,
+        **counted,
+    }
+    return PollMarker(**fields)
 
 
 def files(folder: Path) -> list[Path]:
@@ -81,106 +104,89 @@ def files(folder: Path) -> list[Path]:
 
 def records(folder: Path) -> list[Record]:
     """Return all records of a capture, which must be whole."""
-    oddities: Counter[str] = Counter()
-    found = [record for path in files(folder) for record in read(path, oddities)]
-    assert not oddities
+    notes: Counter[str] = Counter()
+    found = [record for path in files(folder) for record in read_capture(path, notes)]
+    assert not notes
     return found
 
 
-def derived(paths: Sequence[Path], markers: dict[int, PollMarker] | None = None) -> Replay:
+def derived(paths: Sequence[Path], committed: set[str] | None = None) -> Replay:
     """Return what a replay makes of these files."""
-    found = Replay(markers)
+    found = Replay(committed)
     found.capture(paths)
     return found
 
 
 def test_byte_for_byte(tmp_path: Path) -> None:
-    """What was received stands in the file before the poll is published, whatever the bytes are."""
+    """What was received is in the file before the poll is published, whatever the bytes are."""
     capture = Capture(tmp_path / "new" / "folder")
     for number, text in enumerate([b"", b"\x00\xff\n{", body(5)]):
         capture.response(received(text, f"t{number}"))
-    capture.poll(1, [context(1, "t2")], {})
+    capture.poll(1, [reading(1, "t2")], {})
     found = records(tmp_path / "new" / "folder")
-    assert [record.head.kind for record in found] == ["start", "response", "response", "response", "poll"]
+    assert [record.head.kind for record in found] == ["state", "response", "response", "response", "poll"]
     assert [record.body for record in found if record.head.kind == "response"] == [b"", b"\x00\xff\n{", body(5)]
-    (poll,) = [record for record in found if record.head.kind == "poll"]
-    assert list(poll.head.calls) == [context(1, "t2")]
-    (first, *_) = [record.head for record in found if record.head.kind == "response"]
+    assert list(found[-1].head.readings) == [reading(1, "t2")]
+    first = found[1].head
     assert (first.track_id, first.status, first.received_at) == ("t0", 200, OPENS + timedelta(seconds=1))
 
 
 def test_the_same_events_again(tmp_path: Path) -> None:
-    """Through transactions that failed, a death before the outcome was noted, restarts and new files."""
-    folder = tmp_path
-    service = Service(Capture(folder, most_bytes=600))
+    """Through transactions that failed, bytes published again, deaths before and after a commit, and new files."""
+    service = Service(Capture(tmp_path, max_bytes=600))
     for volume in (1, 2, 2, 3):
         service.poll(volume)
-    service.poll(9, commit=False)
-    service.capture.restored(State(dict(service.known), service.sequence))
+    service.poll(9, commit=False)  # and the poll in hand is dropped
+    service.restore()
     service.poll(4)
-    service.poll(5, told=False)
-    again = Service(Capture(folder), service.known, service.sequence)
-    again.poll(6)
-    again.poll(7, commit=False)
-    third = Service(Capture(folder), again.known, again.sequence)
-    third.poll(8)
-    third.capture.close()
-    found = derived(files(folder))
-    assert found.events == [*service.events, *again.events, *third.events]
-    assert found.polls == set(range(1, 9))
-    assert not found.said
-    assert len(files(folder)) > 3
+    in_hand = service.poll(5, commit=False)
+    service.restore()
+    service.poll(5, again=in_hand)
+    service.poll(6)  # dies after the commit
+    again = Service(Capture(tmp_path), service)
+    again.poll(7)
+    again.poll(8, commit=False)  # dies before the commit
+    third = Service(Capture(tmp_path), again)
+    third.poll(9)
+    found = derived(files(tmp_path))
+    expected = [*service.events, *again.events, *third.events]
+    assert found.events == expected
+    assert [event.volume for event in expected] == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert found.polls == set(range(1, 10))
+    assert not found.notes
+    assert len(files(tmp_path)) > 3
 
 
-@pytest.mark.parametrize("counts", [True, False])
-def test_what_a_death_left_undecided_is_the_topics_to_say(tmp_path: Path, counts: bool) -> None:
-    """Without the topic it is left out, and told; with it the marker of the poll and its trackId decide."""
+def test_the_topic_tells_which_polls_were_published(tmp_path: Path) -> None:
+    """The last poll of a capture counts, unless its track id is not on the topic."""
+    service = Service(Capture(tmp_path))
+    ids = [service.poll(1), service.poll(2, commit=False)]
+    assert [event.volume for event in derived(files(tmp_path)).events] == [1, 2]
+    assert [event.volume for event in derived(files(tmp_path), {ids[0]}).events] == [1]
+
+
+def test_a_torn_end_costs_one_poll(tmp_path: Path) -> None:
+    """As a crash leaves it: wherever the file is cut, what was whole before is derived, and a note tells."""
     service = Service(Capture(tmp_path))
     service.poll(1)
-    service.poll(2, told=False)
-    without = derived(files(tmp_path))
-    assert ([event.volume for event in without.events], len(without.said)) == ([1], 1)
-    counted = dict.fromkeys(("rows", "opened", "traded", "revised", "cancelled", "stale_rows"), 0)
-    counted |= dict.fromkeys(("rejected_rows", "duplicate_rows", "charged_calls"), 0)
-    fields: dict[str, Any] = {
-        "poll_sequence": 2,
-        "simulated": True,
-        "source": "s",
-        "outcome": "PUBLISHED",
-        "phase": "OPEN",
-    }
-    fields |= {"feed_state": "FRESH", "requested_at": OPENS, "day_final": False, **counted}
-    marker = PollMarker(poll_id="t2-2" if counts else "another", **fields)
-    found = derived(files(tmp_path), {2: marker})
-    assert [event.volume for event in found.events] == ([1, 2] if counts else [1])
-
-
-def test_a_torn_end_is_told_and_the_rest_is_used(tmp_path: Path) -> None:
-    """As a crash or a full disk leaves it; bytes that are no capture are an error with words."""
-    service = Service(Capture(tmp_path))
-    for volume in (1, 2, 3):
-        service.poll(volume)
-    service.capture.close()
     (file,) = files(tmp_path)
-    whole = file.read_bytes()
-    for cut in (1, 7, len(whole) // 3):
-        file.write_bytes(whole[:-cut])
+    whole = file.stat().st_size
+    service.poll(2)
+    data = file.read_bytes()
+    assert derived([file]).notes == {}
+    for cut in range(whole + 1, len(data), 7):
+        file.write_bytes(data[:cut])
         found = derived([file])
-        assert found.events == service.events[: len(found.events)]
-        assert any("torn off" in words for words in found.said)
-    file.write_bytes(whole[:200] + b"\xff" * 50 + whole[250:])
-    with pytest.raises(ConfigurationError, match=r"is no capture, or a damaged one|cannot be read"):
-        derived([file])
-    file.write_bytes(gzip.compress(b"something else\n"))
-    with pytest.raises(ConfigurationError, match="is no capture"):
-        derived([file])
+        assert [event.volume for event in found.events][:1] == [1]
+        assert found.notes or len(found.events) == 2
 
 
-@pytest.mark.parametrize("required", [True, False])
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: bool) -> None:
-    """It is told once; publication stops or goes on as was chosen; with room again the next file stands alone."""
-    errors: list[int] = []
-    service = Service(Capture(tmp_path, required=required, on_error=lambda: errors.append(1)))
+def test_a_full_disk_stops_nothing_and_the_next_file_stands_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once and counted each time; once there is room, a new file begins with a state."""
+    errors: list[None] = []
+    service = Service(Capture(tmp_path, on_error=lambda: errors.append(None)))
     service.poll(1)
 
     def full(_: int) -> None:
@@ -188,69 +194,34 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: 
 
     with monkeypatch.context() as patch, capture_logs() as lines:
         patch.setattr("os.fsync", full)
-        for volume in (2, 3):
-            if required:
-                with pytest.raises(PublishError, match="No space left"):
-                    service.poll(volume)
-            else:
-                service.poll(volume)
-    told = [line["event"] for line in lines if line["log_level"] == "error"]
-    assert (told, len(errors) >= 2) == (["responses are not captured"], True)
-    service.poll(4)
-    service.poll(5)
-    service.capture.close()
-    last = files(tmp_path)[-1]
-    alone = derived([last])
-    assert alone.events == service.events[-2:]
-
-
-@pytest.mark.parametrize("required", [True, False])
-def test_with_room_again_a_restart_captures_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: bool
-) -> None:
-    """After the transaction that the full disk stopped comes the restored state: it begins a file of its own."""
-    service = Service(Capture(tmp_path, required=required))
-    service.poll(1)
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        if required:
-            with pytest.raises(PublishError, match="No space left"):
-                service.poll(2)
-            with pytest.raises(PublishError, match="No space left"):
-                service.capture.restored(State(dict(service.known), service.sequence))
-        else:
-            service.poll(2)
-    service.capture.restored(State(dict(service.known), service.sequence))
-    service.poll(3)
-    service.capture.close()
+        service.poll(2)
+        service.poll(3)
+    with capture_logs() as later:
+        service.poll(4)
+    assert [line["event"] for line in [*lines, *later]] == ["capture failed", "capture works again"]
+    assert len(errors) >= 2
     alone = derived([files(tmp_path)[-1]])
-    assert (alone.events, alone.said) == (service.events[-1:], Counter())
+    assert (alone.events, alone.notes) == (service.events[-1:], Counter())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """Is told before anything is published."""
+    """Is reported before anything is published."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match=r"--capture .*: cannot write there"):
+    with pytest.raises(ConfigurationError, match=r"--capture .*: cannot write"):
         Capture(tmp_path / "file" / "folder")
 
 
-def test_more_known_than_captured_is_told(tmp_path: Path) -> None:
+def test_more_known_than_captured_is_noted(tmp_path: Path) -> None:
     """Another instance published meanwhile: its polls are in its own capture."""
     service = Service(Capture(tmp_path))
     service.poll(1)
-    service.capture.close()
-    elsewhere = Service(Capture(tmp_path / "elsewhere"), dict(service.known), service.sequence)
+    elsewhere = Service(Capture(tmp_path / "elsewhere"), service)
     elsewhere.poll(2)
-    back = Service(Capture(tmp_path), elsewhere.known, elsewhere.sequence)
+    back = Service(Capture(tmp_path), elsewhere)
     back.poll(3)
-    back.capture.close()
     found = derived(files(tmp_path))
     assert [event.volume for event in found.events] == [1, 3]
-    assert list(found.said) == ["before poll 3 more is known than was captured"]
+    assert list(found.notes) == ["before poll 3 more is known than was captured"]
 
 
 def test_the_command_on_a_captured_day() -> None:

@@ -178,10 +178,10 @@ def test_once_says_how_it_went(ready: dict[str, str], exchange: Server) -> None:
     usual = ["--once", "--clock", "response", "--address"]
     good = produce(ready, *usual, exchange.url)
     assert good.returncode == 0, good.stderr
-    line = next(json.loads(line) for line in good.stderr.splitlines() if '"poll"' in line)
+    line = next(json.loads(line) for line in good.stderr.splitlines() if '"poll published"' in line)
     assert (line["outcome"], line["sequence"], line["opened"] > 100) == ("PUBLISHED", 1, True)
     again = produce(ready, *usual, exchange.url)
-    line = next(json.loads(line) for line in again.stderr.splitlines() if '"poll"' in line)
+    line = next(json.loads(line) for line in again.stderr.splitlines() if '"poll published"' in line)
     assert (again.returncode, line["sequence"], "opened" in line) == (0, 2, line.get("opened", 0) > 0)
     failed = produce(ready, *usual, f"http://{NOBODY}")
     assert (failed.returncode, errors(failed)) == (1, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import structlog
@@ -10,6 +11,7 @@ from msgspec import structs
 
 from bourse_producer import derive, service
 from bourse_producer.conceal import Concealer
+from bourse_producer.derive import Derived
 from bourse_producer.diff import Changes, Snapshot, diff
 from bourse_producer.responses import Reading
 from bourse_schemas.events import Candle
@@ -41,7 +43,7 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz.run(400)
     assert fuzz.counts["leaks"] > 10
     shown = " ".join(fuzz.first)
-    assert all(place in shown for place in ("'event': 'poll'", "'poll_sequence'", "Received("))
+    assert all(place in shown for place in ("'event': 'poll published'", "'poll_sequence'", "Received("))
 
 
 def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +53,7 @@ def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyP
         found = {code: structs.replace(candle, value=candle.value + 1) for code, candle in snapshot.candles.items()}
         return diff(known, Snapshot(found, snapshot.received_at, snapshot.session_day))
 
-    for module in (service, derive):
-        monkeypatch.setattr(module, "diff", inflated)
+    monkeypatch.setattr(derive, "diff", inflated)
     fuzz = Fuzz(1)
     fuzz.run(50)
     assert fuzz.counts["wrong_events"] > 10
@@ -61,10 +62,10 @@ def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyP
 def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bytes contain is what must come out."""
 
-    def forgetful(known: Mapping[str, Candle], snapshot: Snapshot) -> Changes:
-        return diff({}, snapshot)
+    def forgetful(known: Mapping[str, Candle], *rest: Any) -> Derived:
+        return derive.derive({}, *rest)
 
-    monkeypatch.setattr(service, "diff", forgetful)
+    monkeypatch.setattr(service, "derive", forgetful)
     fuzz = Fuzz(1)
     fuzz.run(50)
     assert fuzz.counts["wrong_events"] > 10
@@ -76,7 +77,7 @@ def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(body: bytes, reading: Reading) -> Snapshot:
         raise KeyError("state")
 
-    monkeypatch.setattr(service, "parse", broken)
+    monkeypatch.setattr(derive, "parse", broken)
     fuzz = Fuzz(1)
     fuzz.run(20)
     assert fuzz.counts["crashes"] > 10

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from bourse_producer.clock import PracticeClock
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.patience import Patience
@@ -52,6 +53,9 @@ class Log:
         self.markers += markers
         self.letters += len(letters)
 
+    def idle(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -60,17 +64,15 @@ def play(*faults: str, polls: int = 5, profile: str = "trades-realtime", **optio
     """Poll the real day's first responses over real HTTP, through these faults; return the result."""
     practice = practice_exchange("real", "poll", faults=faults)
     log = Log()
-    usual = {"poll_seconds": 0, "always": True, "response_clock": True, "retry_seconds": 0, "quota_seconds": 0}
-    chosen = PROFILES[profile]
-    settings = Settings(**{**usual, **options}, source=chosen.source, profile=chosen)
+    chosen, clock = PROFILES[profile], PracticeClock()
+    settings = Settings(**{"poll_seconds": 0, "always": True, **options}, profile=chosen)
     with practice.serve() as server, httpx2.Client(timeout=0.5) as client:
         account = Credentials("practice", "practice", "0123456789")
         patience = Patience(longest_seconds=0)
-        exchange = Finnotech(client, server.url, account, chosen, patience=patience, deadline_seconds=1.5)
-        producer = Producer(exchange, lambda: log, settings)
+        exchange = Finnotech(client, server.url, account, chosen, clock=clock, patience=patience, deadline_seconds=1.5)
+        producer = Producer(exchange, lambda: log, settings, clock)
         for _ in range(polls):
-            producer._hold_until = 0.0
-            assert producer._recoverable(producer._poll_once)
+            producer.poll()
         return log, practice.state()
 
 

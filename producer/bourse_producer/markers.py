@@ -1,0 +1,214 @@
+"""The markers of polls, and what the markers so far amount to: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta
+
+from msgspec import structs
+
+from bourse_producer.beats import Beats, Moment
+from bourse_producer.derive import Answer, Derived
+from bourse_producer.freshness import GOOD, Freshness
+from bourse_schemas.errors import ExchangeError
+from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
+
+__all__ = ["COUNTS", "ODD", "History", "Poll", "Timing", "letters", "mark", "was_committed", "was_overtaken"]
+
+COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
+ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
+ZEROS = dict.fromkeys(("rows", "charged_calls", *COUNTS, *ODD), 0)
+
+
+@dataclass(slots=True)
+class Poll:
+    """What was asked and what came, in hand until it is published.
+
+    `term` is the leader's, `started` a monotonic time. The poll sequence of the answers is not known yet; `track_ids`
+    and `errors` are by whether the call is that of the rights.
+    """
+
+    term: int
+    requested_at: datetime
+    started: float
+    answers: list[Answer] = field(default_factory=list)
+    track_ids: dict[bool, str | None] = field(default_factory=dict)
+    errors: dict[bool, ExchangeError] = field(default_factory=dict)
+
+    @property
+    def held(self) -> bool:
+        """Return whether no call was made at all."""
+        return not self.answers and bool(self.errors) and all(error.held for error in self.errors.values())
+
+    def numbered(self, poll_sequence: int) -> list[Answer]:
+        """Return the answers as those of this poll sequence."""
+        return [(body, replace(reading, poll_sequence=poll_sequence)) for body, reading in self.answers]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What the markers of a prefix amount to, one after another.
+
+    `polled_day` is the last day with a good poll in its session, `final_day` the last one with a final poll.
+    """
+
+    freshness: Freshness = field(default_factory=Freshness)
+    poll_sequence: int = 0
+    last: PollMarker | None = None
+    last_good_at: datetime | None = None
+    final_day: date | None = None
+    polled_day: date | None = None
+    charged_day: date | None = None
+    charged_calls: int = 0
+
+    def after(self, marker: PollMarker) -> History:
+        """Return the history with one more marker."""
+        good = marker.outcome in GOOD
+        in_session = good and marker.phase in {Phase.OPEN, Phase.AFTER_CLOSE}
+        day = marker.requested_at.astimezone(TEHRAN).date()
+        return History(
+            freshness=self.freshness.after(marker),
+            poll_sequence=marker.poll_sequence,
+            last=marker,
+            last_good_at=marker.received_at if good else self.last_good_at,
+            final_day=marker.session_day if marker.day_final else self.final_day,
+            polled_day=marker.session_day if in_session else self.polled_day,
+            charged_day=day,
+            charged_calls=marker.charged_calls + (self.charged_calls if day == self.charged_day else 0),
+        )
+
+    def charged(self, now: datetime) -> int:
+        """Return how many calls of this Tehran day were charged."""
+        return self.charged_calls if now.astimezone(TEHRAN).date() == self.charged_day else 0
+
+
+def was_committed(poll: Poll, markers: Iterable[PollMarker]) -> bool:
+    """Return whether one of these markers is the poll's own."""
+    ids = {track_id for track_id in poll.track_ids.values() if track_id is not None}
+    return any(ids & {marker.poll_id, marker.rights_poll_id} for marker in markers)
+
+
+def was_overtaken(poll: Poll, markers: Iterable[PollMarker]) -> bool:
+    """Return whether a poll that began later, or at the same instant, is committed."""
+    return any(marker.requested_at >= poll.requested_at for marker in markers)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a poll is published, and what happened since the last one; `next_beat` is the beat after `now`.
+
+    `missed` are the beats on which no call was made, because of `why`. `dropped` means that a poll was given up.
+    """
+
+    beats: Beats
+    now: datetime
+    next_beat: datetime
+    missed: Sequence[datetime] = ()
+    why: str = ""
+    dropped: bool = False
+
+
+def mark(
+    poll: Poll, derived: Derived, history: History, timing: Timing, source: str
+) -> tuple[list[PollMarker], History]:
+    """Return the markers of the beats missed and of the poll, in order, and the history after them."""
+    beats = timing.beats
+    first = history.poll_sequence + 1
+    found = []
+    for sequence, beat in enumerate(timing.missed, first):
+        moment = beats.moment(beat, beat + timedelta(seconds=beats.poll_seconds), history.final_day)
+        bare = _bare(sequence, source, Outcome.SKIPPED, beat, moment, simulated=beats.simulated)
+        found.append(structs.replace(bare, error_kind="internal", error_message=timing.why))
+    found.append(_marker(poll, derived, first + len(found), history, timing, source=source))
+    judged = []
+    for marker in found:
+        state = history.freshness.after(marker).state
+        judged.append(structs.replace(marker, feed_state=state))
+        history = history.after(judged[-1])
+    return judged, history
+
+
+def _marker(
+    poll: Poll, derived: Derived, sequence: int, history: History, timing: Timing, *, source: str
+) -> PollMarker:
+    snapshot, beats = derived.snapshot, timing.beats
+    now = snapshot.received_at if snapshot else timing.now
+    final = snapshot is not None and beats.final(now, history.final_day, history.polled_day)
+    moment = beats.moment(now, timing.next_beat, beats.calendar.session_day(now) if final else history.final_day)
+    requested_at = min(poll.requested_at, now)
+    outcome = Outcome.SKIPPED if poll.held else Outcome.FAILED
+    if snapshot is not None:
+        outcome = Outcome.PUBLISHED if derived.changes.events else Outcome.UNCHANGED
+    errors = dict(sorted({**poll.errors, **derived.errors}.items()))
+    error = next(iter(errors.values()), None)
+    named = "; ".join(f"{'rights' if is_right else 'shares'}: {error}" for is_right, error in errors.items())
+    marker = structs.replace(
+        _bare(sequence, source, outcome, requested_at, moment, simulated=beats.simulated),
+        poll_id=poll.track_ids.get(False),
+        rights_poll_id=poll.track_ids.get(True),
+        charged_calls=len(poll.answers),
+        error_kind=error and error.kind,
+        error_code=error and error.code,
+        error_message=error and (named if len(poll.track_ids) > 1 else str(error)),
+    )
+    if snapshot is None:
+        return marker
+    gap = (
+        timing.dropped
+        or _failed(history.last)
+        or beats.gap(history.last_good_at, requested_at, timing.missed, history.final_day)
+    )
+    return structs.replace(
+        marker,
+        received_at=snapshot.received_at,
+        day_final=final,
+        latest_traded_at=max((candle.traded_at for candle in snapshot.candles.values()), default=None),
+        rows=snapshot.rows,
+        **{name: derived.changes.count(op) for name, op in COUNTS.items()},
+        stale_rows=derived.changes.stale_rows,
+        rejected_rows=len(snapshot.rejected),
+        duplicate_rows=snapshot.duplicate_rows,
+        gap_from=history.last_good_at if gap else None,
+    )
+
+
+def _failed(marker: PollMarker | None) -> bool:
+    return marker is not None and marker.outcome not in GOOD
+
+
+def _bare(
+    sequence: int, source: str, outcome: Outcome, requested_at: datetime, moment: Moment, *, simulated: bool
+) -> PollMarker:
+    return PollMarker(
+        poll_sequence=sequence,
+        simulated=simulated,
+        source=source,
+        outcome=outcome,
+        phase=moment.phase,
+        feed_state=FeedState.UNKNOWN,
+        session_day=moment.session_day,
+        requested_at=requested_at,
+        next_poll_at=moment.next_poll_at,
+        day_final=False,
+        **ZEROS,  # type: ignore[arg-type]  # these are numbers
+    )
+
+
+def letters(derived: Derived, marker: PollMarker, known: set[tuple[date | None, str]]) -> list[DeadLetter]:
+    """Return the dead letters of rejected rows that are not `known`: the same bad row once a run and day."""
+    new = {row.identity: row for row in derived.rejected if (marker.session_day, row.identity) not in known}
+    return [
+        DeadLetter(
+            reason=row.reason,
+            message=row.message,
+            stage=Stage.PARSE,
+            origin=marker.source,
+            payload=row.payload,
+            original_headers={},
+            poll_sequence=marker.poll_sequence,
+            poll_id=row.track_id,
+            failed_at=marker.received_at or marker.requested_at,
+        )
+        for row in new.values()
+    ]
