@@ -154,7 +154,7 @@ class Finnotech:
                 return self._call_for_data(call, query, until)
             except ExchangeUnavailable as error:
                 now = self._clock.monotonic()
-                hold = self._patience.may_call(call, now)
+                hold = self._forbidden(call, now)
                 wait = max(pause * random.uniform(0.5, 1.0), hold.until - now if hold else 0.0)  # noqa: S311  # jitter
                 if not pause or now + wait >= until:
                     raise
@@ -190,7 +190,9 @@ class Finnotech:
 
     def authorise(self) -> tuple[Sequence[str], timedelta]:
         """Get a token unless there is one; return its scopes, if the exchange named them, and how long it is good."""
-        token = self._good_token(-math.inf)
+        if not self._has_token():
+            self._require_allowed(Call.TOKEN, -math.inf)
+        token = self._good_token()
         return token.scopes, timedelta(seconds=token.ends_at - self._clock.monotonic())
 
     def token_ends_at(self) -> datetime | None:
@@ -219,7 +221,7 @@ class Finnotech:
         """Make a call. If its token is refused, get another one and repeat the call once, if a new token is allowed."""
         self._require_allowed(call, until)
         try:
-            return self._get(call, self._good_token(until), query)
+            return self._get(call, self._good_token(), query)
         except ExchangeRefused as refused:
             if refused.held or refused.kind not in {"token", "scope"}:
                 raise
@@ -242,9 +244,14 @@ class Finnotech:
 
     def _require_allowed(self, call: Call, until: float) -> None:
         """Raise what forbids a call, `held`; a hold of a moment is waited for, if it ends before `until`."""
-        while hold := self._patience.may_call(call, now := self._clock.monotonic()):
+        while hold := self._forbidden(call, now := self._clock.monotonic()):
             if hold.until >= min(until, now + MOMENT_SECONDS) or self._clock.wait(hold.until - now):
                 raise self._held(hold, now)
+
+    def _forbidden(self, call: Call, now: float) -> Hold | None:
+        """Return what forbids a call: its own hold, or that of the token it needs and has not."""
+        hold = self._patience.may_call(call, now)
+        return hold if hold or self._has_token() else self._patience.may_call(Call.TOKEN, now)
 
     def _held(self, hold: Hold, now: float) -> ExchangeError:
         error, message = hold.error, str(hold.error)
@@ -283,9 +290,11 @@ class Finnotech:
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
-    def _good_token(self, until: float) -> _Token:
-        if self._token is None or self._clock.monotonic() >= self._token.ends_at:
-            self._require_allowed(Call.TOKEN, until)
+    def _has_token(self) -> bool:
+        return self._token is not None and self._clock.monotonic() < self._token.ends_at
+
+    def _good_token(self) -> _Token:
+        if self._token is None or not self._has_token():
             self._token = self._request_token(None, self._deadline_seconds)
         return self._token
 

@@ -262,6 +262,20 @@ def test_an_ended_token_is_replaced_before_the_call() -> None:
     assert script.grant_types() == ["client_credentials"] * 2
 
 
+def test_a_poll_whose_token_call_fails_was_tried() -> None:
+    """Its error is that of the token's call, not held; the calls after it are held until a minute has passed."""
+    script, clock = Script((200, DONE), tokens=[(503, b""), (503, b"")]), ManualClock()
+    with against(script, clock=clock, retry_seconds=1.0) as exchange:
+        first = refused(exchange, until=clock.monotonic() + 60)
+        second = refused(exchange, Call.RIGHTS, until=clock.monotonic() + 50)
+        assert [(each.kind, each.held) for each in (first, second)] == [("provider", False), ("provider", True)]
+        clock.elapsed = 60
+        assert not refused(exchange, until=clock.monotonic() + 50).held
+        clock.elapsed = 120
+        exchange.fetch(Call.SHARES, until=clock.monotonic() + 60)
+    assert (len(script.grants), len(script.calls)) == (3, 1)
+
+
 REFUSALS = [
     (401, b""),
     (403, b'{"error":{"code":"FORBIDDEN","message":"no"}}'),
