@@ -169,9 +169,6 @@ class Finnotech:
                     raise
                 pause *= 2
 
-    def realtime(self, *, rights: bool) -> Reply:
-        return self.fetch(Call.RIGHTS if rights else Call.SHARES)
-
     def renew(self) -> None:
         """Renew a token that is about to end. Call it after a poll: no poll waits for it while the token is good."""
         token, now = self._token, self._clock.monotonic()
