@@ -39,9 +39,6 @@ REWRITTEN_SOURCES = (
     "consumers/bourse_consumers/archive/",
     "consumers/bourse_consumers/archive_cli.py",
     "consumers/bourse_consumers/postgres/",
-    "producer/bourse_producer/calendar.py",
-    "producer/bourse_producer/capture.py",
-    "producer/bourse_producer/election.py",
 )
 REWRITTEN_PAGES = (
     "docs/notify.md",
@@ -49,7 +46,6 @@ REWRITTEN_PAGES = (
     "docs/consumers.md",
     "docs/benchmarks.md",
 )
-REWRITTEN_COMMANDS = ("produce", "doctor")
 
 LOGGED = {"debug", "info", "warning", "error", "critical", "exception", "echo", "fail"}
 
@@ -76,7 +72,7 @@ def helps(command: click.Command, *path: str) -> Iterator[tuple[str, str]]:
         context = click.Context(command)
         for each in command.list_commands(context):
             below = command.get_command(context, each)
-            if below and not (not path and each in REWRITTEN_COMMANDS):
+            if below:
                 yield from helps(below, *path, each)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,23 +13,19 @@ from click.core import ParameterSource
 
 from bourse_schemas.errors import ConfigurationError, did_you_mean
 
-__all__ = [
-    "Context",
-    "check_environment",
-    "check_keys",
-    "config_name",
-    "origin",
-    "prepare",
-    "read_config",
-    "removed",
-    "variables",
-]
+__all__ = ["config_name", "configure", "origin", "prepare", "read_config", "removed"]
 
 # Options that many commands share: they may also be set at the top of the file, next to the tables of the commands.
 SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings")
 TOP = (*SHARED, "log_level", "topic")
 # Options and commands of earlier versions, by their place in the file, and what replaces them.
 REMOVED = {
+    "alerts.schema": "`bourse alerts check` prints every mistake with a corrected line",
+    "alerts.test.archive": "name captures or captured days, or use --topics",
+    "alerts.test.cases": "compare the output of --json with the expected one",
+    "alerts.test.days": "name captures or captured days, or use --topics",
+    "alerts.test.events": "name the files as arguments",
+    "alerts.test.partitions": "the alerts read whole polls, whatever the partitions",
     "dead-letters.redrive": "use `bourse dead-letters show OFFSET --raw` and kcat",
     "demo.kill_every": "`make chaos` kills services",
     "demo.seed": "the practice market is the same every time",
@@ -102,19 +98,30 @@ def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> No
             raise ConfigurationError(f"{file.place('', key)}: {key} must be {what}")
 
 
+def configure(group: click.Group, ctx: click.Context, name: str, command: click.Command, *, check: bool) -> None:
+    """Give a command, the one of this name in the group, its part of the file; check the variables if `check`."""
+    _use_context(command)
+    if ctx.default_map is not None:
+        if ctx.parent is None:
+            _check_keys(ctx, ctx.default_map, {*TOP, *group.list_commands(ctx)}, "")
+        prepare(ctx, ".".join([*ctx.command_path.split()[1:], name]), command, ctx.default_map.setdefault(name, {}))
+    if ctx.parent is None and check:
+        _check_environment(group, ctx, name, command)
+
+
 def prepare(ctx: click.Context, path: str, command: click.Command, table: Any) -> None:
     """Bring a command's table of the file to the form of a command line, each value a string; add the shared options.
 
     `path` is the table's name. Raises ConfigurationError if it is not a table of such values.
     """
     file, shared = _file(ctx), ctx.find_root().default_map or {}
-    command.context_class = Context
     if not isinstance(table, dict):
         outer, _, key = path.rpartition(".")
         raise ConfigurationError(f"{file.place(outer, key)}: options of `{path}` belong in the table [{path}]")
+    given = set(map(_name, table))
     for option in command.params:
-        if option.name in SHARED and option.name in shared:
-            table = _defaulted(table, option.name, shared[option.name])
+        if option.name in SHARED and option.name in shared and option.name not in given:
+            table[option.name] = shared[option.name]
     options = {option.name: option for option in command.params}
     for key in list(table):
         if (known := options.get(_name(key))) is not None and known.name:
@@ -127,18 +134,12 @@ def prepare(ctx: click.Context, path: str, command: click.Command, table: Any) -
             table[known.name] = [str(each) for each in values] if multiple else str(value)
     inner_commands = getattr(command, "commands", {})
     if not hasattr(command, "entry_point_group"):  # a lazy group does not know its commands yet
-        check_keys(ctx, table, {*options, *inner_commands}, path)
+        _check_keys(ctx, table, {*options, *inner_commands}, path)
     for name, inner in inner_commands.items():
         prepare(ctx, f"{path}.{name}", inner, table.setdefault(name, {}))
 
 
-def _defaulted(table: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    if not any(_name(key) == name for key in table):
-        table[name] = value
-    return table
-
-
-def check_keys(ctx: click.Context, table: Mapping[str, Any], known: Iterable[str | None], path: str) -> None:
+def _check_keys(ctx: click.Context, table: Mapping[str, Any], known: Iterable[str | None], path: str) -> None:
     """Raise ConfigurationError for an unknown key; an unknown table may be that of a plug-in that is not installed."""
     names = [_name(name) for name in known if name]
     for key, value in table.items():
@@ -157,6 +158,12 @@ def removed(place: str) -> str:
     table, _, key = place.replace("doctor", "produce").rpartition(".")  # doctor takes the options of produce
     advice = REMOVED.get(f"{table}.{key}") or REMOVED.get(f"{table}.{_name(key)}")
     return f"{place} was removed: {advice}" if advice else ""
+
+
+def _use_context(command: click.Command) -> None:
+    command.context_class = Context
+    for inner in getattr(command, "commands", {}).values():
+        _use_context(inner)
 
 
 class Context(click.Context):
@@ -193,7 +200,7 @@ def _variables_of(option: click.Parameter, prefix: str | None) -> list[str]:
     return [*named, f"{prefix}_{(option.name or '').upper()}"]
 
 
-def variables(command: click.Command, prefix: str) -> set[str]:
+def _variables(command: click.Command, prefix: str) -> set[str]:
     """Return the environment variables of a command and of the commands below it."""
     prefix = (command.context_settings or {}).get("auto_envvar_prefix", prefix)
     found = {name for option in command.params for name in _variables_of(option, prefix)}
@@ -202,13 +209,11 @@ def variables(command: click.Command, prefix: str) -> set[str]:
         ctx = click.Context(command)
         for name in command.list_commands(ctx):
             if inner := command.get_command(ctx, name):
-                found |= variables(inner, f"{prefix}_{_name(name).upper()}")
+                found |= _variables(inner, f"{prefix}_{_name(name).upper()}")
     return found
 
 
-def check_environment(
-    root: click.Group, ctx: click.Context, name: str, command: click.Command, warn: Callable[[str], None]
-) -> None:
+def _check_environment(root: click.Group, ctx: click.Context, name: str, command: click.Command) -> None:
     """Raise ConfigurationError for a variable that is nearly one of this command's; warn of any other unknown one.
 
     Variables of other commands and those that Kubernetes sets for its services are ignored.
@@ -216,7 +221,7 @@ def check_environment(
     given = [variable for variable in os.environ if variable.startswith("BOURSE_")]
     if not given:
         return
-    own = {"BOURSE_LOG_LEVEL", "BOURSE_CONFIG", *ALSO_READ, *variables(command, f"BOURSE_{_name(name).upper()}")}
+    own = {"BOURSE_LOG_LEVEL", "BOURSE_CONFIG", *ALSO_READ, *_variables(command, f"BOURSE_{_name(name).upper()}")}
     others = [_name(other).upper() for other in root.list_commands(ctx) if other != name]
     unknown = [
         variable
@@ -227,14 +232,14 @@ def check_environment(
     ]
     if not unknown:
         return
-    known = variables(root, "BOURSE")  # imports every command, which takes a moment
+    known = _variables(root, "BOURSE")  # imports every command, which takes a moment
     for variable in unknown:
         if variable in known:
             continue
         if near := [each for each in sorted(own) if _distance(variable, each) <= 2]:
             raise ConfigurationError(f"unknown variable {variable}; did you mean {near[0]}?")
         if not any(_distance(variable, each) <= 2 for each in known):
-            warn(f"unknown variable {variable}")
+            click.echo(f"Warning: unknown variable {variable}", err=True)
 
 
 def _distance(one: str, other: str) -> int:

@@ -240,29 +240,6 @@ class Monitor:
         """Ask `reason` at every request of /readyz why the service is not ready: also while the service is stuck."""
         self._checks[subject] = reason
 
-    # Former ways to set a metric, until the services use the metrics' own methods.
-
-    def count(self, metric: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter."""
-        self._former(metric, labels).inc(amount)
-
-    def set(self, metric: str, value: float, **labels: str) -> None:
-        """Set a gauge."""
-        self._former(metric, labels).set(value)
-
-    def observe(self, metric: str, value: float, **labels: str) -> None:
-        """Add an observation to a histogram."""
-        self._former(metric, labels).observe(value)
-
-    def watch(self, metric: str, value: Callable[[], float]) -> None:
-        """Compute a gauge at every scrape."""
-        self._former(metric, {}).set_function(value)
-
-    def _former(self, metric: str, labels: dict[str, str]) -> Any:
-        group, _, name = metric.partition(".")
-        found = getattr(getattr(self, group), name)
-        return found.labels(**labels) if labels else found
-
     def beat(self, within_seconds: float) -> None:
         """Give a sign of life; /livez fails if the next one is not given within this time."""
         self._beaten = time.monotonic()
@@ -356,25 +333,3 @@ def _server(host: str, port: int, answer: Callable[[str], tuple[int, str, str]])
         daemon_threads = allow_reuse_address = True
 
     return Server((host, port), Handler)
-
-
-# Former names of the metrics, until the services use `monitor.producer` and the like.
-EXCHANGE_CALLS = "producer.calls"
-CALLS_LEFT = "producer.calls_left"
-POLLS = "producer.polls"
-EVENTS = "producer.events"
-REJECTED_ROWS = "producer.rejected_rows"
-STALE_ROWS = "producer.stale_rows"
-FEED_STATE = "producer.feed_state"
-POLL_SEQUENCE = "producer.poll_sequence"
-LAST_GOOD_POLL = "producer.last_good_poll"
-LAST_CHANGE = "producer.last_change"
-SESSION_OPEN = "producer.session_open"
-CLOCK_SKEW = "producer.clock_skew"
-CALENDAR_DAYS_KNOWN = "producer.calendar_days_known"
-LEADER = "producer.leader"
-FENCED = "producer.fenced"
-RESTORE_SECONDS = "producer.restore_seconds"
-FETCH_SECONDS = "producer.fetch_seconds"
-PUBLISH_SECONDS = "producer.publish_seconds"
-CAPTURE_ERRORS = "producer.capture_errors"

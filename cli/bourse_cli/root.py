@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from bourse_cli.configuration import TOP, check_environment, check_keys, origin, prepare, read_config, removed
+from bourse_cli.configuration import configure, origin, read_config, removed
 from bourse_schemas.errors import BourseError, ConfigurationError
 
 __all__ = ["LazyGroup", "bourse", "main"]
@@ -107,27 +106,11 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command to run, after a check of what configures it; --help needs no check."""
+        """Return the command to run, with its configuration; --help does not need valid variables."""
         name, command, rest = super().resolve_command(ctx, args)
-        if name is None or command is None:
-            return name, command, rest
-        path = ".".join([*ctx.command_path.split()[1:], name])
-        if ctx.default_map is not None:
-            if ctx.parent is None:
-                check_keys(ctx, ctx.default_map, {*TOP, *self.list_commands(ctx)}, "")
-            prepare(ctx, path, command, ctx.default_map.setdefault(name, {}))
-        if ctx.parent is None and not {"-h", "--help"} & set(rest):
-            check_environment(self, ctx, name, command, lambda text: click.echo(f"Warning: {text}", err=True))
+        if name is not None and command is not None:
+            configure(self, ctx, name, command, check=not {"-h", "--help"} & set(rest))
         return name, command, rest
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader of its output that goes away (`… | head`) ends it quietly."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # Not even Python's flush at exit is to fail.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command; one whose import fails becomes a command that prints why."""

@@ -54,7 +54,7 @@ STOP_SECONDS = 3.5
     type=click.Choice(["system", "response"]),
     default="system",
     show_default=True,
-    help="What tells the time: our clock, or the responses' Date header (for a day of the past or a simulated one).",
+    help="Source of the time: our clock, or the responses' Date header (for a day of the past or a simulated one).",
 )
 @calendar_option
 @click.option(

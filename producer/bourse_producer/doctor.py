@@ -112,9 +112,9 @@ def doctor(
     as_json: bool,
     **_: Any,
 ) -> None:
-    """Look at everything a producer needs; give it the options of `bourse produce`.
+    """Check everything a producer needs; takes the options of `bourse produce`.
 
-    Exit 0 if all is well, 1 if something is wrong, 2 if something could not be looked at.
+    Exit 0 if every check is ok, 1 if one failed, 2 if one could not be made.
     """
     import bourse_schemas.registry  # noqa: F401  # its client's modules import each other: not by two threads at once
     from bourse_cli.logs import configure_logging

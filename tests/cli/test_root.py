@@ -75,7 +75,10 @@ def test_help_imports_nothing_heavy() -> None:
         if arguments == ["--help"]:
             assert not {"importlib.metadata", "msgspec", "tomllib", "zoneinfo"} & imported
             ours = {name for name in imported if name.startswith("bourse_") and "." in name}
-            empty = {"bourse_consumers.notify"}  # a package, imported to find the command inside it
+            empty = {
+                "bourse_consumers.alerts",
+                "bourse_consumers.notify",
+            }  # packages, imported to find commands in them
             assert ours - empty == {"bourse_cli.root", "bourse_cli.configuration", "bourse_schemas.errors"}
 
 
@@ -233,6 +236,9 @@ def test_a_bad_value_names_its_origin(
         assert (code, out, shown) == (2, "", [])
         return err
 
+    with monkeypatch.context() as only:
+        only.setenv("BOURSE_REGISTRY_URL", "http://me:hidden@h")
+        assert error("where").endswith("@FILE (--registry-url is set by BOURSE_REGISTRY_URL)\n")
     file = ("--config", "mine.toml", "where")
     assert "'-X' (from mine.toml:4): 'nonsense' is not" in error(*file)
     assert error(*file, "-X", "a=b").endswith("@FILE (--registry-url is set by mine.toml:2)\n")
