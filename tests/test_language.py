@@ -43,7 +43,6 @@ REWRITTEN_SOURCES = (
 REWRITTEN_PAGES = (
     "docs/notify.md",
     "docs/archive.md",
-    "docs/consumers.md",
     "docs/benchmarks.md",
 )
 

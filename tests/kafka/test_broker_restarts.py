@@ -54,6 +54,13 @@ if stream:
 """
 
 
+@pytest.fixture
+def single(own_kafka: Callable[[], Kafka], small_registry: str, prefix: str) -> tuple[Kafka, Cluster]:
+    """Return a broker of the test's own with our topics."""
+    kafka = own_kafka()
+    return kafka, declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
+
+
 class Copy(Consumer):
     """Publishes the id of each event."""
 
@@ -96,17 +103,10 @@ def messages(cluster: Cluster) -> list[str]:
 @pytest.mark.parametrize("kind", ["copy", "market"])
 @pytest.mark.parametrize("pause", [0.0, 20.0], ids=["at once", "idle for long"])
 def test_the_only_broker_restarts_and_emits_follow(
-    own_kafka: Callable[[], Kafka],
-    small_registry: str,
-    prefix: str,
-    tmp_path: Path,
-    kind: str,
-    pause: float,
-    wait_for: Callable[..., Any],
+    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, pause: float, wait_for: Callable[..., Any]
 ) -> None:
     """Three times, killed and stopped; the first emits come at once or long after the broker is back."""
-    kafka = own_kafka()
-    cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
+    kafka, cluster = single
     child = Supervised(cluster, kind, tmp_path / "log")
     try:
         wait_for(lambda: "partitions" in (tmp_path / "log").read_text(), 30)
@@ -180,16 +180,10 @@ def test_brokers_of_three_restart_one_after_the_other(
 
 @pytest.mark.parametrize("kind", ["copy", "market"])
 def test_a_signal_ends_it_within_five_seconds_while_the_broker_is_stopped(
-    own_kafka: Callable[[], Kafka],
-    small_registry: str,
-    prefix: str,
-    tmp_path: Path,
-    kind: str,
-    wait_for: Callable[..., Any],
+    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, wait_for: Callable[..., Any]
 ) -> None:
     """A broker that does not answer and does not hang up is the worst case."""
-    kafka = own_kafka()
-    cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
+    kafka, cluster = single
     child = Supervised(cluster, kind, tmp_path / "log")
     try:
         wait_for(lambda: re.search("active|partitions", (tmp_path / "log").read_text()), 30)
@@ -242,7 +236,7 @@ def test_a_record_whose_dead_letter_would_be_too_large_does_not_stop_it(
     producer = cluster.transactional_producer(f"{prefix}-bad")
     producer.init_transactions(10)
     producer.begin_transaction()
-    headers = [("trace", b"y" * 330_000)]
+    headers: list[tuple[str, str | bytes | None]] = [("trace", b"y" * 330_000)]
     producer.produce(TRADES.full_name(prefix), b"x" * 600_000, b"k", 0, headers=headers)
     producer.commit_transaction(10)
     Producing(cluster).polls(1, 1)
