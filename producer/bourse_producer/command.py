@@ -137,11 +137,12 @@ def produce(
     from bourse_cli.logs import configure_logging
     from bourse_producer.beats import Beats
     from bourse_producer.clock import PracticeClock, SystemClock
-    from bourse_producer.election import Election
     from bourse_producer.freshness import GOOD, Freshness
     from bourse_producer.patience import Patience
     from bourse_producer.publisher import Publisher, committed_state
     from bourse_producer.service import ALIVE_SECONDS, Producer, Settings
+    from bourse_schemas.election import Election
+    from bourse_schemas.kafka import producer_id
 
     configure_logging(ctx.find_root().obj or "info")
     if remove_candle is not None:
@@ -201,7 +202,7 @@ def produce(
             lambda: Publisher(watched),
             settings,
             ours,
-            leadership=Election(watched, Beats(poll_seconds).owed_seconds()),
+            leadership=Election(watched, producer_id(cluster.prefix), Beats(poll_seconds).owed_seconds()),
             capture=kept,
             monitor=monitor,
         )

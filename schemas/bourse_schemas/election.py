@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
-from confluent_kafka import OFFSET_END, KafkaError, KafkaException
+from confluent_kafka import OFFSET_END, KafkaException
 
-from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS
 
@@ -136,11 +135,8 @@ class Election:
                 error = message.error() if message is not None else None
                 if error is None:
                     continue
-                if error.code() in {KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED}:
-                    raise ConfigurationError(
-                        f"Kafka does not allow it: {error.str()}; this user must be allowed to read the group "
-                        f"{self._group} and the topic {name}"
-                    )
+                if refusal := self._cluster.refusal(error, topic=name, group=self._group):
+                    raise refusal
                 if error.fatal():
                     raise KafkaException(error)
         finally:

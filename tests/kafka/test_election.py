@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bourse_cli.topics import apply_topics, plan_topics
-from bourse_producer.election import Election
 from bourse_sandbox.kafka import Kafka, MockKafka
+from bourse_schemas.election import Election
 from bourse_schemas.kafka import Cluster
 
 pytestmark = pytest.mark.kafka
@@ -26,7 +26,7 @@ def members(kafka: Kafka, prefix: str) -> Iterator[Callable[[], Election]]:
     with ExitStack() as stack:
 
         def member() -> Election:
-            election = Election(cluster, 600)
+            election = Election(cluster, f"{cluster.prefix}-producer", 600)
             stack.callback(election.close)
             return election
 
@@ -73,7 +73,10 @@ def test_a_leader_that_does_not_poll_leaves(kafka: Kafka, prefix: str, wait_for:
     """Its service hangs: a standby leads within seconds. The one that hung joins again once its service asks."""
     cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
     apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
-    hangs, healthy = Election(cluster, 3.0), Election(cluster, 600)
+    hangs, healthy = (
+        Election(cluster, f"{cluster.prefix}-producer", 3.0),
+        Election(cluster, f"{cluster.prefix}-producer", 600),
+    )
     try:
         assert wait_for(lambda: hangs.term(1), 15) == 1
         assert healthy.term() is None
@@ -93,7 +96,7 @@ def test_a_leader_that_polls_stays(kafka: Kafka, prefix: str, wait_for: WaitFor)
     cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
     apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
     now = [0.0]
-    election = Election(cluster, 100.0, lambda: now[0])
+    election = Election(cluster, f"{cluster.prefix}-producer", 100.0, lambda: now[0])
     try:
         assert wait_for(lambda: election.term(1), 15) == 1
         for due in (60.0, 300.0):
@@ -115,7 +118,7 @@ def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None
     """So that whatever runs without Kafka's jars runs the same way."""
     cluster = Cluster(mock_kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
     cluster.transactional_producer("maker").list_topics(f"{prefix}.polls", timeout=10)
-    election = Election(cluster, 600)
+    election = Election(cluster, f"{cluster.prefix}-producer", 600)
     assert election.term(15) == 1
     election.close()
 
@@ -130,7 +133,7 @@ class Mistaken(Cluster):
 
 def test_who_can_no_longer_be_elected_does_not_stand_by_for_ever() -> None:
     """An error that nobody expected ends the producer, and with it the orchestrator's patience."""
-    election = Election(Mistaken("127.0.0.1:9", "http://127.0.0.1:9"), 600)
+    election = Election(Mistaken("127.0.0.1:9", "http://127.0.0.1:9"), "group", 600)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a mistake of ours"):
             election.term(10)

@@ -27,7 +27,6 @@ from structlog.testing import capture_logs
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.clock import PracticeClock
 from bourse_producer.diff import Changes
-from bourse_producer.election import Election
 from bourse_producer.finnotech import Credentials, Finnotech
 from bourse_producer.publisher import Publisher, committed_state
 from bourse_producer.responses import PROFILES, SOURCE, TRADES_REALTIME, Profile
@@ -38,9 +37,10 @@ from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas import reading
+from bourse_schemas.election import Election
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError
 from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeEvent
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.reading import TopicRecord
 from bourse_schemas.topics import CANDLES, POLLS, TRADES, Topic
 
@@ -633,7 +633,7 @@ def test_a_commit_that_had_succeeded_is_not_repeated(cluster: Cluster, failing: 
 def test_bytes_in_hand_are_dropped_with_their_term(cluster: Cluster, failing: tuple[Producer, Any]) -> None:
     """Another instance may lead meanwhile: the exchange is called again."""
     producer, practice = failing
-    election = Election(cluster, 600)
+    election = Election(cluster, producer_id(cluster.prefix), 600)
     producer._close()
     producer._leadership = election
     try:
