@@ -116,6 +116,12 @@ def test_metrics() -> None:
     assert [fault for metric in monitor.registry.collect() for fault in faults(metric.documentation)] == []
 
 
+def test_alarms() -> None:
+    """The texts that an engineer on call reads first."""
+    lines = (ROOT / "prometheus-alerts.yaml").read_text("utf-8").splitlines()
+    assert [f"{number}: {fault}" for number, line in enumerate(lines, 1) for fault in faults(line)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page: Path) -> None:
     """The prose; code may contain anything."""
