@@ -184,7 +184,7 @@ def run(options: Options) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="bourse-chaos-"))
     with ExitStack() as stack:
         brokers: Kafka | Brokers = (
-            stack.enter_context(Kafka()) if options.brokers == 1 else stack.enter_context(Brokers())
+            stack.enter_context(Kafka(folder / "kafka")) if options.brokers == 1 else stack.enter_context(Brokers())
         )
         registry = stack.enter_context(serve_registry())
         expected, certificate, days = expected_events(), self_signed(folder / "exchange.pem"), 0
@@ -199,7 +199,7 @@ def run(options: Options) -> dict[str, Any]:
     found = damage.found
     bad = any(found[name] for name in ("lost", "twice", "wrong", "holes"))
     if bad:
-        print(f"the logs are in {folder}", file=sys.stderr)
+        print(f"logs and Kafka's data are in {folder}", file=sys.stderr)
     else:
         shutil.rmtree(folder)
     times = damage.takeovers or [0.0]
