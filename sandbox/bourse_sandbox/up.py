@@ -78,6 +78,7 @@ def up(
         secret_file = private_file(Path(folder) / "client-secret", SECRET)
         nid_file = private_file(Path(folder) / "nid", NID)
         kafka, registry, bourse = stack.cluster.bootstrap_servers, stack.cluster.registry_url, program("bourse")
+        day = practice.state()["market_time"][:10]
         timing = ["--schedule", "always", "--clock", "response", "--address", exchange.url]
         if as_json:
             addresses = {"bootstrap_servers": kafka, "registry_url": registry, "exchange_url": exchange.url}
@@ -88,7 +89,7 @@ def up(
             login = f"--client-id {CLIENT_ID} --client-secret-file {secret_file} --nid-file {nid_file}"
             produce = f"  {bourse} produce --poll-seconds 1 {' '.join(timing)} {login} {at}\n"
             click.echo(
-                f"Kafka      {kafka}\nregistry   {registry}\nexchange   {exchange.url} (simulated: 2019-08-21)\n\n"
+                f"Kafka      {kafka}\nregistry   {registry}\nexchange   {exchange.url} (simulated, {day})\n\n"
                 f"In another terminal:\n{'' if producing else produce}"
                 f"  {bourse} tail trades --from-beginning {at}\n  {bourse} watch {at}\n"
                 f"  kcat -b {kafka} -t {stack.cluster.prefix}.trades -C -o beginning -f '%k %o %S bytes\\n' -e\n\n"
