@@ -1,4 +1,4 @@
-"""Break the code on purpose and see which test goes red: `make mutants`. A mutant that no test notices is a failure."""
+"""Break the code on purpose and check that a test goes red: `make mutants`. A mutant that survives is a failure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("schemas", "producer", "consumers", "sandbox")
+ROOMS = ("schemas", "cli", "producer", "consumers", "sandbox")
 
 
 class Mutant(NamedTuple):
-    """A mistake somebody could make: in which file, instead of what, and the test that must notice."""
+    """A mistake that somebody could make: what replaces which code, and the test that must notice."""
 
     name: str
-    file: str
-    good: str
+    good: str  # found once in the product, in whichever module
     bad: str
     test: str
 
 
-PUBLISHER, SERVICE = "producer/bourse_producer/publisher.py", "producer/bourse_producer/service.py"
-DIFF, FRESHNESS = "producer/bourse_producer/diff.py", "producer/bourse_producer/freshness.py"
 KAFKA, UNIT = "tests/kafka/test_producer.py", "tests/producer"
 
 INITIALISE = "        self._initialise()\n"
@@ -36,81 +33,82 @@ READ = "        return committed_state(self._cluster)\n"
 MUTANTS = [
     Mutant(
         "commit before all of the poll is sent",
-        PUBLISHER,
-        "        for marker in markers:\n",
+        "        for marker in markers:\n            self._produce(",
         "        self._producer.commit_transaction()\n        self._producer.begin_transaction()\n"
-        "        for marker in markers:\n",
+        "        for marker in markers:\n            self._produce(",
         f"{KAFKA}::test_a_death_before_the_marker_leaves_nothing",
     ),
     Mutant(
         "restore before init",
-        PUBLISHER,
         f"{INITIALISE}{READ}",
         f"        state = committed_state(self._cluster)\n{INITIALISE}        return state\n",
         f"{KAFKA}::test_what_an_older_instance_commits_at_the_last_moment_is_known",
     ),
     Mutant(
-        "no fencing check",
-        PUBLISHER,
-        "        if error.code() in FENCED:\n",
-        "        if False:\n",
+        "fencing is an error like others",
+        "    if error.code() in FENCED:\n",
+        "    if False:\n",
         f"{KAFKA}::test_an_older_instance_is_fenced",
     ),
     Mutant(
         "<= for < in stale",
-        DIFF,
         "candle.traded_at < known.traded_at",
         "candle.traded_at <= known.traded_at",
-        f"{UNIT}/test_diff.py",
+        f"{UNIT}/test_diff.py::test_older_rows_are_stale_and_equal_times_are_not",
     ),
     Mutant(
         "a fall of the totals is a trade",
-        DIFF,
         "if volume < 0 or value < 0 or count < 0:",
         "if volume < 0 and value < 0 and count < 0:",
-        f"{UNIT}/test_diff.py",
+        f"{UNIT}/test_diff.py::test_any_total_that_falls_is_a_cancellation",
     ),
     Mutant(
         "state read uncommitted",
-        "schemas/bourse_schemas/kafka.py",
         '"isolation.level": "read_committed"',
         '"isolation.level": "read_uncommitted"',
         f"{KAFKA}::test_an_open_transaction_is_settled_by_the_next_instance",
     ),
     Mutant(
-        "fenced, and goes on owning the partition",
-        SERVICE,
+        "fenced, and keeps the partition",
         "            self._leadership.resign()\n",
-        "",
+        "            pass\n",
         f"{UNIT}/test_service.py::test_a_fenced_leader_stands_again",
     ),
     Mutant(
-        "a failed transaction is not read back",
-        SERVICE,
-        "            self._close()\n            self._metrics.failures",
-        "            self._metrics.failures",
-        f"{UNIT}/test_service.py::test_a_publication_that_had_succeeded_is_not_repeated",
-    ),
-    Mutant(
         "missed beats leave no marker",
-        SERVICE,
         "missed = self._missed_beats(poll)",
         "missed: list[datetime] = []",
         f"{UNIT}/test_service.py::test_beats_missed_between_runs_are_skipped",
     ),
     Mutant(
         "a frozen feed is fresh",
-        FRESHNESS,
         "state = FeedState.FROZEN",
         "state = FeedState.FRESH",
-        f"{UNIT}/test_freshness.py",
+        f"{UNIT}/test_freshness.py::test_frozen_after_three_minutes_without_a_change",
     ),
     Mutant(
         "yesterday's prices after the open",
-        DIFF,
         "candle.trading_day < now.session_day",
         "False",
-        f"{UNIT}/test_diff.py",
+        f"{UNIT}/test_diff.py::test_rows_from_before_the_session_are_stale_even_unknown",
+    ),
+    Mutant(
+        "a hold of the account stops one call only",
+        "            if error.kind in OF_THE_ACCOUNT:\n",
+        "            if False:\n",
+        f"{UNIT}/test_finnotech.py::test_a_hold_of_the_account_stops_both",
+    ),
+    Mutant(
+        "the whole budget is spent before the final poll",
+        "- (0 if final else self._reserved_calls)",
+        "",
+        f"{UNIT}/test_finnotech.py::test_the_budget_of_a_day",
+    ),
+    Mutant(
+        "a practice day starts from the captured prices",
+        'previous = self._closes.get(row["TseSymbolCode"], ',
+        'previous = {}.get("", ',
+        "tests/sandbox/test_market.py::test_later_days_repeat_the_first",
     ),
 ]
 
@@ -129,10 +127,8 @@ def main() -> int:
             return 1
         survivors = []
         for mutant in chosen:
-            file = copy / mutant.file
+            file = place(copy, mutant)
             text = file.read_text("utf-8")
-            if text.count(mutant.good) != 1:
-                raise SystemExit(f"{mutant.name}: what is to be broken is not found once in {mutant.file}")
             file.write_text(text.replace(mutant.good, mutant.bad), "utf-8")
             red = _red(copy, mutant.test)
             file.write_text(text, "utf-8")
@@ -144,8 +140,19 @@ def main() -> int:
     return 1 if survivors else 0
 
 
+def place(checkout: Path, mutant: Mutant) -> Path:
+    """Return the module with the code to break; raise SystemExit unless the product has it exactly once."""
+    modules = [module for room in ROOMS for module in (checkout / room).rglob("*.py")]
+    counts = {module: module.read_text("utf-8").count(mutant.good) for module in modules}
+    found = [module for module, count in counts.items() if count]
+    if len(found) != 1 or counts[found[0]] != 1:
+        where = ", ".join(str(module.relative_to(checkout)) for module in found) or "no module"
+        raise SystemExit(f"{mutant.name}: the code to break must be in the product once, and is in {where}")
+    return found[0]
+
+
 def _red(checkout: Path, *tests: str) -> str:
-    """Return the first test that fails, nothing where all pass."""
+    """Return the first test that fails, nothing if all pass."""
     path = os.pathsep.join(str(checkout / room) for room in ROOMS)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
