@@ -20,6 +20,8 @@ import click
 import httpx
 
 from bourse_cli.options import stop_on_signals
+from bourse_consumers.archive.files import catalog, count_rows
+from bourse_consumers.archive.store import Folder
 from bourse_sandbox.faults import Fault
 from bourse_sandbox.kafka import free_port
 from bourse_sandbox.market import REAL_DAY
@@ -292,11 +294,10 @@ class _Run:
             return False  # a busy broker is asked again
         return alerts.lag == 0
 
-    def _archived(self) -> int:
-        from bourse_consumers.archive.files import count_rows
-        from bourse_consumers.archive.store import Folder
-
-        return count_rows(Folder(self._folder / "archive"))
+    def _archived(self, *, read: bool = False) -> int:
+        """Return how many rows the archive's files have: by their names, or by reading them."""
+        store = Folder(self._folder / "archive")
+        return count_rows(store) if read else sum(file.rows for file in catalog(store))
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Return the result, counted from the topics and the archive."""
@@ -313,7 +314,7 @@ class _Run:
             "rows": sum(marker.rows for marker in seen.polls),
             "events": {**{op: seen.ops[op] for op in _OPS}, "total": seen.ops.total()},
             "alerts": seen.others[ALERTS.full_name(prefix)],
-            "archived_rows": self._archived(),
+            "archived_rows": self._archived(read=not self._stop.is_set()),
             "dead_letters": seen.others[DEAD_LETTERS.full_name(prefix)],
             "visible_ms": {"p50": round(statistics.median(visible), 1), "p99": round(p99, 1)} if p99 else None,
             "seconds": round(seconds, 1),
