@@ -138,8 +138,9 @@ class Fuzz:
             clock, hook = PracticeClock(), self._delivered.append
             exchange = Finnotech(client, url, account, clock=clock, on_response=hook, patience=patience)
             settings = Settings(poll_seconds=0, always=True)
+            producer = Producer(exchange, lambda: self, settings, clock, capture=self)
             for _ in range(cases):
-                self._try(Producer(exchange, lambda: self, settings, clock, capture=self))
+                self._try(producer)
 
     def _try(self, producer: Producer) -> None:
         self.counts["cases"] += 1

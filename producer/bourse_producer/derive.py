@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot, diff
-from bourse_producer.responses import Reading, merge, parse
+from bourse_producer.responses import Memo, Reading, merge, parse_next
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense
 from bourse_schemas.events import Candle
 
@@ -23,25 +23,30 @@ class Derived:
     """What a poll's responses amount to; `snapshot` is None if none of them can be used.
 
     `rejected` are the rows that could not be used, `errors` what is wrong with a whole response, by whether it is that
-    of the rights.
+    of the rights. `memos` make the next poll faster.
     """
 
     snapshot: Snapshot | None
     changes: Changes
     rejected: Sequence[RejectedRow] = ()
     errors: Mapping[bool, ExchangeError] = field(default_factory=dict)
+    memos: Mapping[bool, Memo] = field(default_factory=dict)
 
 
 def derive(
-    known: Mapping[InstrumentCode, Candle], answers: Sequence[Answer], max_rejected_share: float = 1.0
+    known: Mapping[InstrumentCode, Candle],
+    answers: Sequence[Answer],
+    max_rejected_share: float = 1.0,
+    memos: Mapping[bool, Memo] | None = None,
 ) -> Derived:
     """Return what the responses of a poll change. A response with a larger share of bad rows is not used."""
     parts: list[Snapshot] = []
     rejected: list[RejectedRow] = []
     errors: dict[bool, ExchangeError] = {}
+    memos = dict(memos or {})
     for body, reading in answers:
         try:
-            part = parse(body, reading)
+            part, memos[reading.is_right] = parse_next(body, reading, memos.get(reading.is_right, {}))
         except ExchangeError as error:
             errors[reading.is_right] = error
             continue
@@ -56,4 +61,4 @@ def derive(
             rejected += part.rejected
             parts.append(part)
     snapshot = merge(parts) if parts else None
-    return Derived(snapshot, diff(known, snapshot) if snapshot else Changes([], [], 0), rejected, errors)
+    return Derived(snapshot, diff(known, snapshot) if snapshot else Changes([], [], 0), rejected, errors, memos)

@@ -49,7 +49,8 @@ class Snapshot:
 
     `session_day` is the latest trading day whose continuous session had begun at `received_at`. `rows` counts what the
     response held, `duplicate_rows` those beside a better one of the same instrument; `oddities` counts what was
-    unusual and still used, by name.
+    unusual and still used, by name. `seen` is the poll and the receipt of shares and of rights: an unchanged row
+    may have the candle of an earlier poll.
     """
 
     candles: Mapping[InstrumentCode, Candle]
@@ -59,6 +60,7 @@ class Snapshot:
     rows: int = 0
     duplicate_rows: int = 0
     oddities: Mapping[str, int] = field(default_factory=dict)
+    seen: Mapping[bool, tuple[int, datetime]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,9 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
             continue
         else:
             op = _op(before, candle)
-        after = structs.replace(candle, sequence=before.sequence + 1 if before else 1)
+        poll, observed_at = now.seen.get(candle.is_right, (candle.poll_sequence, candle.observed_at))
+        sequence = before.sequence + 1 if before else 1
+        after = structs.replace(candle, sequence=sequence, poll_sequence=poll, observed_at=observed_at)
         candles.append(after)
         events.append(_event(op, before, after))
     return Changes(events, candles, stale)

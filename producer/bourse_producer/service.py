@@ -22,7 +22,7 @@ from bourse_producer.freshness import Freshness
 from bourse_producer.markers import COUNTS, ODD, History, Poll, Timing, letters, mark, was_committed, was_overtaken
 from bourse_producer.patience import Call
 from bourse_producer.publisher import NoRoom, State
-from bourse_producer.responses import TRADES_REALTIME, Profile, Reading
+from bourse_producer.responses import TRADES_REALTIME, Memo, Profile, Reading
 from bourse_schemas.errors import ConfigurationError, ExchangeError, Fenced, PublishError, Unreachable
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, FeedState, Outcome, Phase, PollMarker
 
@@ -197,6 +197,7 @@ class Producer:
         self._started = self._published = self._resting = False
         self._standby_turns = 0
         self._lettered: set[tuple[date | None, str]] = set()
+        self._memos: Mapping[bool, Memo] = {}
         self._warned: dict[str, date] = {}
         self._watch()
 
@@ -472,7 +473,8 @@ class Producer:
         """Return what a poll amounts to, compared with what is committed."""
         missed = self._missed_beats(poll)
         sequence = self._history.poll_sequence + len(missed) + 1
-        derived = derive(self._known, poll.numbered(sequence), self._settings.max_rejected_share)
+        derived = derive(self._known, poll.numbered(sequence), self._settings.max_rejected_share, self._memos)
+        self._memos = derived.memos
         now = self._clock.now()
         next_beat = now + timedelta(seconds=self._next_beat() - self._clock.monotonic())
         timing = Timing(self._beats, now, next_beat, missed, self._reason, self._dropped)

@@ -13,7 +13,7 @@ from bourse_producer import derive, service
 from bourse_producer.conceal import Concealer
 from bourse_producer.derive import Derived
 from bourse_producer.diff import Changes, Snapshot, diff
-from bourse_producer.responses import Reading
+from bourse_producer.responses import Memo, Reading
 from bourse_schemas.events import Candle
 from reliability.fuzz import Fuzz
 
@@ -74,10 +74,10 @@ def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytes
 def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything but an ExchangeError."""
 
-    def broken(body: bytes, reading: Reading) -> Snapshot:
+    def broken(body: bytes, reading: Reading, memo: Memo) -> Snapshot:
         raise KeyError("state")
 
-    monkeypatch.setattr(derive, "parse", broken)
+    monkeypatch.setattr(derive, "parse_next", broken)
     fuzz = Fuzz(1)
     fuzz.run(20)
     assert fuzz.counts["crashes"] > 10

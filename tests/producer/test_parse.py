@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from bourse_producer.derive import derive
 from bourse_producer.diff import Snapshot, diff
 from bourse_producer.refusals import is_done, refusal, retry_seconds
-from bourse_producer.responses import PROFILES, SOURCE, Reading, merge, parse, parse_minutes
+from bourse_producer.responses import PROFILES, SOURCE, Memo, Reading, merge, parse, parse_minutes, parse_next
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -589,6 +590,78 @@ def test_a_candle_is_its_row_whatever_the_poll() -> None:
     """Nothing of the poll but its number, time and call goes into a candle."""
     first, second = only(read(ROW)), only(read(ROW, poll_sequence=8, received_at=NOW + timedelta(seconds=60)))
     assert structs.replace(first, poll_sequence=8, observed_at=second.observed_at) == second
+
+
+CODES = ("IRO1MADN0001", "IRO1XXXX0001")
+some_rows = st.fixed_dictionaries(
+    {
+        "TseSymbolCode": st.sampled_from([*CODES, *CODES, "bad"]),
+        "TradeVolume": st.sampled_from([51205, 51204, "51205", -1]),
+        "LastPrice": st.sampled_from([5488, 5488, None]),
+        "Type": st.sampled_from([None, None, 1, True, 1.0, "1"]),
+        "PrecedencyRight": st.sampled_from([False, False, True, None]),
+        "TradeDate": st.sampled_from(["1398/10/29", "1398/10/30"]),
+        "TradeDateGre": st.sampled_from(
+            [
+                "2020/01/19 09:01:37",
+                "2020/01/19 09:01:38",
+                "2020/01/19 09:07:10",
+                "2020/01/18 09:01:37",
+                "2020-01-19T00:00:00",
+            ]
+        ),
+    }
+).map(lambda some: row(**some))
+some_polls = st.lists(
+    st.tuples(st.lists(some_rows, max_size=3), st.lists(some_rows, max_size=2), st.booleans(), st.booleans()),
+    max_size=8,
+)
+
+
+@patient
+@given(some_polls, st.sampled_from(["trades-realtime", "realTimeTrades"]))
+def test_a_memo_changes_nothing(polls: list[tuple[list[Any], list[Any], bool, bool]], profile: str) -> None:
+    """Whatever follows on what, and whether a poll is committed or not: the events' bytes are the same without one."""
+    known: dict[str, Candle] = {}
+    memos: Mapping[bool, Memo] = {}
+    repeated: list[Any] = []
+    for number, (shares, rights, again, committed) in enumerate(polls):
+        repeated = [*repeated, *shares][-3:] if again else shares
+        at = NOW + timedelta(seconds=20 * number)
+        readings = [
+            context(
+                poll_sequence=number,
+                received_at=at + timedelta(seconds=right),
+                dated=at,
+                is_right=right,
+                profile=profile,
+            )
+            for right in (False, True)
+        ]
+        answers = [(body(*rows), reading) for rows, reading in zip((repeated, rights), readings, strict=True)]
+        plain, remembered = derive(known, answers), derive(known, answers, memos=memos)
+        memos = remembered.memos
+        encoded = [[encoder(TradeEvent)(event) for event in each.changes.events] for each in (plain, remembered)]
+        assert encoded[0] == encoded[1]
+        assert plain.changes == remembered.changes
+        assert plain.rejected == remembered.rejected
+        assert plain.snapshot is not None
+        assert remembered.snapshot is not None
+        assert plain.snapshot.oddities == remembered.snapshot.oddities
+        assert plain.snapshot.candles.keys() == remembered.snapshot.candles.keys()
+        if committed:
+            known |= {candle.instrument: candle for candle in plain.changes.candles}
+
+
+def test_an_unchanged_row_is_not_read_again() -> None:
+    """Its candle is that of the poll before, unless its time is now in the future; an event has its own poll."""
+    first, memo = parse_next(body(ROW), context(), {})
+    second, _ = parse_next(body(ROW), context(poll_sequence=8, received_at=NOW + timedelta(seconds=60)), memo)
+    assert only(second) is only(first)
+    (candle,) = diff({}, second).candles
+    assert (candle.poll_sequence, candle.observed_at) == (8, NOW + timedelta(seconds=60))
+    early, _ = parse_next(body(ROW), context(dated=NOW - timedelta(minutes=10)), memo)
+    assert [bad.reason for bad in early.rejected] == [Reason.FUTURE_ROW]
 
 
 # --- the successor, and minute rows -----------------------------------------------------------------------------------
