@@ -227,7 +227,7 @@ def demand(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
     def demand(program: str) -> None:
         if shutil.which(program) is None:
-            reason = f"{program} is not installed: its example in examples/ was not tried"
+            reason = f"{program} is not installed: what needs it was not tested"
             request.config.stash.setdefault(_missing, []).append(reason)
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
