@@ -111,9 +111,14 @@ def to_frame(events: Sequence[Event], event: type[Event] | None = None) -> pl.Da
     """Return events of one type as a frame of the schema's fields; `event` is their type if there may be none."""
     fields = avro_schema(event or type(events[0]))["fields"]
     return pl.DataFrame(
-        {field["name"]: [getattr(each, field["name"]) for each in events] for field in fields},
+        {field["name"]: [_entries(getattr(each, field["name"])) for each in events] for field in fields},
         {field["name"]: _dtype(field["type"]) for field in fields},
     )
+
+
+def _entries(value: Any) -> Any:
+    """Return a map as Arrow has it: a list of keys and values."""
+    return [{"key": key, "value": each} for key, each in value.items()] if isinstance(value, dict) else value
 
 
 def _plan(writer: Schema, event: type[Event]) -> _Plan | None:
@@ -166,7 +171,7 @@ def _flat(avro: Any) -> bool:
 
 
 def _dtype(avro: Any) -> Any:
-    """Return the polars type of a flat type."""
+    """Return the polars type of a type."""
     match avro:
         case ["null", inner]:
             return _dtype(inner)
@@ -174,7 +179,12 @@ def _dtype(avro: Any) -> Any:
             return pl.Datetime("ms", "UTC")
         case {"logicalType": "date"}:
             return pl.Date
-    return {"long": pl.Int64, "boolean": pl.Boolean, "double": pl.Float64}.get(str(avro), pl.String)
+        case {"type": "map", "values": inner}:
+            return pl.List(pl.Struct({"key": pl.String, "value": _dtype(inner)}))
+        case {"type": "array", "items": inner}:
+            return pl.List(_dtype(inner))
+    plain = {"long": pl.Int64, "int": pl.Int32, "boolean": pl.Boolean, "double": pl.Float64, "bytes": pl.Binary}
+    return plain.get(str(avro), pl.String)
 
 
 @lru_cache(4)

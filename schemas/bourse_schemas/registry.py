@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ R = TypeVar("R")
 
 COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
 TIMEOUT_SECONDS = 4  # tried twice, and still an answer within ten seconds
+UNKNOWN_SECONDS = 30.0
 
 
 class Registry:
@@ -45,6 +47,8 @@ class Registry:
             raise ConfigurationError(
                 f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
             ) from error
+        # Until when an id that the registry does not know is not asked for again: such records come by the thousand.
+        self._unknown: dict[int, float] = {}
         self._user = str(own.get("basic.auth.user.info", "")).partition(":")[0] or "this client"
         weakref.finalize(self, self._client.close)
 
@@ -72,12 +76,16 @@ class Registry:
 
     def schema(self, schema_id: int) -> dict[str, Any]:
         """Return a writer's schema by id; an id unknown to the registry is Undecodable."""
+        unknown = f"schema id {schema_id} is unknown to the registry at {self.url}"
+        if time.monotonic() < self._unknown.get(schema_id, 0.0):
+            raise Undecodable(unknown)
         try:
             text = self._ask(f"read schema id {schema_id}", lambda: self._client.get_schema(schema_id).schema_str)
         except SchemaRegistryError as error:
             if error.http_status_code != 404:
                 raise
-            raise Undecodable(f"schema id {schema_id} is unknown to the registry at {self.url}") from error
+            self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
+            raise Undecodable(unknown) from error
         try:
             schema = json.loads(text or "")
         except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ from bourse_consumers.runner import Runner, StreamBroken, connect, dead_letter
 from bourse_consumers.testing import SERIALIZERS, ConsumerContract, Memory, MemoryStream, marker, run, trade
 from bourse_schemas.errors import BourseError, Unreachable
 from bourse_schemas.events import DeadLetter, Event, Reason, Stage, TradeEvent
-from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic
+from bourse_schemas.topics import DEAD_LETTERS, POLLS, TRADES, Topic
 
 TRADES_0 = Partition("bourse.trades", 0)
 
@@ -894,3 +896,89 @@ def test_waiting_for_a_broker_at_the_start_is_told(wait_for: Callable[..., Any])
     stop.set()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_batch_holds_records_of_one_topic() -> None:
+    """So that it has columns: a consumer of two topics gets a batch of each."""
+
+    class Both(Consumer):
+        topics: Sequence[Topic] = (TRADES, POLLS)
+
+        def __init__(self) -> None:
+            self.heights: list[tuple[str, int, int]] = []
+
+        def process(self, batch: Batch) -> None:
+            topic = batch.records[0].partition.topic
+            self.heights.append((topic, batch.frame().height, batch.table().num_rows))
+
+    memory, consumer = Memory(), Both()
+    memory.append(*polls(3))
+    run(consumer, memory)
+    assert consumer.heights == [("bourse.trades", 6, 6), ("bourse.polls", 3, 3)]
+    assert memory.committed == {TRADES_0: 6, Partition("bourse.polls", 0): 3}
+
+
+def test_a_frame_needs_no_pyarrow(tmp_path: Path) -> None:
+    """Also for events that are decoded one by one, and for every type of event."""
+    code = """
+import sys
+sys.modules["pyarrow"] = None
+from bourse_consumers.columns import to_frame
+from bourse_consumers.testing import marker, trade
+from datetime import UTC, datetime
+from bourse_schemas.events import DeadLetter, PriceAlert, Reason, Stage
+assert to_frame([trade(), trade(sequence=2)])["sequence"].to_list() == [1, 2]
+assert to_frame([marker()])["outcome"].to_list() == ["UNCHANGED"]
+letter = DeadLetter(reason=Reason.REJECTED, message="m", stage=Stage.CONSUME, origin="o", payload=b"x",
+    original_headers={"a": b"b"}, original_partition=3, failed_at=datetime(2026, 1, 1, tzinfo=UTC))
+assert to_frame([letter])["original_headers"].to_list() == [[{"key": "a", "value": b"b"}]]
+assert to_frame([], PriceAlert).height == 0
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_nothing_is_done_for_an_assignment_that_is_gone() -> None:
+    """After a rebalance while a batch waits, neither timers nor positions are committed until `open` was called."""
+
+    class Down(Echo):
+        idles = 0
+
+        def process(self, batch: Batch) -> list[Emit]:
+            stream.reset()
+            raise Retry("not yet")
+
+        def idle(self, now: datetime) -> list[Emit]:
+            self.idles += 1
+            return [Emit(TRADES, trade())]
+
+    class Counting(MemoryStream):
+        commits = 0
+
+        def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
+            self.commits += 1
+            super().commit(emits, offsets)
+
+    memory, consumer = Memory(markers=True), Down()
+    memory.append(*some(2))
+    stream = Counting(memory, [TRADES])
+    running = Runner(consumer, stream, memory.decode, name="test")
+    running.step()
+    idles, running._idle_due, running._settle_due = consumer.idles, 0.0, 0.0
+    stream.commits = 0
+    running.step()
+    assert (consumer.idles, stream.commits) == (idles, 0)
+
+
+def test_a_member_that_was_replaced_commits_nothing() -> None:
+    """Its group has given the partitions to another one, and it does not know yet."""
+    memory = Memory()
+    memory.append(*some(2))
+    old = Runner(Echo(), MemoryStream(memory, [TRADES]), memory.decode, name="old", batch_size=1)
+    new = Runner(Echo(), MemoryStream(memory, [TRADES]), memory.decode, name="new")
+    old.step()
+    new.step()
+    with pytest.raises(StreamBroken):
+        old.step()
+    new.step()
+    assert (memory.committed, len(memory.emitted)) == ({TRADES_0: 2}, 2)

@@ -284,3 +284,24 @@ def test_a_registry_is_asked_through_a_socks_proxy(bourse: Run, monkeypatch: pyt
     code, _, err = bourse("schemas", "check", "--registry-url", "http://registry.invalid:8081")
     assert (code, err) == (2, "Error: ALL_PROXY: socks:// is not a supported proxy scheme; did you mean socks5://?\n")
     gc.collect()
+
+
+def test_an_unknown_id_is_asked_for_once() -> None:
+    """Thousands of records of a foreign schema do not ask the registry thousands of times."""
+    asked: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            asked.append(scope["path"])
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b'{"error_code": 40403, "message": "Schema not found"}'})
+
+    server = serve(app)
+    try:
+        registry = Registry(server.url)
+        for _ in range(50):
+            with pytest.raises(Undecodable, match="schema id 7 is unknown"):
+                registry.schema(7)
+    finally:
+        server.close()
+    assert len(asked) == 1

@@ -1,4 +1,4 @@
-"""A consumer of one's own: says when much was traded in one instrument between two polls."""
+"""A consumer of your own: prints when much was traded in one instrument between two polls."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class Turnover(Consumer):
         self.rial = rial
 
     def process(self, batch: Batch) -> Sequence[Emit] | None:
-        """Look at each event of the batch; when this returns, the batch is done."""
+        """Print the large ones; when this returns, the batch is done."""
         for event in batch.events:
             if event.value_delta >= self.rial:
                 click.echo(f"{event.instrument} {event.value_delta:,} rial {event.symbol}")
