@@ -12,18 +12,24 @@ import click
 
 from bourse_cli.options import cluster_options, declared_topic
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.kafka import Cluster, producer_id
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES, Topic
 
 __all__ = ["Right", "acls", "rights"]
 
 
 class Service(NamedTuple):
-    """What a service does on Kafka: it reads, publishes in transactions, is a member of a group, asks or alters."""
+    """What a service does on Kafka.
+
+    It is a member of `group` (after the topics' prefix and a dash) with each of these `members` endings, and publishes
+    under a transactional id that is the group with the ending `ids`. An ending with a dash stands for all that follow.
+    """
 
     reads: Sequence[Topic] = ()
     writes: Sequence[Topic] = ()
-    group: str | None = None  # its name after the topics' prefix and a dash
+    group: str | None = None
+    members: Sequence[str] = ("",)
+    ids: str = "-"
     others: Sequence[str] = ()  # more rights, on these topics
     on: Sequence[Topic] = ()
 
@@ -33,11 +39,11 @@ PRODUCED = (TRADES, CANDLES, POLLS, DEAD_LETTERS)
 SERVICES = {
     "topics": Service(others=("CREATE", "ALTER", "ALTER_CONFIGS"), on=TOPICS),
     "register": Service(),
-    "produce": Service((CANDLES, POLLS), PRODUCED, "producer", ("DESCRIBE_CONFIGS",), PRODUCED),
-    "alerts": Service((TRADES, POLLS, CANDLES, ALERTS), (ALERTS, DEAD_LETTERS), "alerts"),
+    "produce": Service((CANDLES, POLLS), PRODUCED, "producer", ids="", others=("DESCRIBE_CONFIGS",), on=PRODUCED),
+    "alerts": Service((TRADES, POLLS, CANDLES, ALERTS), (ALERTS, DEAD_LETTERS), "alerts", ("", "-election"), ""),
     "archive": Service((TRADES,), (DEAD_LETTERS,), "archive"),
     "postgres": Service((TRADES,), (DEAD_LETTERS,), "archive-postgres"),
-    "notify": Service((ALERTS,), (DEAD_LETTERS,), "notify"),
+    "notify": Service((ALERTS,), (DEAD_LETTERS,), "notify", ("-",)),  # a group per channel
     "tail": Service(TOPICS),
     "doctor": Service((POLLS,), others=("DESCRIBE", "DESCRIBE_CONFIGS"), on=TOPICS),
     "subscriber": Service((TRADES,), group="subscriber"),
@@ -113,9 +119,8 @@ def rights(
     if service == "doctor":
         yield Right("group", "prefixed", f"{prefix}-", "DESCRIBE")
     if needs.group:
-        member = group or (producer_id(prefix) if service == "produce" else f"{prefix}-{needs.group}")
-        yield Right("group", wide, member, "READ")
-        if service == "produce":
-            yield Right("transactional-id", wide, member, "WRITE")
-        elif needs.writes:  # an id per process
-            yield Right("transactional-id", "prefixed", f"{member}-", "WRITE")
+        member = group or f"{prefix}-{needs.group}"
+        used = [("group", "READ", ending) for ending in needs.members]
+        used += [("transactional-id", "WRITE", needs.ids)] if needs.writes else []
+        for resource, operation, ending in used:
+            yield Right(resource, "prefixed" if ending == "-" else wide, member + ending, operation)
