@@ -206,7 +206,11 @@ class KafkaMarket:
             with deadline("committed", HANG_SECONDS):
                 return int(reader.committed([TopicPartition(*self._marks)], ASK_SECONDS)[0].offset)
         except KafkaException as error:
-            raise StreamBroken(error.args[0].str()) from error
+            # The call times out; that the right on the group is missing is reported by the next poll.
+            message = reader.poll(0)
+            reported = message.error() if message is not None else None
+            refusal = self._cluster.refusal(reported or error.args[0], group=self._group)
+            raise refusal or StreamBroken(error.args[0].str()) from error
 
     def _day(self, begin: int) -> date | None:
         """Return the Tehran date of the last committed poll."""
