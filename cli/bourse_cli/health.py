@@ -122,6 +122,9 @@ class ConsumerMetrics:
         self.retries = counter(
             "bourse_consumer_retries_total", "Batches repeated because an external system failed. Results are late."
         )
+        self.incomplete = counter(
+            "bourse_consumer_incomplete_polls_total", "Polls whose events are missing for good. They are not judged."
+        )
         self.trouble = gauge(
             "bourse_consumer_trouble", "1 while operator action is required, see /readyz. Results may be incomplete."
         )

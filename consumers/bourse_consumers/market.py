@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import (
     Assignment,
@@ -58,7 +59,6 @@ class Polls:
     def __init__(self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None]) -> None:
         self._decode, self._columns = decode, columns
         self.letters: list[tuple[Record, str]] = []
-        self.incomplete = 0
         self.clear()
 
     def clear(self) -> None:
@@ -134,7 +134,6 @@ class Polls:
         """Return the marker of the next poll although events are missing."""
         _, marker = self._markers[0]
         get_logger().error("incomplete poll", poll_sequence=marker.poll_sequence, missing=self._missing(marker))
-        self.incomplete += 1
         return self._next(complete=False)
 
     def to_check(self, now: float) -> bool:
@@ -232,6 +231,8 @@ class Market(Consumer):
             if record.offset >= self._next:
                 poll = self._polls.take(record.offset, replay=batch.replay)
                 self._emits += self._consumer.process_poll(poll) or ()
+                if not poll.complete and not poll.replay and isinstance(self.monitor, Monitor):
+                    self.monitor.consumer.incomplete.labels(self._name).inc()
                 self._next = record.offset + 1
         self._polls.done(self._next - 1)
         if batch.replay:

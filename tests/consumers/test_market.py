@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from bourse_cli.health import Monitor
 from bourse_consumers.api import Day, Emit, MarketConsumer, Partition, Record, Retry, WholePoll
 from bourse_consumers.market import CHECK_SECONDS, Polls
 from bourse_consumers.testing import Memory, MemoryMarket, marker, run, runner, trade
@@ -101,6 +102,9 @@ def test_a_poll_without_all_its_events_says_so() -> None:
     memory.append(*events[:3], *events[4:])
     run(consumer, memory)
     assert consumer.polls == [(1, 2, False, True), (2, 1, False, False), (3, 2, False, True)]
+    assert isinstance(consumer.monitor, Monitor)
+    figure = consumer.monitor.registry.get_sample_value("bourse_consumer_incomplete_polls_total", {"consumer": "test"})
+    assert figure == 1
 
 
 def test_an_undecodable_event_becomes_one_dead_letter() -> None:
@@ -161,4 +165,3 @@ def test_when_a_poll_has_to_be_checked() -> None:
     collected.checked()
     collected.give_up()
     assert collected.is_checked
-    assert collected.incomplete == 1

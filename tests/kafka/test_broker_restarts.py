@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaException
 
 from bourse_consumers.api import Batch, Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
@@ -22,7 +24,7 @@ from bourse_sandbox.processes import Child, spawn
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import read
-from bourse_schemas.topics import DEAD_LETTERS, TRADES, Topic
+from bourse_schemas.topics import DEAD_LETTERS, POLLS, TRADES, Topic
 from reliability.brokers import Brokers
 from tests.kafka.test_market import Producing, declared, letter
 
@@ -142,6 +144,53 @@ def test_the_only_broker_restarts_and_emits_follow(
     assert len(found) == len(set(found)) == 4 * count
     assert set(child.ends) <= {1}
     assert (code, seconds < 5) == (0, True), child.log.read_text()[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["copy", "market"])
+def test_the_only_broker_restarts_in_the_middle_of_transactions(
+    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, wait_for: Callable[..., Any]
+) -> None:
+    """Polls keep coming as fast as they can; what was published is what was committed, each once."""
+    kafka, cluster = single
+    child, over, sequence = Supervised(cluster, kind, tmp_path / "log"), threading.Event(), 0
+
+    def produce() -> None:
+        nonlocal sequence
+        while not over.is_set():
+            with suppress(KafkaException):
+                producing = Producing(cluster)
+                while not over.is_set():
+                    sequence += 1  # not used again, as it may have been committed
+                    producing.polls(sequence, sequence)
+
+    def complete() -> bool:
+        child.look()
+        events = [
+            record.value for record in read(cluster, (TRADES if kind == "copy" else POLLS).full_name(cluster.prefix))
+        ]
+        return bool(events) and len(messages(cluster)) == len(events)
+
+    try:
+        wait_for(lambda: re.search('active|partitions=6|"partitions": 6', child.log.read_text()), 30)
+        thread = threading.Thread(target=produce)
+        thread.start()
+        for number in range(3):
+            seen = sequence
+            wait_for(lambda seen=seen: sequence > seen + 10, 60)
+            (kafka.kill if number % 2 else kafka.stop)()
+            kafka.start()
+        seen = sequence
+        wait_for(lambda: sequence > seen + 10, 60)
+        over.set()
+        thread.join(60)
+        wait_for(complete, 150)
+    finally:
+        over.set()
+        child.close()
+    found = messages(cluster)
+    assert len(found) == len(set(found))
+    assert set(child.ends) <= {1}
+    print(f"{kind}: {len(found)} published, ends {child.ends}")
 
 
 @pytest.mark.parametrize("kind", ["copy", "market"])
