@@ -189,7 +189,7 @@ class KafkaMarket:
                 self._committed = high
                 positions = [TopicPartition(*self._marks, high)]
                 self._transactions.commit((), positions, reader.consumer_group_metadata())
-            begin = day_start(self._cluster, {self._marks: self._committed})[self._marks]
+            begin = day_start(self._cluster, {self._marks: self._committed}, timeout=ASK_SECONDS)[self._marks]
             day = self._day(begin)
         except KafkaException as error:
             raise StreamBroken(error.args[0].str()) from error

@@ -35,7 +35,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 LONGEST_CONNECT_SECONDS = 15.0
 # How long the service counts as alive: for one turn of the loop, whose calls to the broker have deadlines, and for one
 # call of the consumer (see api.py).
-TURN_SECONDS, CALL_SECONDS = 45.0, 1_860.0
+TURN_SECONDS, CALL_SECONDS = 60.0, 1_860.0
 # The share of rejected records is that of the last JUDGED_RECORDS, once FEW_RECORDS were rejected.
 JUDGED_RECORDS, FEW_RECORDS = 200, 20
 # A dead letter must fit where its record did (1 MB): one budget for all its parts, of which headers get a share.

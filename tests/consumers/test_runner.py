@@ -875,7 +875,7 @@ def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
     runner.step()
     runner._start_over(StreamBroken("the broker is away"))
     assert at_call[0] > 1800  # the consumer's own call
-    assert max(at_call[2:]) < 70  # calls to the broker
+    assert max(at_call[2:]) < 90  # calls to the broker
     assert len(at_call) == 4
     assert any(500 < seconds < 1000 for seconds in promised)
     promised.clear()
