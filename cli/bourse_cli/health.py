@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from http.server import BaseHTTPRequestHandler
+from importlib.metadata import version
+from socketserver import TCPServer, ThreadingTCPServer
+from typing import Any
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from bourse_schemas.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from socketserver import TCPServer
-
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["ConsumerMetrics", "KafkaMetrics", "Monitor", "NotifyMetrics", "ProducerMetrics"]
 
@@ -24,9 +34,8 @@ TEXT = "text/plain; charset=utf-8"
 
 
 def _kinds(registry: CollectorRegistry, *labels: str) -> tuple[partial[Counter], partial[Gauge], partial[Histogram]]:
-    from prometheus_client import Counter, Gauge, Histogram
-
-    fixed: dict[str, Any] = {"registry": registry, **({"labelnames": labels} if labels else {})}
+    """Return constructors of metrics with these labels; names get `bourse_` in front, counters `_total` behind."""
+    fixed: dict[str, Any] = {"namespace": "bourse", "registry": registry} | ({"labelnames": labels} if labels else {})
     return partial(Counter, **fixed), partial(Gauge, **fixed), partial(Histogram, **fixed)
 
 
@@ -35,74 +44,30 @@ class ProducerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         counter, gauge, histogram = _kinds(registry)
-        self.calls = counter(
-            "bourse_exchange_calls_total", "Calls to the exchange. Those with outcome done are billed.", ["outcome"]
-        )
-        self.calls_left = gauge(
-            "bourse_calls_left", "Billed calls left today, NaN without a limit. At 0 polls are skipped."
-        )
+        self.calls = counter("exchange_calls", "Calls to the exchange. Those that are done are billed.", ["outcome"])
+        self.calls_left = gauge("calls_left", "Billed calls left today, NaN without a limit. At 0 polls are skipped.")
         self.calls_left.set(float("nan"))
-        self.token_minted = gauge(
-            "bourse_token_minted_timestamp_seconds", "Time of the last granted token. Several a day mean trouble."
-        )
-        self.token_expires = gauge(
-            "bourse_token_expires_timestamp_seconds", "End of the token's life. Polls fail after it until a renewal."
-        )
-        self.polls = counter(
-            "bourse_polls_total", "Polls committed. FAILED and SKIPPED ones bring no data.", ["outcome"]
-        )
-        self.events = counter(
-            "bourse_events_total", "Trade events committed. None in an open session is unusual.", ["op"]
-        )
-        self.rejected_rows = counter(
-            "bourse_rejected_rows_total", "Rows that cannot be read. They become dead letters, not events."
-        )
-        self.stale_rows = counter(
-            "bourse_stale_rows_total", "Rows older than the committed candle. They make no event."
-        )
-        self.contradictions = counter(
-            "bourse_contradictions_total", "Responses that contradict themselves. The API may have changed.", ["kind"]
-        )
-        self.feed_state = gauge(
-            "bourse_feed_state", "1 for the feed's current state. Only FRESH and IDLE data are reliable.", ["state"]
-        )
-        self.poll_sequence = gauge(
-            "bourse_poll_sequence", "Sequence of the last committed poll. It rises with every poll."
-        )
-        self.last_good_poll = gauge(
-            "bourse_last_good_poll_timestamp_seconds", "Arrival of the last good response. If old, events are late."
-        )
-        self.last_change = gauge(
-            "bourse_last_change_timestamp_seconds", "Arrival of the last change. If old, the feed may be frozen."
-        )
-        self.session_open = gauge(
-            "bourse_session_open", "1 in the continuous session, by the calendar. Only then data are due."
-        )
-        self.clock_skew = gauge(
-            "bourse_clock_skew_seconds", "The exchange's clock minus ours. Beyond 5 s sessions are misjudged."
-        )
-        self.calendar_days_known = gauge(
-            "bourse_calendar_days_known", "Days until the known holidays end. Later holidays are estimates."
-        )
-        self.leader = gauge("bourse_leader", "1 if this instance polls, 0 on standby. Without a leader no data arrive.")
-        self.fenced = counter(
-            "bourse_fenced_total", "Take-overs by another instance. Repeated ones mean a stalling machine."
-        )
-        self.failures = counter(
-            "bourse_publication_failures_total", "Failed steps: publish, restore. The poll's events are late.", ["step"]
-        )
-        self.restore_seconds = gauge(
-            "bourse_restore_seconds", "Duration of the last restore of the state. A take-over is late by this time."
-        )
-        self.fetch_seconds = histogram(
-            "bourse_fetch_seconds", "Time from request to parsed response. Events are late by this time."
-        )
-        self.publish_seconds = histogram(
-            "bourse_publish_seconds", "Time from parsed response to commit. Events are late by this time."
-        )
-        self.capture_errors = counter(
-            "bourse_capture_errors_total", "Responses that could not be captured. `bourse replay` will lack them."
-        )
+        self.token_minted = gauge("token_minted_timestamp_seconds", "Last grant of a token. Several a day are unusual.")
+        self.token_expires = gauge("token_expires_timestamp_seconds", "End of the token's life. Polls fail after it.")
+        self.polls = counter("polls", "Polls committed. FAILED and SKIPPED ones bring no data.", ["outcome"])
+        self.events = counter("events", "Trade events committed. None in an open session is unusual.", ["op"])
+        self.rejected_rows = counter("rejected_rows", "Rows that cannot be read. They become dead letters, not events.")
+        self.stale_rows = counter("stale_rows", "Rows older than the committed candle. They make no event.")
+        self.contradictions = counter("contradictions", "Inconsistent responses. The API may have changed.", ["kind"])
+        self.feed_state = gauge("feed_state", "1 for the feed's state. Only FRESH and IDLE are reliable.", ["state"])
+        self.poll_sequence = gauge("poll_sequence", "Sequence of the last committed poll. It rises with every poll.")
+        self.last_good_poll = gauge("last_good_poll_timestamp_seconds", "Last good response. If old, events are late.")
+        self.last_change = gauge("last_change_timestamp_seconds", "Last change. If old, the feed may be frozen.")
+        self.session_open = gauge("session_open", "1 in the continuous session by the calendar. Data are due then.")
+        self.clock_skew = gauge("clock_skew_seconds", "Exchange's clock minus ours. Over 5 s sessions are misjudged.")
+        self.calendar_days_known = gauge("calendar_days_known", "Days with known holidays. Later ones are estimates.")
+        self.leader = gauge("leader", "1 if this instance polls, 0 on standby. Without a leader no data arrive.")
+        self.fenced = counter("fenced", "Take-overs by another instance. Repeated ones mean a stalling machine.")
+        self.failures = counter("publication_failures", "Failed publish or restore. Events are late.", ["step"])
+        self.restore_seconds = gauge("restore_seconds", "Time of the last restore. Take-overs are late by this time.")
+        self.fetch_seconds = histogram("fetch_seconds", "From request to response. Events are late by this time.")
+        self.publish_seconds = histogram("publish_seconds", "From response to commit. Events are late by this time.")
+        self.capture_errors = counter("capture_errors", "Responses not captured. `bourse replay` will lack them.")
 
 
 class ConsumerMetrics:
@@ -110,42 +75,24 @@ class ConsumerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         counter, gauge, histogram = _kinds(registry, "consumer")
-        self.rows = counter(
-            "bourse_consumer_rows_total", "Records processed. A rate of 0 while the lag rises means a stuck consumer."
-        )
-        self.emitted = counter(
-            "bourse_consumer_emitted_total", "Events committed to the consumer's own topic. Its readers see only these."
-        )
-        self.dead_letters = counter(
-            "bourse_consumer_dead_letters_total", "Records sent to dead letters. The consumer's results lack them."
-        )
-        self.retries = counter(
-            "bourse_consumer_retries_total", "Batches repeated because an external system failed. Results are late."
-        )
-        self.incomplete = counter(
-            "bourse_consumer_incomplete_polls_total", "Polls whose events are missing for good. They are not judged."
-        )
-        self.trouble = gauge(
-            "bourse_consumer_trouble", "1 while operator action is required, see /readyz. Results may be incomplete."
-        )
-        self.lag = gauge(
-            "bourse_consumer_lag", "Offsets from the consumer's position to the end. If it rises, results are late."
-        )
-        self.batch_seconds = histogram(
-            "bourse_consumer_batch_seconds", "Time needed for a batch. Results are late by at least this time."
-        )
+        self.rows = counter("consumer_rows", "Records processed. A rate of 0 while the lag rises means it is stuck.")
+        self.emitted = counter("consumer_emitted", "Events committed to the consumer's topic. Readers see only these.")
+        self.dead_letters = counter("consumer_dead_letters", "Records sent to dead letters. The results lack them.")
+        self.retries = counter("consumer_retries", "Batches repeated after an external failure. Results are late.")
+        self.incomplete = counter("consumer_incomplete_polls", "Polls whose events are missing. They are not judged.")
+        self.trouble = gauge("consumer_trouble", "1 while an operator must act, see /readyz. Results may lack rows.")
+        self.lag = gauge("consumer_lag", "Offsets from the position to the end. If it rises, results are late.")
+        self.batch_seconds = histogram("consumer_batch_seconds", "Time for a batch. Results are late by at least this.")
 
 
 class NotifyMetrics:
     """Metrics of the notifications, each labelled with the channel's name."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.messages = _kinds(registry, "channel", "outcome")[0](
-            "bourse_notifications_total", "Messages: sent, failed (repeated), given_up. The last did not arrive."
-        )
-        self.seconds = _kinds(registry, "channel")[2](
-            "bourse_notify_seconds", "Time from reading an alert to its delivery. Readers are late by this time."
-        )
+        counter, _, _ = _kinds(registry, "channel", "outcome")
+        _, _, histogram = _kinds(registry, "channel")
+        self.messages = counter("notifications", "Sent, failed (repeated), given_up. The last ones did not arrive.")
+        self.seconds = histogram("notify_seconds", "From reading an alert to delivery. Readers are late by this time.")
 
 
 class KafkaMetrics:
@@ -153,15 +100,9 @@ class KafkaMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         _, gauge, _ = _kinds(registry, "client", "broker")
-        self.up = gauge(
-            "bourse_kafka_broker_up", "1 while connected to the broker. At 0 its partitions are not read or written."
-        )
-        self.errors = gauge(
-            "bourse_kafka_request_errors", "Requests to the broker that failed since the start. Each costs a retry."
-        )
-        self.round_trip = gauge(
-            "bourse_kafka_round_trip_seconds", "Mean round trip to the broker. Each commit takes several."
-        )
+        self.up = gauge("kafka_broker_up", "1 while connected to the broker. At 0 its partitions are unreachable.")
+        self.errors = gauge("kafka_request_errors", "Failed requests to the broker so far. Each costs a retry.")
+        self.round_trip = gauge("kafka_round_trip_seconds", "Mean round trip to the broker. Each commit takes several.")
 
 
 class Monitor:
@@ -171,11 +112,12 @@ class Monitor:
     creates its group of metrics by touching it (`monitor.producer`) once before it starts threads.
     """
 
+    producer = cached_property(lambda self: ProducerMetrics(self.registry))
+    consumer = cached_property(lambda self: ConsumerMetrics(self.registry))
+    notify = cached_property(lambda self: NotifyMetrics(self.registry))
+    kafka = cached_property(lambda self: KafkaMetrics(self.registry))
+
     def __init__(self, service: str) -> None:
-        from importlib.metadata import version
-
-        from prometheus_client import CollectorRegistry, Info, disable_created_metrics
-
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         build = "Release that this service runs. Instances of one prefix should run the same one."
@@ -195,26 +137,6 @@ class Monitor:
         part.__dict__.update(consumer=self.consumer, notify=self.notify)
         self._reasons.pop("starting", None)
         return part
-
-    @cached_property
-    def producer(self) -> ProducerMetrics:
-        """Return the producer's metrics."""
-        return ProducerMetrics(self.registry)
-
-    @cached_property
-    def consumer(self) -> ConsumerMetrics:
-        """Return the consumers' metrics."""
-        return ConsumerMetrics(self.registry)
-
-    @cached_property
-    def notify(self) -> NotifyMetrics:
-        """Return the notifications' metrics."""
-        return NotifyMetrics(self.registry)
-
-    @cached_property
-    def kafka(self) -> KafkaMetrics:
-        """Return the metrics of librdkafka's clients."""
-        return KafkaMetrics(self.registry)
 
     def unready(self, subject: str, why: str | None) -> None:
         """Set the reason of this subject not to be ready, or with None remove it."""
@@ -296,25 +218,18 @@ class Monitor:
 
     def _answer(self, path: str) -> tuple[int, str, str]:
         if path == "/livez":
-            if (silence := self.silence()) is not None:
-                return 503, f"no sign of life for {silence:.0f} s\n", TEXT
-            return 200, "alive\n", TEXT
+            silence = self.silence()
+            return (200, "alive\n", TEXT) if silence is None else (503, f"no sign of life for {silence:.0f} s\n", TEXT)
         if path == "/readyz":
             reasons = {subject: " ".join(why.split()) for subject, why in self.reasons().items()}
             lines = [why if why == subject else f"{subject}: {why}" for subject, why in reasons.items()]
             return (503, "\n".join(lines) + "\n", TEXT) if lines else (200, "ready\n", TEXT)
         if path == "/metrics":
-            from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-
             return 200, generate_latest(self.registry).decode(), CONTENT_TYPE_LATEST
         return 404, "use /livez, /readyz or /metrics\n", TEXT
 
 
 def _server(host: str, port: int, answer: Callable[[str], tuple[int, str, str]]) -> TCPServer:
-    import socket
-    from http.server import BaseHTTPRequestHandler
-    from socketserver import ThreadingTCPServer
-
     class Handler(BaseHTTPRequestHandler):
         timeout = 5  # seconds until a silent client is disconnected
 
