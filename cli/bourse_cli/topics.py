@@ -30,37 +30,38 @@ def topics() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to make a topic as declared: nothing to do if `create`, `grow_from` and `alter` are empty."""
+    """A topic as it is wanted, and what to do for that: nothing if it `has` all partitions and `alter` is empty."""
 
     topic: Topic
     name: str
     replicas: int
-    settings: Mapping[str, str]
-    create: bool
-    grow_from: int | None = None
+    config: Mapping[str, str]
+    any_time: bool
+    has: int = 0
     alter: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return the declared settings with the overrides."""
+        return self.topic.settings(replicas=self.replicas, any_time=self.any_time) | dict(self.config)
+
     def __str__(self) -> str:
-        if self.create:
+        if not self.has:
             shown = " ".join(f"{key}={value}" for key, value in self.settings.items())
             return f"{self.name}: create, {self.topic.partitions} partitions, {self.replicas} replicas, {shown}"
         changes = [f"{key} {old} → {new}" for key, (old, new) in self.alter.items()]
-        if self.grow_from is not None:
-            changes.insert(0, f"partitions {self.grow_from} → {self.topic.partitions}")
+        if self.has < self.topic.partitions:
+            changes.insert(0, f"partitions {self.has} → {self.topic.partitions}")
         return f"{self.name}: {', '.join(changes) or 'as declared'}"
 
     def commands(self, bootstrap_servers: str) -> Iterator[str]:
         """Yield the commands of Apache Kafka that create the topic, and set its settings if it exists."""
-        where = f"--bootstrap-server {bootstrap_servers}"
+        server = f"--bootstrap-server {bootstrap_servers}"
         pairs = [f"{key}={f'[{value}]' if ',' in value else value}" for key, value in self.settings.items()]
-        yield (
-            f"kafka-topics {where} --create --if-not-exists --topic {self.name} --partitions {self.topic.partitions} "
-            f"--replication-factor {self.replicas}"
-        )
-        yield (
-            f"kafka-configs {where} --alter --entity-type topics --entity-name {self.name} "
-            f"--add-config {shlex.quote(','.join(pairs))}"
-        )
+        size = f"--partitions {self.topic.partitions} --replication-factor {self.replicas}"
+        yield f"kafka-topics {server} --create --if-not-exists --topic {self.name} {size}"
+        entity = f"--entity-type topics --entity-name {self.name}"
+        yield f"kafka-configs {server} --alter {entity} --add-config {shlex.quote(','.join(pairs))}"
 
 
 @topics.command
@@ -111,13 +112,11 @@ def list_topics(cluster: Cluster) -> None:
     """Show what is declared, and what of it the cluster has."""
     found = cluster.topics(topic.full_name(cluster.prefix) for topic in TOPICS)
     for topic in TOPICS:
-        name = topic.full_name(cluster.prefix)
-        state = f"{found[name].partitions} partitions" if name in found else "missing"
-        if name in found and not found[name].partitions:
-            state = "no right to see"
-        click.echo(
-            f"{name:<24} {state:<15} {topic.cleanup:<8} key: {topic.key_doc:<38} {topic.event.__name__:<11} {topic.doc}"
-        )
+        name, state = topic.full_name(cluster.prefix), "missing"
+        if name in found:
+            state = f"{found[name].partitions} partitions" if found[name].partitions else "no right to see"
+        key, event = f"key: {topic.key_doc}", topic.event.__name__
+        click.echo(f"{name:<24} {state:<15} {topic.cleanup:<8} {key:<43} {event:<11} {topic.doc}")
 
 
 def declared_topics(cluster: Cluster, overrides: Mapping[str, Any], replicas: int, *, any_time: bool) -> list[Plan]:
@@ -127,10 +126,11 @@ def declared_topics(cluster: Cluster, overrides: Mapping[str, Any], replicas: in
     for declared in TOPICS:
         override = overrides.get(declared.name, {})
         topic = replace(declared, partitions=override.get("partitions", declared.partitions))
+        config = override.get("config", {}).items()
+        texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in config}
         factor = override.get("replication_factor", replicas)
-        plan = Plan(topic, topic.full_name(cluster.prefix), factor, {}, create=True)
-        plans.append(replace(plan, settings=_settings(plan, override, any_time=any_time)))
-        cluster.require_size(plan.name, plans[-1].settings)
+        plans.append(plan := Plan(topic, topic.full_name(cluster.prefix), factor, texts, any_time))
+        cluster.require_size(plan.name, plan.settings)
     return plans
 
 
@@ -142,46 +142,35 @@ def plan_topics(
     Raises ConfigurationError if an override is wrong or would remove partitions, or if the user may not see a topic.
     """
     wanted = declared_topics(cluster, overrides, replication_factor or 0, any_time=any_time)
-    names = [plan.name for plan in wanted]
-    found = cluster.topics(names)
+    found = cluster.topics(plan.name for plan in wanted)
     brokers = len(cluster.metadata().brokers)
-    usual = USUAL_REPLICAS if brokers >= USUAL_REPLICAS else 0
     current = cluster.topic_settings(name for name, state in found.items() if state.partitions)
     plans = []
-    for declared in wanted:
-        name, override = declared.name, overrides.get(declared.topic.name, {})
+    for plan in wanted:
+        name, wants = plan.name, plan.topic.partitions
         if name not in found:
-            if not (replicas := declared.replicas or usual):
+            if not plan.replicas and brokers < USUAL_REPLICAS:
                 raise ConfigurationError(
                     f"the cluster has {brokers} broker{'s' * (brokers != 1)}: pass --replication-factor "
                     f"(at most {brokers})"
                 )
-            plan = replace(declared, replicas=replicas)
-            plans.append(replace(plan, settings=_settings(plan, override, any_time=any_time)))
+            plans.append(replace(plan, replicas=plan.replicas or USUAL_REPLICAS))
             continue
-        has, wants, settings = found[name].partitions, declared.topic.partitions, current.get(name, {})
-        if not has:
+        if not (has := found[name].partitions):
             raise cluster.not_allowed(f"DESCRIBE (part of ALTER) on topic {name}")
         if has > wants:
-            advice = f"put `partitions = {has}` under [topic.{declared.topic.name}] in {config_name()}"
-            if declared.topic.name == POLLS.name:
+            advice = f"put `partitions = {has}` under [topic.{plan.topic.name}] in {config_name()}"
+            if plan.topic.name == POLLS.name:
                 advice = "the order of polls and the election of the leader need exactly one: delete the topic"
             raise ConfigurationError(
                 f"{name} has {has} partitions and {wants} are declared: partitions cannot be removed; {advice}"
             )
         # min.insync.replicas depends on the replicas that the topic has: they are not altered here.
-        plan = replace(declared, replicas=found[name].replicas, create=False, grow_from=has if has < wants else None)
-        plan = replace(plan, settings=_settings(plan, override, any_time=any_time))
-        cluster.require_size(name, {**settings, **plan.settings})
-        alter = {key: (settings.get(key), value) for key, value in plan.settings.items() if settings.get(key) != value}
-        plans.append(replace(plan, alter=alter))
+        existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
+        cluster.require_size(name, {**settings, **existing.settings})
+        alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
+        plans.append(replace(existing, alter=alter))
     return plans
-
-
-def _settings(plan: Plan, override: Mapping[str, Any], *, any_time: bool) -> dict[str, str]:
-    config = override.get("config", {}).items()
-    chosen = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in config}
-    return plan.topic.settings(replicas=plan.replicas, any_time=any_time) | chosen
 
 
 def _check_overrides(overrides: Any) -> None:
@@ -217,35 +206,21 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
         ResourceType,
     )
 
-    admin = cluster.admin()
-    pending: list[tuple[str, str, Any]] = []  # right, topic, answer
-    new = [
-        NewTopic(plan.name, plan.topic.partitions, plan.replicas, config=dict(plan.settings))
-        for plan in plans
-        if plan.create
-    ]
-    grown = [NewPartitions(plan.name, plan.topic.partitions) for plan in plans if plan.grow_from is not None]
-    altered = [
-        ConfigResource(
-            ResourceType.TOPIC,
-            plan.name,
-            incremental_configs=[
-                ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
-                for key, (_, value) in plan.alter.items()
-            ],
-        )
-        for plan in plans
-        if plan.alter
-    ]
-    limit = {"request_timeout": TIMEOUT_SECONDS}
-    if new:
-        pending += (("CREATE", name, answer) for name, answer in admin.create_topics(new, **limit).items())
-    if grown:
-        pending += (("ALTER", name, answer) for name, answer in admin.create_partitions(grown, **limit).items())
-    if altered:
-        answers = admin.incremental_alter_configs(altered, **limit)
-        pending += (("ALTER_CONFIGS", resource.name, answer) for resource, answer in answers.items())
-    for right, name, answer in pending:
+    admin, limit = cluster.admin(), {"request_timeout": TIMEOUT_SECONDS}
+    answers: list[tuple[str, str, Any]] = []
+    for plan in plans:
+        name, partitions = plan.name, plan.topic.partitions
+        if not plan.has:
+            topic = NewTopic(name, partitions, plan.replicas, config=plan.settings)
+            answers.append((name, "CREATE", admin.create_topics([topic], **limit)[name]))
+        elif plan.has < partitions:
+            answers.append((name, "ALTER", admin.create_partitions([NewPartitions(name, partitions)], **limit)[name]))
+        if plan.alter:
+            changes = {key: new for key, (_, new) in plan.alter.items()}
+            entries = [ConfigEntry(*each, incremental_operation=AlterConfigOpType.SET) for each in changes.items()]
+            resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+            answers.append((name, "ALTER_CONFIGS", admin.incremental_alter_configs([resource], **limit)[resource]))
+    for name, right, answer in answers:
         try:
             answer.result()
         except KafkaException as error:

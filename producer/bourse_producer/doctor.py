@@ -339,7 +339,7 @@ def _version(admin: AdminClient, metadata: ClusterMetadata) -> str:
 def _topics(cluster: Cluster, overrides: Mapping[str, Any], brokers: int) -> Check:
     def to_do(*, any_time: bool) -> list[Plan]:
         plans = plan_topics(cluster, overrides, min(brokers, 3), any_time=any_time)
-        return [plan for plan in plans if plan.create or plan.grow_from is not None or plan.alter]
+        return [plan for plan in plans if plan.has < plan.topic.partitions or plan.alter]
 
     try:
         usual, any_time = to_do(any_time=False), to_do(any_time=True)
@@ -348,7 +348,7 @@ def _topics(cluster: Cluster, overrides: Mapping[str, Any], brokers: int) -> Che
     if not usual or not any_time:
         kept = "" if not usual else ", for records of any time"
         return _ok("topics", f"all {len(TOPICS)} as declared{kept}")
-    if missing := [plan.name for plan in usual if plan.create]:
+    if missing := [plan.name for plan in usual if not plan.has]:
         few = f" --replication-factor {brokers}" * (brokers < 3)
         advice = f"is --topic-prefix right? if so, run `bourse topics apply{few}`"
         return Check("topics", Status.FAIL, f"not there: {', '.join(missing)}", advice)
