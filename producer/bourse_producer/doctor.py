@@ -303,7 +303,7 @@ def _call(finnotech: Any, exchange: ExchangeOptions) -> Check:
 
 def _kafka(cluster: Cluster, overrides: Mapping[str, Any], source: str, *, response_clock: bool) -> Iterator[Check]:
     try:
-        metadata = cluster.metadata(STEP_SECONDS)
+        metadata = cluster.metadata(STEP_SECONDS, every_broker=True)
     except ConfigurationError as error:
         yield Check("kafka", Status.FAIL, str(error))
         for name in ("topics", "lead", "consumer groups", "last poll"):

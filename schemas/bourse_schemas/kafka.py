@@ -32,6 +32,8 @@ STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
 # Metadata and brokers together take at most 11 s, however the cluster fails.
 METADATA_SECONDS, BROKER_SECONDS = 6.0, 5.0
+# More than any request's own time-out: an answer that takes so long never comes.
+ANSWER_SECONDS = 10.0
 REGISTRY_KEYS = "schema.registry."
 # Kafka allows 249 characters in a topic's name; the longest of ours after the prefix is `.dead-letters`.
 PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,200}")
@@ -159,12 +161,13 @@ class Cluster:
             own.setdefault("proxy", self.registry_proxy)
         return Registry(self.registry_url, own)
 
-    def metadata(self, timeout: float = METADATA_SECONDS) -> ClusterMetadata:
+    def metadata(self, timeout: float = METADATA_SECONDS, *, every_broker: bool = False) -> ClusterMetadata:
         """Return the cluster's brokers and topics; topics that this user may not see are missing.
 
-        Raises Unreachable when no broker answers within `timeout` seconds, ConfigurationError when it refuses us.
+        With `every_broker` each one is asked at the address it advertises. Raises Unreachable when no broker answers
+        within `timeout` seconds, or one of them does not answer there; ConfigurationError when we are refused.
         """
-        return self._metadata(*self._probe(), timeout)
+        return self._connect(timeout, every_broker=every_broker)[1]
 
     def require_topics(self, reads: Iterable[str], writes: Iterable[str] = ()) -> dict[str, int]:
         """Return the number of partitions of each topic, once all of them exist and may be read or written.
@@ -173,11 +176,8 @@ class Cluster:
         Unreachable with the broker's address, within 15 seconds.
         """
         wanted = [("WRITE", name) for name in writes] + [("READ", name) for name in reads]
-        admin, failures = self._probe()
-        metadata = self._metadata(admin, failures, METADATA_SECONDS)
-        self._require_brokers(admin, failures, metadata)
         names = dict.fromkeys(name for _, name in wanted)
-        found = self._topics(admin, metadata, names)
+        found = self.topics(names, every_broker=True)
         if refused := [
             f"{right} on topic {name}"
             for right, name in wanted
@@ -191,29 +191,51 @@ class Cluster:
             )
         return {name: found[name].partitions for name in names}
 
-    def topics(self, names: Iterable[str]) -> dict[str, TopicState]:
+    def topics(self, names: Iterable[str], *, every_broker: bool = False) -> dict[str, TopicState]:
         """Return those of these topics that exist; one that this user may not see has no partitions and no rights."""
-        admin, failures = self._probe()
-        return self._topics(admin, self._metadata(admin, failures, METADATA_SECONDS), names)
+        from confluent_kafka import KafkaError, KafkaException, TopicCollection
 
-    def require_brokers(self) -> None:
-        """Raise Unreachable, naming the address, when a broker does not answer where it says it is."""
-        admin, failures = self._probe()
-        self._require_brokers(admin, failures, self._metadata(admin, failures, METADATA_SECONDS))
+        admin, metadata = self._connect(every_broker=every_broker)
+        names = list(names)
+        if _is_mock(metadata):
+            return {
+                name: TopicState(len(found.partitions), 1, None)
+                for name in names
+                if (found := metadata.topics.get(name)) and not found.error
+            }
+        states = {}
+        answers = admin.describe_topics(
+            TopicCollection(names), include_authorized_operations=True, request_timeout=METADATA_SECONDS
+        )
+        for name, answer in answers.items():
+            try:
+                topic = answer.result(ANSWER_SECONDS)
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code in REFUSALS:
+                    states[name] = TopicState(0, 0, frozenset())
+                elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
+            else:
+                replicas = min(len(partition.replicas) for partition in topic.partitions)
+                rights = topic.authorized_operations
+                known = None if rights is None else frozenset(right.name for right in rights)
+                states[name] = TopicState(len(topic.partitions), replicas, known)
+        return states
 
     def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Return the settings of topics that exist; nothing if the brokers cannot tell them."""
         from confluent_kafka import KafkaException
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
-        admin, failures = self._probe()
+        admin, metadata = self._connect()
         asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
-        if not asked or _is_mock(self._metadata(admin, failures, METADATA_SECONDS)):
+        if not asked or _is_mock(metadata):
             return {}
         settings = {}
         for resource, answer in admin.describe_configs(asked, request_timeout=METADATA_SECONDS).items():
             try:
-                settings[resource.name] = {key: entry.value for key, entry in answer.result().items()}
+                settings[resource.name] = {key: entry.value for key, entry in answer.result(ANSWER_SECONDS).items()}
             except KafkaException as error:
                 raise self.refusal(error.args[0], "DESCRIBE_CONFIGS", topic=resource.name) or ConfigurationError(
                     f"cannot read the settings of {resource.name}: {error.args[0].str()}"
@@ -254,19 +276,17 @@ class Cluster:
             f"Kafka does not allow {self.user}: {what}; `bourse acls` prints the rights that each service needs"
         )
 
-    def _probe(self) -> tuple[AdminClient, _Failures]:
+    def _connect(
+        self, timeout: float = METADATA_SECONDS, *, every_broker: bool = False
+    ) -> tuple[AdminClient, ClusterMetadata]:
+        from confluent_kafka import KafkaException
         from confluent_kafka.admin import AdminClient
 
-        failures = _Failures()
-        logger = logging.Logger("librdkafka.probe")
+        failures, logger = _Failures(), logging.Logger("librdkafka.admin")
         logger.addHandler(failures)
-        return self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger=logger), failures
-
-    def _metadata(self, admin: AdminClient, failures: _Failures, timeout: float) -> ClusterMetadata:
-        from confluent_kafka import KafkaException
-
+        admin = self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger=logger)
         try:
-            return admin.list_topics(timeout=timeout)
+            metadata = admin.list_topics(timeout=timeout)
         except KafkaException as error:
             admin.poll(0)  # calls back with what the client reported meanwhile
             if failures.refusal:
@@ -279,6 +299,9 @@ class Cluster:
                 f"Kafka at {self.bootstrap_servers} does not answer ({reason}): "
                 f"is it running, and is --bootstrap-servers right?{self._hint(reason)}"
             ) from error
+        if every_broker:
+            self._require_brokers(admin, failures, metadata)
+        return admin, metadata
 
     def _hint(self, reason: str) -> str:
         protocol = self.settings.get("security.protocol", "PLAINTEXT").upper()
@@ -290,54 +313,19 @@ class Cluster:
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
         # Sent to the broker itself; a refusal is an answer, too.
-        asked = {
-            broker: admin.describe_configs(
-                [ConfigResource(ResourceType.BROKER, str(broker.id))], request_timeout=BROKER_SECONDS
-            )
-            for broker in metadata.brokers.values()
-        }
-        for broker, answers in asked.items():
-            for answer in answers.values():
-                error = answer.exception()
-                code = error.args[0].code() if error else 0
-                if code < 0 and code != KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
-                    admin.poll(0)
-                    address = f"{broker.host}:{broker.port}"
-                    reason = failures.reasons.get(f"{address}/{broker.id}", "no answer")
-                    raise Unreachable(
-                        f"broker {broker.id} cannot be reached at {address} ({reason}): {self.bootstrap_servers} "
-                        f"answers, and this address comes from the brokers' advertised.listeners{self._hint(reason)}"
-                    )
-
-    def _topics(self, admin: AdminClient, metadata: ClusterMetadata, names: Iterable[str]) -> dict[str, TopicState]:
-        from confluent_kafka import KafkaError, KafkaException, TopicCollection
-
-        names = list(names)
-        if _is_mock(metadata):
-            return {
-                name: TopicState(len(found.partitions), 1, None)
-                for name in names
-                if (found := metadata.topics.get(name)) and not found.error
-            }
-        states = {}
-        answers = admin.describe_topics(
-            TopicCollection(names), include_authorized_operations=True, request_timeout=METADATA_SECONDS
-        )
-        for name, answer in answers.items():
-            try:
-                topic = answer.result()
-            except KafkaException as error:
-                code = error.args[0].code()
-                if code in REFUSALS:
-                    states[name] = TopicState(0, 0, frozenset())
-                elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
-            else:
-                replicas = min(len(partition.replicas) for partition in topic.partitions)
-                rights = topic.authorized_operations
-                known = None if rights is None else frozenset(right.name for right in rights)
-                states[name] = TopicState(len(topic.partitions), replicas, known)
-        return states
+        resources = {ConfigResource(ResourceType.BROKER, str(each.id)): each for each in metadata.brokers.values()}
+        asked = [admin.describe_configs([resource], request_timeout=BROKER_SECONDS) for resource in resources]
+        for resource, answer in (pair for answers in asked for pair in answers.items()):
+            error = answer.exception(ANSWER_SECONDS)
+            code, broker = error.args[0].code() if error else 0, resources[resource]
+            if code < 0 and code != KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
+                admin.poll(0)
+                address = f"{broker.host}:{broker.port}"
+                reason = failures.reasons.get(f"{address}/{broker.id}", "no answer")
+                raise Unreachable(
+                    f"broker {broker.id} cannot be reached at {address} ({reason}): {self.bootstrap_servers} answers, "
+                    f"and this address comes from the brokers' advertised.listeners{self._hint(reason)}"
+                )
 
     def _statistics(self) -> dict[str, Any]:
         if self.on_statistics is None:

@@ -1,15 +1,20 @@
-"""A broker that wants credentials and does not like ours."""
+"""Clusters that refuse us, or send us to an address that we cannot reach."""
 
 from __future__ import annotations
 
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 
+from bourse_sandbox import kafka
+from bourse_sandbox.exchange import practice_exchange
+from bourse_sandbox.kafka import Kafka
+from bourse_sandbox.registry import serve_registry
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.kafka import Cluster
 
@@ -75,3 +80,39 @@ def test_refused_credentials_are_the_operators_to_change(strict_broker: str) -> 
         cluster.metadata(timeout=4)
     assert not isinstance(caught.value, Unreachable)
     assert "s3cr3t" not in str(caught.value)
+
+
+def test_the_assignment_strategy_is_fixed() -> None:
+    """A house-wide setting is refused in a line; producers and administration clients do not mind it."""
+    cluster = Cluster(
+        "127.0.0.1:9", "http://127.0.0.1:9", settings={"partition.assignment.strategy": "cooperative-sticky"}
+    )
+    message = "-X partition.assignment.strategy=cooperative-sticky: this setting is fixed to range; leave it out"
+    with pytest.raises(ConfigurationError) as caught:
+        cluster.consumer("any")
+    assert str(caught.value) == message
+    cluster.admin()
+
+
+@pytest.mark.kafka
+def test_an_advertised_address_that_cannot_be_reached_is_named(
+    own_kafka: Callable[..., Kafka], monkeypatch: pytest.MonkeyPatch, bourse: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The bootstrap address answers; tail, doctor and produce name the other one, and the reason, within 15 seconds."""
+    usual = "advertised.listeners=PLAINTEXT://127.0.0.1:{broker}"
+    assert usual in kafka._PROPERTIES
+    elsewhere = kafka._PROPERTIES.replace(usual, "advertised.listeners=PLAINTEXT://kafka.invalid:9092")
+    monkeypatch.setattr(kafka, "_PROPERTIES", elsewhere)
+    address = own_kafka().bootstrap_servers
+    with serve_registry() as registry, practice_exchange("real", "poll").serve() as exchange:
+        Cluster(address, registry.url).registry().register_all("bourse")
+        where = ("--bootstrap-servers", address, "--registry-url", registry.url)
+        account = ("--address", exchange.url, "--client-id", "practice", "--schedule", "always", "--clock", "response")
+        monkeypatch.setenv("BOURSE_CLIENT_SECRET", "practice")
+        monkeypatch.setenv("BOURSE_NID", "0123456789")
+        for command in (("tail", "trades"), ("produce", "--once", *account), ("doctor", *account)):
+            began = time.monotonic()
+            code, out, err = bourse(*command, *where)
+            assert code in ((1, 2) if command[0] == "doctor" else (2,))
+            assert "broker 1 cannot be reached at kafka.invalid:9092 (Failed to resolve" in out + err, command
+            assert time.monotonic() - began < 15
