@@ -34,6 +34,7 @@ from bourse_schemas.events import PriceAlert
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import group_lag, read
 from bourse_schemas.topics import ALERTS, POLLS, TRADES
+from reliability import day
 from reliability.chaos_archive import SECONDS_A_KILL, SETTLE_SECONDS, Members
 
 __all__ = ["main", "run"]
@@ -117,20 +118,10 @@ def _text(alert: PriceAlert) -> str:
 
 
 def _feed(cluster: Cluster, polls: Sequence[Past], seconds: float, fed: threading.Event) -> None:
-    """Publish the day, a transaction per poll, within about this time."""
+    """Publish the day, a transaction per poll with its marker, within about this time."""
     registry = cluster.registry()
-    serializers = {topic.name: registry.serializer(topic, cluster.prefix) for topic in (TRADES, POLLS)}
-    producer = cluster.transactional_producer(f"{cluster.prefix}-feeder")
-    producer.init_transactions(30)
-    for marker, events in polls:
-        producer.begin_transaction()
-        for topic, event in [*((TRADES, event) for event in events), (POLLS, marker)]:
-            record = serializers[topic.name](event)
-            producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
-        producer.commit_transaction()
-        time.sleep(seconds / len(polls))
-    producer.close()
-    fed.set()
+    trades, marks = (registry.serializer(topic, cluster.prefix) for topic in (TRADES, POLLS))
+    day.feed(cluster, [[*map(trades, events), marks(marker)] for marker, events in polls], seconds, fed)
 
 
 def _behind(cluster: Cluster) -> bool:

@@ -339,7 +339,7 @@ class Compiler:
         self, scope: Scope, lets: Mapping[str, ast.expr], table: Sequence[str], needs: Needs, members: str = ""
     ) -> None:
         self._scope, self._needs, self._members, self._table = scope, needs, members, table
-        self._expand = {**BUILT_IN, **lets} if scope != "feed" else lets
+        self._aliases = BUILT_IN if scope != "feed" else {}
         self._lets = lets
         self._inside = self._deep = False
         self._literal = scope != "instrument"
@@ -347,12 +347,11 @@ class Compiler:
 
     def __call__(self, tree: ast.expr, kinds: Iterable[Kind] | None = None) -> Expression:
         """Compile a tree; raise Mistake."""
-        expand = Expand(self._expand)
-        # Lets hold other lets' trees already expanded; aliases in them are expanded here.
-        whole = Expand(BUILT_IN if self._scope != "feed" else {}).visit(expand.visit(copy.deepcopy(tree)))
         self._sides: dict[str, Side] = {}
         self._inside = False
         try:
+            # Named expressions may hold aliases, which are expanded after them.
+            whole = Expand(self._aliases).visit(Expand(self._lets).visit(copy.deepcopy(tree)))
             node = self._want(whole, *kinds) if kinds else self._node(whole)
         except RecursionError:
             raise Mistake("too_deep", 0, None) from None

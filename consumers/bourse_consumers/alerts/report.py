@@ -15,7 +15,20 @@ from bourse_schemas.events import TEHRAN, AlertState, PriceAlert
 __all__ = ["page"]
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 1000, 260, 70, 14, 24
-COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#a16207", "#4d7c0f")
+COLORS = (
+    "#c2410c",
+    "#1d4ed8",
+    "#15803d",
+    "#7e22ce",
+    "#be123c",
+    "#0e7490",
+    "#a16207",
+    "#4d7c0f",
+    "#9d174d",
+    "#3730a3",
+    "#115e59",
+    "#57534e",
+)
 STYLE = """
 body{font:15px/1.5 Vazirmatn,'Noto Sans Arabic',Tahoma,system-ui,sans-serif;margin:2rem auto;max-width:1040px;color:#1c1917}
 h2{margin:2.2rem 0 .3rem}h2 small{font-weight:400;color:#78716c}
@@ -57,7 +70,7 @@ def _rules(trial: Trial, colors: dict[str, str]) -> str:
         who = len({alert.instrument for alert in found})
         rows.append(
             f'<tr class="{"" if found else "never"}"><td><span class="dot" style="background:{colors[rule.name]}"></span>'
-            f"<bdi>{escape(rule.title or rule.name)}</bdi></td><td><code>{escape(rule.when.text)}</code></td>"
+            f"<bdi>{escape(rule.title or rule.name)}</bdi></td><td><code>{escape(rule.when.text.replace('{', '').replace('}', ''))}</code></td>"
             f'<td class="n">{len(found):,}</td><td class="n">{who:,}</td><td class="n">{middle}</td><td class="n">{first}</td></tr>'
         )
     head = "<th>rule</th><th>when</th><th class=n>episodes</th><th class=n>instruments</th><th class=n>median</th><th class=n>first</th>"

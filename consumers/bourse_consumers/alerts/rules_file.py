@@ -305,26 +305,26 @@ class _Reader:
             )  # fmt: skip
         return None
 
-    def resolve(self, written: Mapping[str, tuple[Any, ast.expr]]) -> dict[str, ast.expr]:
-        """Return the named expressions with those in them filled in."""
+    def resolve(self, written: Mapping[str, tuple[Any, ast.expr]]) -> dict[str, ast.expr] | None:
+        """Return the named expressions with those in them filled in; None if one depends on itself."""
         done: dict[str, ast.expr] = {}
-        open_: set[str] = set()
+        begun: set[str] = set()
 
         def fill(name: str) -> None:
             tree = written[name][1]
-            open_.add(name)
+            begun.add(name)
             for each in ast.walk(tree):
                 if isinstance(each, ast.Name) and each.id in written and each.id not in done:
-                    if each.id in open_:
-                        raise Mistake("let_circle", each.col_offset, each.end_col_offset, "1", name=name)
+                    if each.id in begun:
+                        raise Mistake("let_circle", each.col_offset, each.end_col_offset, "1", name=each.id)
                     fill(each.id)
             done[name] = Expand(done).visit(tree)
-            open_.discard(name)
 
-        for name, (node, tree) in written.items():
+        for name, (node, _) in written.items():
             if name not in done:
                 self.guard(node, partial(fill, name))
-                done.setdefault(name, tree)
+                if name not in done:
+                    return None
         return done
 
     # --- rules --------------------------------------------------------------------------------------------------------
@@ -403,8 +403,13 @@ class _Reader:
         excluded = self.matched(given["except"])[0] if "except" in given and scope != "feed" else None
         members = f"{match!r} {excluded!r}" if scope == "market" else ""
         needs = Needs()
-        compiler = Compiler(scope, self.resolve({**lets, **own.get("let", {})}), table.columns, needs, members)
-        self._check_lets(own.get("let", {}), {**lets, **own.get("let", {})}, scope, table)
+        trees = self.resolve({**lets, **own.get("let", {})})
+        if trees is None:
+            return None
+        for name, (each, tree) in own.get("let", {}).items() if scope != "market" else ():
+            alone = Compiler(scope, trees, table.columns, Needs())
+            self.guard(each, partial(alone, tree), prefix=f"let {name}: ")
+        compiler = Compiler(scope, trees, table.columns, needs, members)
 
         def compiled(key: str) -> Expression | None:
             each = own.get(key)
@@ -434,14 +439,6 @@ class _Reader:
             {**defaults.get("labels", {}), **own.get("labels", {})},
             tuple(given.get("notify", ())), texts, tuple(compiler.numbers), places, needs, members,
         )  # fmt: skip
-
-    def _check_lets(self, own: Mapping[str, Any], every: Mapping[str, Any], scope: Any, table: Table) -> None:
-        """Compile the rule's own named expressions, so that their mistakes are shown where they are."""
-        trees = self.resolve(every) if own and not self.document.wrong else {}
-        for name, (node, tree) in own.items():
-            if trees and scope != "market":
-                compiler = Compiler(scope, trees, table.columns, Needs())
-                self.guard(node, partial(compiler, tree), prefix=f"let {name}: ")
 
     def _texts(self, node: Any, compiler: Compiler, prefix: str) -> messages.Texts:
         """Return the texts of a message: per language and state the parts."""

@@ -1,0 +1,697 @@
+"""What rules mean, one small market at a time; files of rules; the commands; the consumer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bourse_cli.root import bourse
+from bourse_consumers.alerts.consumer import Alerts
+from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of, millis
+from bourse_consumers.alerts.expressions import Mistake
+from bourse_consumers.alerts.rules_file import RuleFiles, compile_rule, load, strangers
+from bourse_consumers.alerts.trial import Trial, polls_of
+from bourse_consumers.api import Day, Reopen, WholePoll
+from bourse_consumers.testing import trade
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import Candle, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
+from bourse_schemas.topics import ALERTS, CANDLES
+
+ROOT = Path(__file__).parents[2]
+NINE = datetime(2019, 8, 24, 4, 30, tzinfo=UTC)  # 09:00 in Tehran
+CODE = "IRO1TEST0001"
+
+
+def event(price: int | None = 1000, volume: int = 1, **given: Any) -> TradeEvent:
+    """Return an event of the poll it is given to."""
+    usual: dict[str, Any] = {
+        "trading_day": date(2019, 8, 24),
+        "instrument": CODE,
+        "symbol": "نماد",
+        "previous_close": 1000,
+        "closing_price": price,
+        "trade_count": volume,
+    }
+    return trade(**{**usual, "last_price": price, "volume": volume, **given})
+
+
+def marker(sequence: int, minute: float, **given: Any) -> PollMarker:
+    """Return a good marker some minutes after nine."""
+    at = NINE + timedelta(minutes=minute)
+    counts = dict.fromkeys(
+        ("rows", "opened", "traded", "revised", "cancelled", "stale_rows", "rejected_rows", "duplicate_rows"), 0
+    )
+    usual = {
+        "poll_sequence": sequence, "simulated": False, "source": "test", "outcome": Outcome.PUBLISHED, "phase": Phase.OPEN,
+        "feed_state": FeedState.FRESH, "requested_at": at, "received_at": at, "next_poll_at": at + timedelta(minutes=1),
+        "day_final": False, "charged_calls": 1, **counts,
+    }  # fmt: skip
+    return PollMarker(**{**usual, **given})
+
+
+class Market:
+    """An engine, and polls for it."""
+
+    def __init__(self, folder: Path, *rules: str, known: dict[str, Known] | None = None, **files: str) -> None:
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_text(text, "utf-8")
+        path = folder / "rules.yaml"
+        path.write_text(
+            "version: 1\nrules:\n" + "".join(f"  - {{name: r{n}, {rule}}}\n" for n, rule in enumerate(rules)), "utf-8"
+        )
+        self.rules = RuleFiles([path]).rules
+        self.engine = Engine(self.rules, known)
+        self.engine.open()
+        self.sequence = 0
+        self.alerts: list[PriceAlert] = []
+
+    def poll(
+        self, minute: float, *events: TradeEvent, complete: bool = True, replay: bool = False, **given: Any
+    ) -> list[str]:
+        """Judge a poll; return the states of the alerts, with the rule's number."""
+        self.sequence += 1
+        found = self.engine.take(
+            Poll(marker(self.sequence, minute, **given), columns_of(events, self.engine.columns), replay, complete)
+        )
+        self.alerts += found
+        return [f"{alert.state.value} {alert.rule}" for alert in found]
+
+
+FIRING, RESOLVED = ["FIRING r0"], ["RESOLVED r0"]
+
+
+# --- faults of the rules of before ------------------------------------------------------------------------------------
+
+
+def test_an_alert_never_fires_below_its_own_threshold(tmp_path: Path) -> None:
+    """Between `until` and `when` a pending condition is not true; an open episode goes on."""
+    market = Market(tmp_path, "when: plp >= 3, until: plp < 1.5, for: 3m")
+    assert market.poll(0, event(1030)) == []
+    assert market.poll(1, event(1020, 2)) == []
+    assert [market.poll(minute) for minute in range(2, 8)] == [[]] * 6
+    market.poll(8, event(1030, 3))
+    assert [market.poll(minute) for minute in (9, 10, 11)] == [[], [], FIRING]
+    assert market.poll(12, event(1020, 4)) == []
+    assert market.poll(13, event(1014, 5)) == RESOLVED
+
+
+def test_windows_slide_in_minutes_without_a_trade(tmp_path: Path) -> None:
+    """The episode ends when the window has passed, though nobody traded."""
+    market = Market(tmp_path, 'when: "percent(last_price, 5m) >= 3"')
+    market.poll(0, event(1000))
+    assert market.poll(1, event(1050, 2)) == FIRING
+    assert [market.poll(minute, outcome=Outcome.UNCHANGED) for minute in range(2, 7)] == [[], [], [], [], RESOLVED]
+
+
+def test_silence_is_measured_by_the_clock_and_survives_restarts(tmp_path: Path) -> None:
+    """From when the next marker was due; a new process knows it from the last marker."""
+    market = Market(tmp_path, "scope: feed, when: silent >= 3m")
+    due = millis(NINE + timedelta(minutes=1))
+    market.poll(0)
+    assert market.engine.tick(due + 179_000, 0) == []
+    (alert,) = market.engine.tick(due + 180_000, 0)
+    assert (alert.values, alert.poll_sequence) == ({"silent": 180.0}, 1)
+    again = Engine(market.rules)
+    again.open([alert])
+    again.take(Poll(marker(1, 0), {}, replay=True))
+    assert again.tick(due + 240_000, 5) == []
+    assert [each.state.value for each in again.take(Poll(marker(2, 6), {}))] == ["RESOLVED"]
+    fresh = Engine(market.rules)
+    fresh.open()
+    fresh.take(Poll(marker(1, 0), {}, replay=True))
+    assert [each.state.value for each in fresh.tick(due + 240_000, 5)] == ["FIRING"]
+
+
+def test_in_a_practice_market_silence_counts_from_the_last_marker(tmp_path: Path) -> None:
+    """The wall clock means nothing there; times are those of the market."""
+    market = Market(tmp_path, "scope: feed, when: silent >= 3m")
+    market.poll(0, simulated=True)
+    assert market.engine.tick(millis(NINE) * 2, 179_000) == []
+    (alert,) = market.engine.tick(millis(NINE) * 2, 180_000)
+    assert alert.raised_at == NINE + timedelta(minutes=3)
+
+
+def test_a_feed_rule_falls_due_though_the_producer_died(tmp_path: Path) -> None:
+    """Its time goes on by the clock."""
+    market = Market(tmp_path, 'scope: feed, when: "feed_state in (DOWN, STALE)", for: 3m')
+    assert market.poll(0, feed_state=FeedState.DOWN) == []
+    assert market.engine.tick(millis(NINE) + 179_999, 0) == []
+    assert len(market.engine.tick(millis(NINE) + 180_000, 0)) == 1
+
+
+def test_quiet_counts_for_every_instrument_at_every_poll(tmp_path: Path) -> None:
+    """By the time in which anybody traded; not by the partition's next trade."""
+    market = Market(tmp_path, f"when: quiet >= 2m, match: {{instruments: [{CODE}]}}")
+    other: dict[str, Any] = {"instrument": "IRO1TEST0002"}
+    market.poll(0, event(), event(**other))
+    market.poll(5)  # nobody traded: a rest of the market counts for nobody
+    assert market.poll(6, event(volume=2, **other)) == []
+    assert market.poll(7, event(volume=3, **other)) == FIRING
+    assert market.poll(8, event(volume=2)) == RESOLVED
+
+
+def test_an_annulment_and_a_trade_in_one_poll_is_a_trade(tmp_path: Path) -> None:
+    """Totals decide: fewer trades and more shares."""
+    market = Market(tmp_path, "when: quiet >= 1m")
+    market.poll(0, event(volume=10, trade_count=10))
+    assert market.poll(1, event(volume=20, trade_count=6, op="CANCELLED")) == []
+
+
+def test_the_end_of_a_moment_has_its_own_poll_and_no_message(tmp_path: Path) -> None:
+    """It is published at the next poll, also if nobody trades then; channels send no alert without a message."""
+    market = Market(tmp_path, "when: annulled(volume) >= 5")
+    market.poll(0, event(volume=10))
+    assert market.poll(1, event(volume=3)) == FIRING
+    assert market.poll(2, outcome=Outcome.UNCHANGED) == RESOLVED
+    assert [alert.message is None for alert in market.alerts] == [False, True]
+
+
+def test_an_edited_rule_keeps_its_episode_and_a_removed_one_ends(tmp_path: Path) -> None:
+    """What was published continues; `once` counts what was published."""
+    market = Market(tmp_path, "when: plp >= 3, once: true", "when: plp >= 2")
+    assert market.poll(0, event(1030)) == ["FIRING r0", "FIRING r1"]
+    edited = Market(tmp_path, "when: plp >= 2.5, once: true, message: edited")
+    edited.engine.open(market.alerts)
+    edited.poll(0, event(1030), replay=True)
+    assert edited.poll(1) == ["RESOLVED r1"]
+    assert edited.alerts[0].resolved_by == "RULE_REMOVED"
+    assert edited.alerts[0].alert_id == market.alerts[1].alert_id
+    assert edited.poll(2, event(1000, 2)) == RESOLVED
+    assert edited.poll(3, event(1040, 3)) == []
+
+
+def test_a_new_rule_says_at_the_next_poll_what_holds_then(tmp_path: Path) -> None:
+    """With the time since when it holds."""
+    market = Market(tmp_path, "when: plp >= 3, for: 2m")
+    for minute in range(4):
+        market.poll(minute, *([event(1030)] if minute == 0 else []), replay=True)
+    assert market.poll(4) == FIRING
+    assert market.alerts[0].since == NINE
+
+
+def test_rows_of_yesterday_raise_nothing(tmp_path: Path) -> None:
+    """Corrected before the open, they are of an earlier trading day."""
+    market = Market(tmp_path, "when: plp >= 3")
+    yesterday = event(1050, trading_day=date(2019, 8, 23))
+    assert market.poll(-20, yesterday) == []
+    assert market.poll(0, event(1000, trading_day=date(2019, 8, 24)), yesterday) == []
+    assert market.engine.board.day == date(2019, 8, 24)
+
+
+def test_conditions_that_could_not_be_said_before(tmp_path: Path) -> None:
+    """Two prices, and with or, the whole market, what did not open, a table of levels."""
+    market = Market(
+        tmp_path,
+        'when: "percent(last_price, closing_price) <= -3"',
+        "when: plp >= 4.9 and quiet >= 1m or volume >= 500",
+        "scope: market, when: share(plp < 0) >= 0.5 and count(plp < 0) >= 1",
+        "when: quiet >= 2m, match: {symbols: [غایب]}",
+        "when: last_price <= stop, match: {table: levels.csv}",
+        known={"IRO1GONE0001": Known("غایب", "شرکت غایب", is_right=False)},
+        levels_csv="\ufeffنماد;stop\nنماد;۹۷۰\nدیگر;\n",
+    )
+    assert market.poll(0, event(1049, closing_price=1049)) == []
+    assert market.poll(1, event(970, 500, closing_price=1001)) == ["FIRING r0", "FIRING r1", "FIRING r2", "FIRING r4"]
+    assert market.poll(2, event(970, 501, closing_price=1001)) == ["FIRING r3"]
+    missing = market.alerts[-1]
+    assert (missing.instrument, missing.symbol, missing.last_price) == ("IRO1GONE0001", "غایب", None)
+    assert market.alerts[3].when == "last_price <= 970"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["اخزا۱۰۱", "اخزا101", "\u2068اخزا۱۰۱\u2069", "اخـزا١٠١", "\ufeffاخزا101\u200f", "اخزا\u200e101 "],
+)
+def test_spellings_of_a_symbol_mean_the_same(tmp_path: Path, written: str) -> None:
+    """Digits, direction marks, isolates, byte order marks, tatweel: what is copied from a message matches."""
+    market = Market(tmp_path, f'when: plp > 0, match: {{symbols: ["{written}"]}}')
+    assert market.poll(0, event(1001, symbol="اخزا101")) == FIRING
+
+
+def test_decomposed_letters_match(tmp_path: Path) -> None:
+    """Alef with a separate madda is آ; Arabic yeh and kaf are Persian ones."""
+    market = Market(tmp_path, 'when: plp > 0, match: {symbols: ["ا\u0653ريك"]}')
+    assert market.poll(0, event(1001, symbol="آریک")) == FIRING
+
+
+def test_a_template_cannot_ask_for_memory(tmp_path: Path) -> None:
+    """Widths and conversions are mistakes; a null is a dash."""
+    for bad in ("{symbol:>9999999999}", "{last_price!s}", "{last_price:>9999999999}", "{last_price:0{volume}d}"):
+        with pytest.raises(ConfigurationError, match=r"rules.yaml:3:\d+"):
+            Market(tmp_path, f'when: volume > 0, message: "{bad}"')
+    market = Market(tmp_path, 'when: volume > 0, message: "{last_price:,} {plp:+.1f}"')
+    market.poll(0, event(None))
+    assert market.alerts[0].message == {"fa": "– –", "en": "– –"}
+
+
+def test_terminal_escapes_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    """Neither in alerts nor in mistakes."""
+    lines = tmp_path / "events.ndjson"
+    from msgspec.structs import asdict
+
+    from bourse_schemas.codec import to_json
+
+    lines.write_text(to_json(asdict(event(1050, symbol="\x1b[31mنماد"))) + "\n", "utf-8")
+    (tmp_path / "rules.yaml").write_text("version: 1\nrules: [{name: r, when: plp > 3}]\n", "utf-8")
+    done = invoke("alerts", "test", str(tmp_path / "rules.yaml"), str(lines), "--list")
+    assert "نماد" in done.output
+    assert "\x1b" not in done.output
+    (tmp_path / "rules.yaml").write_text('version: 1\nrules: [{name: "\\e[31m", whem: plp > 3}]\n', "utf-8")
+    assert "\x1b" not in invoke("alerts", "check", str(tmp_path / "rules.yaml")).output
+
+
+# --- semantics --------------------------------------------------------------------------------------------------------
+
+
+def test_the_day_ends_what_is_open(tmp_path: Path) -> None:
+    """With day_final; else with the first good poll of a later day, which need not have events."""
+    market = Market(tmp_path, "when: plp >= 3")
+    market.poll(0, event(1030))
+    assert market.poll(1, day_final=True) == RESOLVED
+    assert market.alerts[-1].resolved_by == "DAY_END"
+    assert market.poll(2, event(1050, 2)) == []
+    market = Market(tmp_path, "when: plp >= 3")
+    market.poll(0, event(1030))
+    assert market.poll(20 * 60, outcome=Outcome.FAILED) == []
+    assert market.poll(24 * 60 - 30, outcome=Outcome.UNCHANGED) == RESOLVED
+
+
+def test_after_a_gap_a_window_that_begins_in_it_is_unknown(tmp_path: Path) -> None:
+    """And `for` starts again; before, crossings and annulments go across it."""
+    market = Market(
+        tmp_path,
+        'when: "percent(last_price, 5m) >= 3"',
+        "when: plp >= 3, for: 2m",
+        'when: "crossed_up(last_price, 1030)"',
+    )
+    market.poll(0, event(1000))
+    assert market.poll(20, event(1050, 2), gap_from=NINE) == ["FIRING r2"]
+    assert market.poll(21) == ["RESOLVED r2"]
+    assert market.poll(22) == ["FIRING r1"]
+
+
+def test_an_incomplete_poll_is_not_judged(tmp_path: Path) -> None:
+    """Its events are used; the next poll is judged as after a gap."""
+    market = Market(tmp_path, "when: plp >= 3, for: 1m")
+    market.poll(0, event(1030))
+    assert market.poll(1, event(1031, 2), complete=False) == []
+    assert market.poll(2) == []
+    assert market.poll(3) == FIRING
+
+
+def test_levels_of_the_first_poll_come_from_yesterday(tmp_path: Path) -> None:
+    """Crossings and steps compare with the previous close; before() is unknown."""
+    market = Market(
+        tmp_path, 'when: "crossed_up(last_price, 1020)"', 'when: "stepped(plp, 2)"', "when: before(last_price) > 0",
+        'when: "crossed_down(volume, 5)"',
+    )  # fmt: skip
+    assert market.poll(0, event(1030)) == ["FIRING r0", "FIRING r1"]
+
+
+def test_equal_is_equal_to_a_billionth(tmp_path: Path) -> None:
+    """3 % of 1000 is reached at 1030; 4.9 % of 30,020 at 31,491 and not before."""
+    market = Market(tmp_path, "when: plp >= 3", "when: plp >= 4.9, match: {symbols: [ب]}")
+    assert market.poll(0, event(1029), event(31490, instrument="IRO1TEST0002", symbol="ب", previous_close=30020)) == [
+        "FIRING r0"
+    ]
+    market.alerts.clear()
+    assert market.poll(1, event(1030, 2), event(31491, 2, instrument="IRO1TEST0002", symbol="ب", previous_close=30020)) == [
+        "FIRING r0", "FIRING r1",
+    ]  # fmt: skip
+
+
+def test_unknown_neither_begins_nor_ends(tmp_path: Path) -> None:
+    """A null price, a previous close of 0: not (unknown) is unknown."""
+    market = Market(tmp_path, "when: plp >= 3", "when: not plp < 3")
+    assert market.poll(0, event(1030, previous_close=0)) == []
+    assert market.poll(1, event(1030, 2)) == ["FIRING r0", "FIRING r1"]
+    assert market.poll(2, event(None, 3)) == []
+    assert market.poll(3, event(1000, 4)) == ["RESOLVED r0", "RESOLVED r1"]
+
+
+def test_a_renamed_symbol_is_covered_from_then_on(tmp_path: Path) -> None:
+    """By either name, for the rest of the day."""
+    market = Market(tmp_path, "when: last_price > 1000, match: {symbols: [نو]}, cooldown: 0s")
+    assert market.poll(0, event(1001)) == []
+    assert market.poll(1, event(1002, 2, symbol="نو")) == FIRING
+    assert market.poll(2, event(1003, 3)) == []
+    assert market.poll(3, event(1000, 4)) == RESOLVED
+
+
+def test_cooldown_and_hours(tmp_path: Path) -> None:
+    """What still holds is raised when they are over."""
+    market = Market(tmp_path, "when: plp >= 1, cooldown: 5m, active: 09:02-09:20")
+    assert [market.poll(minute, event(1010, minute + 1)) for minute in range(3)] == [[], [], FIRING]
+    assert market.poll(3, event(1000, 9)) == RESOLVED
+    assert [market.poll(minute, event(1010, 10 + minute)) for minute in (4, 6, 7)] == [[], [], FIRING]
+    assert market.poll(21, event(1000, 90)) == RESOLVED
+    assert market.poll(22, event(1010, 91)) == []
+
+
+def test_prices_beyond_a_float_are_printed_exactly(tmp_path: Path) -> None:
+    """A market value of 10^16 + 1 keeps its last rial in messages."""
+    market = Market(tmp_path, 'when: volume > 0, message: {en: "{market_value:,}", fa: "{market_value:,} {quiet}"}')
+    market.poll(0, event(market_value=10**16 + 1))
+    assert market.alerts[0].message == {"en": "10,000,000,000,000,001", "fa": "۱۰٬۰۰۰٬۰۰۰٬۰۰۰٬۰۰۰٬۰۰۱ ۰ ثانیه"}
+
+
+def test_the_usual_message_names_what_is_compared(tmp_path: Path) -> None:
+    """In words, with values; durations as people say them."""
+    market = Market(tmp_path, "when: plp >= 3 and quiet >= 12m")
+    market.poll(0, event(1032, title="شرکت"), event(instrument="IRO1TEST0002"))
+    market.poll(12, event(volume=2, instrument="IRO1TEST0002"))
+    (alert,) = market.alerts
+    assert alert.message
+    assert (
+        alert.message["en"]
+        == "نماد (شرکت): 1,032 (+3.20%), last price against yesterday's price +3.20%, not traded for 12 min"
+    )
+    assert re.sub("[\u2066\u2069]", "", alert.message["fa"]) == (
+        "نماد (شرکت): ۱٬۰۳۲ (+۳٫۲۰٪)، آخرین قیمت نسبت به قیمت دیروز +۳٫۲۰٪، بدون معامله به مدت ۱۲ دقیقه"
+    )
+    assert alert.values == {"percent(last_price, previous_close)": pytest.approx(3.2), "quiet": 720.0}
+
+
+def test_many_rules_that_name_instruments_are_found_by_name(tmp_path: Path) -> None:
+    """Market, except and patterns limit them."""
+    market = Market(
+        tmp_path, "when: volume > 0, match: {market: farabourse}", "when: volume > 0, except: {symbols: [نماد]}",
+        'when: volume > 0, match: {patterns: ["نم*"]}', "when: volume > 0, match: {rights: true}",
+    )  # fmt: skip
+    other = event(instrument="IRO3TEST0001", symbol="دیگر")
+    assert market.poll(0, event(), other) == ["FIRING r0", "FIRING r1", "FIRING r2"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("last_price >", "not_an_expression"), ("", "empty"), ("last_price", "kind"), ("tmax > 3", "not_sent"),
+        ("lastprice > 3", "unknown_name"), ("percnt(last_price, 5m) > 3", "unknown_function"), ("quiet() > 5m", "no_brackets"),
+        ("change(volume) > 3", "arguments"), ("quiet >= 10", "compared"), ("share(plp > 0) > 1", "market_only"),
+        ("().__class__ > 3", "not_part"), ("last_price ** 2 > 3", "not_part"), ("'a' > 3", "not_part"), ("(" * 150, "not_an_expression"),
+        ("-" * 1500 + "1 > 0", "too_deep"), ("1e999 > 0", "too_large"), ("x" * 3000, "too_long"), ("ago(volume, 0s) > 1", "window"),
+        ("stepped(plp, 0)", "step"), ("9" * 5000 + " > 1", "too_long"), ("9" * 400 + " > last_price", "too_large"), ("True", "not_part"),
+        ("(last_price := 3) > 2", "not_part"), ("lambda: 3", "not_part"), ("last_price > 3 if volume else 2", "not_part"),
+    ],
+)  # fmt: skip
+def test_what_is_not_an_expression(expression: str, text: str) -> None:
+    """Is a mistake with its place, and nothing is evaluated."""
+    with pytest.raises(Mistake) as caught:
+        compile_rule(expression)
+    assert caught.value.text == text
+    assert 0 <= caught.value.at <= len(expression)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def wrong(folder: Path, text: str, **files: str) -> str:
+    """Return the mistakes of a file of rules."""
+    for name, content in files.items():
+        (folder / name.replace("_", ".")).write_text(content, "utf-8")
+    path = folder / "rules.yaml"
+    path.write_text(text, "utf-8")
+    _, _, error = load(path)
+    assert error, "no mistake was found"
+    return error.replace(str(folder) + "/", "")
+
+
+def test_every_mistake_at_once_with_a_line_to_paste(tmp_path: Path) -> None:
+    """File, line, column, caret, and the corrected line; numbers are read as they are written."""
+    found = wrong(
+        tmp_path,
+        """version: 1
+rules:
+  - name: one
+    when: percnt(last_price, 5m) >= 3
+    cooldwn: 5m
+  - name: two
+    when: plp > 0550
+    for: 1:30
+    active: 9:30-12:15
+  - {name: three, when: percent(last_price, 5m) >= 3, severity: high}
+  - name: four
+    when: plp >= 3
+    until: plp < 4
+  - name: five
+    when: crossed_up(last_price, 5)
+    for: 5m
+    message: "{symbl} {last_price"
+  - name: four
+    when: last_price <= stop
+    match: {table: levels.csv}
+""",
+        levels_csv="نماد;stop;5x\nالف;12x;3\nالف;5;6\n",
+    )
+    for expected in (
+        "rules.yaml:4:11: one: when: no function is called 'percnt'; did you mean 'percent'?\n    when: percnt(last_price, 5m) >= 3\n          ^^^^^^\n    write: when: percent(last_price, 5m) >= 3",
+        "rules.yaml:5:5: rule one has no key 'cooldwn'; did you mean 'cooldown'?",
+        "write: when: plp > 550",
+        "write: for: 1m30s",
+        "write: active: 09:30-12:15",
+        '    write: - {name: three, when: "percent(last_price, 5m) >= 3", severity: high}',
+        "rules.yaml:13:12: four: until: `until` is true while `when` holds",
+        "rules.yaml:16:10: five: for: `when` can hold for one poll only",
+        "a brace without its partner",
+        "rules.yaml:18:11: two rules are called 'four'",
+        "levels.csv:1:11: '5x' cannot be the name of a column",
+        "levels.csv:2:5: '12x' is not a number\n    الف;12x;3\n        ^^^\n    write: الف;12;3",
+        "levels.csv:3:1: 'الف' is in the table twice",
+    ):
+        assert expected in found, (expected, found)
+    assert len(re.findall(r"^\S+:\d+:\d+: ", found, re.MULTILINE)) == len(
+        re.findall(r"^    write: ", found, re.MULTILINE)
+    )
+
+
+def test_a_corrected_line_is_correct(tmp_path: Path) -> None:
+    """Pasting what is proposed leaves no mistake."""
+    text = 'version: 1\nrules:\n  - name: a\n    when: abs(percnt(last_price, 5 minutes)) >= 3\n    for: "10"\n    once: yes\n'
+    for _ in range(4):
+        path = tmp_path / "rules.yaml"
+        path.write_text(text, "utf-8")
+        _, _, error = load(path)
+        if error is None:
+            return
+        lines = text.splitlines()
+        for line, fix in re.findall(r"rules.yaml:(\d+):\d+: .*\n.*\n.*\n    write: (.*)", error):
+            lines[int(line) - 1] = "    " + fix
+        text = "\n".join(lines) + "\n"
+    pytest.fail(str(error))
+
+
+def test_mistakes_in_persian(tmp_path: Path) -> None:
+    """With --language fa."""
+    (tmp_path / "rules.yaml").write_text("version: 1\nrules:\n  - {name: a, whem: plp > 3}\n", "utf-8")
+    done = invoke("alerts", "check", "--language", "fa", str(tmp_path / "rules.yaml"))
+    assert isinstance(done.exception, ConfigurationError)
+    assert "منظور 'when' بود؟" in str(done.exception)
+    assert "بنویسید: " in str(done.exception)
+
+
+def test_yaml_anchors_and_merge_keys(tmp_path: Path) -> None:
+    """A key of its own replaces the merged one; the same key twice is a mistake."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        "version: 1\nrules:\n  - &base {name: a, when: plp > 3, cooldown: 5m}\n  - {<<: *base, name: b, cooldown: 1m}\n",
+        "utf-8",
+    )
+    rules, _, error = load(path)
+    assert error is None
+    assert rules
+    assert [(rule.name, rule.cooldown) for rule in rules] == [("a", 300_000), ("b", 60_000)]
+    assert "the key 'name' is given twice" in wrong(
+        tmp_path, "version: 1\nrules:\n  - {name: a, name: b, when: plp > 3}\n"
+    )
+
+
+def test_named_expressions(tmp_path: Path) -> None:
+    """They may use each other, of the file and of the rule; a circle is a mistake."""
+    market = Market(
+        tmp_path, 'let: {w: 5m, move: "percent(last_price, w)", big: move >= limit, limit: 3}, when: big and plp > 0'
+    )
+    assert market.rules[0].when.text == "percent(last_price, 5m) >= 3 and percent(last_price, previous_close) > 0"
+    assert "'a' depends on itself" in wrong(
+        tmp_path, "version: 1\nrules:\n  - {name: x, when: a > 1, let: {a: b, b: a}}\n"
+    )
+
+
+def test_rules_that_differ_by_numbers_are_judged_together(tmp_path: Path) -> None:
+    """One shape, whatever the numbers, a table's too."""
+    market = Market(
+        tmp_path, "when: last_price <= 900", "when: last_price <= 950.5", "when: last_price <= stop, match: {table: t.csv}",
+        "when: last_price >= 900", t_csv="symbol,stop\nنماد,990\n",
+    )  # fmt: skip
+    assert len({rule.when.node.key for rule in market.rules}) == 2
+    assert market.poll(0, event(945)) == ["FIRING r1", "FIRING r2", "FIRING r3"]
+
+
+def test_a_bad_file_keeps_its_rules_while_others_load(tmp_path: Path) -> None:
+    """Of a folder; tables count as well; a deleted file takes its rules along."""
+    (tmp_path / "a.yaml").write_text("version: 1\nrules: [{name: x, when: plp > 3, match: {table: t.csv}}]\n", "utf-8")
+    (tmp_path / "b.yaml").write_text("version: 1\nrules: [{name: x, when: plp > 4}]\n", "utf-8")
+    (tmp_path / "t.csv").write_text("symbol,stop\nالف,1\n", "utf-8")
+    files = RuleFiles([tmp_path])
+    assert [rule.name for rule in files.rules] == ["a/x", "b/x"]
+    assert not files.refresh()
+    (tmp_path / "t.csv").write_text("symbol,stop\nالف,one\n", "utf-8")
+    (tmp_path / "b.yaml").write_text("version: 1\nrules: [{name: y, when: plp > 4}]\n", "utf-8")
+    assert files.refresh()
+    assert [rule.name for rule in files.rules] == ["a/x", "b/y"]
+    assert files.trouble
+    assert "t.csv:2:5: 'one' is not a number" in files.trouble
+    (tmp_path / "t.csv").write_text("symbol,stop\nالف,10\n", "utf-8")
+    assert files.refresh()
+    assert files.trouble is None
+    (tmp_path / "b.yaml").unlink()
+    assert files.refresh()
+    assert [rule.name for rule in files.rules] == ["x"]
+
+
+def test_random_files_are_mistakes_and_never_tracebacks(tmp_path: Path) -> None:
+    """Mutated rules, tables and expressions; each within seconds."""
+    chance = random.Random(5)  # repeatable on purpose
+    seeds = [(ROOT / "examples" / "rules.yaml").read_text("utf-8"), "version: 1\nrules: [{name: a, when: plp > 1}]\n"]
+    pieces = ["{", "}", "[", "]", ": ", "\n", "&a ", "*a", "<<: ", "- ", "!!int ", "'", '"', "\\", "|", "> ", "plp", "((", "5m", "۱۲", "\u200f",
+              "\ufeff", "\x00", "\x85", "\t", "#", "1:30", "0x", "1e999", "~", "when", "*" * 30, "?", "%", "@", "`"]  # fmt: skip
+    (tmp_path / "levels.csv").write_text("symbol;stop;target\nالف;1;2\n", "utf-8")
+    path = tmp_path / "rules.yaml"
+    seconds = float(os.environ.get("FUZZ_SECONDS", "4"))
+    end = datetime.now(UTC) + timedelta(seconds=seconds)
+    while datetime.now(UTC) < end:
+        text = chance.choice(seeds)
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(text) + 1)
+            text = text[:at] + chance.choice(pieces) + text[at + chance.randint(0, 9) :]
+        path.write_text(text, "utf-8", errors="surrogatepass")
+        began = datetime.now(UTC)
+        rules, _, error = load(path)
+        assert (rules is None) == (error is not None)
+        assert datetime.now(UTC) - began < timedelta(seconds=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [x]\nb: &b [*a,*a]\n" + "".join(f"c{n}: &c{n} [*b,*b]\n" for n in range(9)), "[" * 5000, "{" * 5000, "a: &a {<<: *a}\n",
+     "&a {" + ", ".join(f"<<: *a, k{n}: 1" for n in range(99)) + "}", "- " * 5000, "version: 1\nrules:\n  - " + "{a: " * 900],
+)  # fmt: skip
+def test_files_that_mean_harm(tmp_path: Path, text: str) -> None:
+    """Aliases, merges and depth: a mistake within a moment."""
+    assert wrong(tmp_path, text)
+
+
+def test_names_that_nothing_has_are_named_with_the_nearest(tmp_path: Path) -> None:
+    """By symbol and by code."""
+    market = Market(tmp_path, "when: plp > 1, match: {symbols: [فولاذ], instruments: [IRO1TEST0009]}")
+    known = {"IRO1FOLD0001": "فولاد", "IRO1TEST0001": "نماد"}
+    assert list(strangers(market.rules, known)) == [
+        "rule r0: no instrument is called 'IRO1TEST0009'; did you mean 'IRO1TEST0001'?",
+        "rule r0: no instrument is called 'فولاذ'; did you mean 'فولاد'?",
+    ]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def invoke(*args: str) -> Result:
+    """Run a command."""
+    return CliRunner().invoke(bourse, args)
+
+
+def test_the_examples_are_quiet_enough(tmp_path: Path) -> None:
+    """Twelve rules with Persian titles: at most 150 alerts on a real day, at most 10 in a minute after ten past nine."""
+    rules = RuleFiles([ROOT / "examples" / "rules.yaml"]).rules
+    assert len(rules) == 12
+    assert all(re.search("[آ-ی]", rule.title or "") for rule in rules)
+    from bourse_consumers.alerts.trial import read, real_day
+
+    for path in (real_day(), ROOT.parent / "shared" / "data" / "day-2019-08-24.ndjson.gz"):
+        if not path.is_file():
+            continue
+        trial = Trial(rules)
+        trial.run(polls_of(read([path])))
+        fired = [alert for alert in trial.alerts if alert.state == "FIRING"]
+        assert 20 < len(fired) <= 150
+        minutes: dict[datetime, int] = {}
+        for alert in fired:
+            minute = alert.raised_at.replace(second=0, microsecond=0)
+            minutes[minute] = minutes.get(minute, 0) + 1
+        assert max(count for minute, count in minutes.items() if f"{minute.time()}" > "04:40") <= 10
+
+
+def test_trying_rules_on_the_real_day(tmp_path: Path) -> None:
+    """Without a cluster: the summary first says what never fired and how near it came; JSON, CSV, a page."""
+    (tmp_path / "rules.yaml").write_text(
+        "version: 1\nrules:\n  - {name: never, when: plp >= 50}\n"
+        "  - {name: some, title: حرکت, when: plp >= 4.9 and volume > 1e7, notify: [desk]}\n", "utf-8",
+    )  # fmt: skip
+    path = str(tmp_path / "rules.yaml")
+    lines = invoke("alerts", "test", path).output.splitlines()
+    assert lines[0].startswith("98 polls, 19,346 events")
+    assert lines[2].startswith("never fired: never (percent(last_price, previous_close) reached ")
+    assert any(line.endswith("  some") for line in lines)
+    assert any(line.startswith("messages to desk: ") for line in lines)
+    done = invoke("alerts", "test", path, "--json", "--html", str(tmp_path / "page.html"))
+    alerts = [json.loads(line) for line in done.output.splitlines()]
+    assert {alert["rule"] for alert in alerts} == {"some"}
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<svg") == 6
+    assert "<bdi>حرکت</bdi>" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert len(invoke("alerts", "test", path, "--csv").output.splitlines()) == len(alerts) + 1
+
+
+def test_trying_an_expression(tmp_path: Path) -> None:
+    """Who it held for on the real day; a mistake is shown with a caret."""
+    done = invoke("alerts", "try", "plp >= 4.9 and quiet >= 30m")
+    assert re.search(r"held for \d+ instruments, \d+ episodes", done.output)
+    assert str(invoke("alerts", "try", "plp >= ").exception).startswith("this is not an expression")
+    assert "^^^" in str(invoke("alerts", "try", "foo > 3").exception)
+
+
+# --- the consumer -----------------------------------------------------------------------------------------------------
+
+
+class Topics:
+    """What the topics hold for a market consumer that becomes active."""
+
+    def __init__(self, alerts: Sequence[PriceAlert] = (), candles: Sequence[Candle] = ()) -> None:
+        self._held = {ALERTS.name: alerts, CANDLES.name: candles}
+
+    def day(self) -> Day:
+        return Day(date(2019, 8, 24), lambda topic: self._held[topic.name])
+
+
+def test_the_consumer_continues_after_a_restart_and_reads_changed_rules(tmp_path: Path) -> None:
+    """Open episodes come from the topic, a changed file opens it again, a wrong one is trouble."""
+    path = tmp_path / "rules.yaml"
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= 3}]\n", "utf-8")
+    files = RuleFiles([path])
+    consumer = Alerts(files)
+    consumer.open(Topics().day())
+    polls = [
+        WholePoll(marker(1, 0, opened=1), load_events=lambda: [event(1030)]),
+        WholePoll(marker(2, 1, traded=1), load_events=lambda: [event(1000, 2)]),
+    ]
+    (fired,) = consumer.process_poll(polls[0])
+    again = Alerts(files)
+    again.open(Topics([fired.event]).day())  # type: ignore[list-item]
+    assert again.process_poll(WholePoll(polls[0].marker, replay=True, load_events=lambda: [event(1030)])) == []
+    (resolved,) = again.process_poll(polls[1])
+    assert resolved.event.alert_id == fired.event.alert_id  # type: ignore[attr-defined]
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= }]\n", "utf-8")
+    assert again.idle(NINE) == []
+    assert "rules.yaml:2:" in (again.trouble() or "")
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= 4}]\n", "utf-8")
+    with pytest.raises(Reopen):
+        again.idle(NINE)
+    assert again.trouble() is None
