@@ -45,7 +45,7 @@ SERVICES = {
     "postgres": Service((TRADES,), (DEAD_LETTERS,), "archive-postgres"),
     "notify": Service((ALERTS,), (DEAD_LETTERS,), "notify", ("-",)),  # a group per channel
     "tail": Service(TOPICS),
-    "doctor": Service((POLLS,), others=("DESCRIBE", "DESCRIBE_CONFIGS"), on=TOPICS),
+    "doctor": Service(TOPICS, others=("DESCRIBE_CONFIGS",), on=TOPICS),
     "subscriber": Service((TRADES,), group="subscriber"),
 }
 OWN_TOPICS = ("archive", "postgres", "tail", "subscriber")

@@ -29,6 +29,7 @@ REMOVED = {
     "dead-letters.redrive": "use `bourse dead-letters show OFFSET --raw` and kcat",
     "demo.kill_every": "`make chaos` kills services",
     "demo.seed": "the practice market is the same every time",
+    "doctor.call": "`bourse produce --dry-run` makes a billed call and shows what it would publish",
     "produce.backfill_calls": "use `bourse minutes`",
     "produce.capture_required": "a capture that fails is counted and logged, publication goes on",
     "produce.token_file": "a restart asks for a new token, which is not billed",
@@ -156,7 +157,7 @@ def _check_keys(ctx: click.Context, table: Mapping[str, Any], known: Iterable[st
 def removed(place: str) -> str:
     """Return what replaces an option of an earlier version, or nothing; `place` is its place in the file."""
     table, _, key = place.replace("doctor", "produce").rpartition(".")  # doctor takes the options of produce
-    advice = REMOVED.get(f"{table}.{key}") or REMOVED.get(f"{table}.{_name(key)}")
+    advice = next((REMOVED[each] for each in (place, f"{table}.{key}", f"{table}.{_name(key)}") if each in REMOVED), "")
     return f"{place} was removed: {advice}" if advice else ""
 
 

@@ -7,13 +7,14 @@ given as `now` (seconds): the market's own clock may be a simulated one, or one 
 from __future__ import annotations
 
 import heapq
+import math
 import queue
 import sys
 import textwrap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from datetime import date, datetime
 from itertools import islice
@@ -23,7 +24,7 @@ from unicodedata import bidirectional
 import click
 
 from bourse_cli.options import cluster_options, stop_on_signals
-from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, Undecodable
 from bourse_schemas.events import (
     TEHRAN,
     AlertState,
@@ -39,14 +40,14 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
 
 if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Message
     from rich.text import Text
 
-__all__ = ["Group", "View", "lag", "render", "summary", "watch"]
+    from bourse_schemas.reading import TopicRecord
+
+__all__ = ["Group", "View", "render", "summary", "watch"]
 
 FRAME_SECONDS = 0.25
 PROBE_SECONDS = 3.0
-START_SECONDS = 5.0
 CATCH_UP_SECONDS = 10.0
 SUMMARY_SECONDS = 10.0
 LATE_SECONDS = 120.0
@@ -77,16 +78,6 @@ class Group(NamedTuple):
     name: str
     alive: bool
     lag: int
-
-
-def lag(committed: Mapping[Partition, int], ends: Mapping[Partition, int]) -> int | None:
-    """Return how far a group is behind, None if it has no offsets on our topics.
-
-    `ends` is per partition the offset after the last record that a read_committed reader was given. The broker's own
-    end lies behind that: transaction markers take offsets, and no consumer is ever given one.
-    """
-    behind = [max(0, ends[partition] - offset) for partition, offset in committed.items() if partition in ends]
-    return sum(behind) if behind else None
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -526,15 +517,12 @@ class _Feed:
 
         self._cluster = cluster
         self._topics = {topic.full_name(cluster.prefix): topic for topic in TOPICS}
-        self._partitions = cluster.require_topics(list(self._topics))
-        self._admin = cluster.admin()
+        cluster.require_topics(list(self._topics))
         self._registry = cluster.registry()
         with suppress(Undecodable, SchemaRegistryError):
             self._registry.schema(0)  # there is none with this id, but the registry answers, or it does not
         self._decode = {name: self._registry.deserializer(topic.event) for name, topic in self._topics.items()}
-        self._starts = self._find_starts()
-        self._ends = dict(self._starts)
-        self._stop, self._caught_up = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self.changes: queue.Queue[Change | BaseException] = queue.Queue(maxsize=100)
         jobs = (self._read, self._probe)
         self._threads = [threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs]
@@ -546,7 +534,6 @@ class _Feed:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._caught_up.set()
         for thread in self._threads:
             thread.join(1.0)  # one that waits for a lost broker is left to the end of the process
 
@@ -562,63 +549,37 @@ class _Feed:
                 self.changes.put(change, timeout=0.2)
                 return
 
-    def _find_starts(self) -> dict[Partition, int]:
-        from confluent_kafka import KafkaException, TopicPartition
-        from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # missing in its __all__
-
-        asked = [TopicPartition(name, n) for name, count in self._partitions.items() for n in range(count)]
-        latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        answers = self._admin.list_offsets(dict.fromkeys(asked, latest), request_timeout=START_SECONDS)
-        try:
-            ends = {(p.topic, p.partition): answer.result().offset for p, answer in answers.items()}
-        except KafkaException as error:
-            raise Unreachable(f"Kafka does not say where its topics end: {error.args[0].str()}") from error
-        backlog = {name: BACKLOG.get(topic.name) for name, topic in self._topics.items()}
-        return {p: 0 if (n := backlog[p[0]]) is None else max(0, end - n) for p, end in ends.items()}
-
     def _read(self) -> None:
-        from confluent_kafka import KafkaError, TopicPartition
+        from bourse_schemas.reading import follow
 
-        # What is deleted or compacted away between the start wanted and the first record is passed over.
-        consumer: Consumer = self._cluster.consumer(enable_partition_eof=True, auto_offset_reset="earliest")
-        candles, behind = CANDLES.full_name(self._cluster.prefix), set(self._starts)
-        try:
-            consumer.assign([TopicPartition(*partition, start) for partition, start in self._starts.items()])
-            while not self._stop.is_set():
-                events, undecodable, trouble, caught_up = [], 0, None, False
-                messages = consumer.consume(1000, 0.2)
-                for message in messages:
-                    name, number, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
-                    error = message.error()
-                    if error is None:
-                        self._ends[name, number] = offset + 1
-                        if name == candles and message.value() is None:
-                            events.append(Gone(_text(message.key())))
-                        # A live candle says nothing that its event has not said.
-                        elif behind or name != candles:
-                            event = self._event(message)
-                            events.append(event)
-                            undecodable += event is None
-                    elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  # its public name
-                        trouble = error.str()
-                    elif behind:
-                        behind.discard((name, number))
-                        caught_up = not behind
-                if caught_up:
-                    self._caught_up.set()
-                if messages:
-                    self._put(_batch(events, undecodable, trouble, caught_up))
-        finally:
-            consumer.close()
+        candles = CANDLES.full_name(self._cluster.prefix)
+        topics = {name: BACKLOG.get(topic.name) for name, topic in self._topics.items()}
+        behind = True
+        # A partition whose broker is unreachable must not hold up the others.
+        for batch in follow(self._cluster, topics, timeout=math.inf):
+            events, undecodable = [], 0
+            for record in batch.records:
+                if record.place[0] == candles and record.value is None:
+                    events.append(Gone((record.key or b"").decode(errors="replace")))
+                # A live candle repeats what its event contains.
+                elif behind or record.place[0] != candles:
+                    event = self._event(record)
+                    events.append(event)
+                    undecodable += event is None
+            caught_up = behind and not batch.behind
+            behind = behind and not caught_up
+            if self._stop.is_set():
+                return
+            self._put(_batch(events, undecodable, batch.trouble, caught_up))
 
-    def _event(self, message: Message) -> Any:
+    def _event(self, record: TopicRecord) -> Any:
         """Return the record's event, None if it is undecodable; wait while the registry does not say its schema."""
         from confluent_kafka.schema_registry.error import SchemaRegistryError
 
         failed = False
         while not self._stop.is_set():
             try:
-                event = self._decode[message.topic() or ""](message.value())
+                event = self._decode[record.place[0]](record.value)
             except Undecodable:
                 event = None
             except (ConfigurationError, SchemaRegistryError) as error:
@@ -632,52 +593,23 @@ class _Feed:
         return None
 
     def _probe(self) -> None:
-        """Ask for the groups' offsets every few seconds; the answer shows too that the broker is there."""
-        from confluent_kafka import KafkaError, KafkaException
+        """Ask for the groups' lag every few seconds; the answer also shows that the brokers are reachable."""
+        from bourse_schemas.reading import group_lag
 
-        self._caught_up.wait(CATCH_UP_SECONDS)  # before, there are no ends to measure a lag against
+        prefix = f"{self._cluster.prefix}-"
         while not self._stop.is_set():
             trouble, groups = None, None
             try:
-                groups = self._groups()
-            except KafkaException as error:
-                if error.args[0].code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
-                    return  # librdkafka's mock cluster cannot list groups
-                # Negative codes are the client's own: nobody answered. The others are a broker's refusal.
-                lost = error.args[0].code() < 0
-                trouble = f"no answer from {self._cluster.bootstrap_servers}, trying on" if lost else "lag unknown"
-                trouble = f"{trouble} ({error.args[0].str()})"
-            except TimeoutError:
-                trouble = "lag unknown (the groups' coordinator does not answer)"
+                found = group_lag(self._cluster, timeout=PROBE_SECONDS)
+                groups = [
+                    Group(each.group.removeprefix(prefix), each.members > 0, each.lag)
+                    for each in found
+                    if each.lag is not None
+                ]
+            except ConfigurationError as error:
+                trouble = f"lag unknown, trying again ({error})"
             self._put(_groups(groups, trouble))
             self._stop.wait(PROBE_SECONDS)
-
-    def _groups(self) -> list[Group]:
-        from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
-
-        prefix = f"{self._cluster.prefix}-"
-        ends = dict(self._ends)  # as they are before the groups are asked: who keeps up has no lag
-        listed = self._admin.list_consumer_groups(request_timeout=PROBE_SECONDS).result()
-        if listed.errors and not listed.valid:
-            raise KafkaException(listed.errors[0])
-        alive = {group.group_id: group.state.name not in {"EMPTY", "DEAD"} for group in listed.valid}
-        asked = {
-            name: self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)])[name]
-            for name in sorted(alive)
-            if name.startswith(prefix)
-        }
-        groups = []
-        for name, answer in asked.items():
-            # Without a coordinator the client waits on, whatever time-out its request has.
-            partitions = answer.result(PROBE_SECONDS).topic_partitions
-            behind = lag({(p.topic, p.partition): p.offset for p in partitions if p.offset >= 0}, ends)
-            if behind is not None:
-                groups.append(Group(name.removeprefix(prefix), alive[name], behind))
-        return groups
-
-
-def _text(key: str | bytes | None) -> str:
-    return key.decode(errors="replace") if isinstance(key, bytes) else key or ""
 
 
 def _trouble(what: str, text: str | None) -> Change:

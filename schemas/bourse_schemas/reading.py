@@ -140,7 +140,7 @@ def follow(cluster: Cluster, topics: Mapping[str, int | None], *, timeout: float
     `topics` gives per topic how many offsets before its end to begin, None for its beginning. Until each partition has
     reached its first known end the deadline holds; from then on silence is normal.
     """
-    ends = offsets(cluster, dict.fromkeys(_partitions(cluster, topics), LAST), timeout=timeout)
+    ends = offsets(cluster, dict.fromkeys(_partitions(cluster, topics), LAST), timeout=min(timeout, TIMEOUT))
     with _Reader(cluster, _starts(ends, topics), ends, timeout) as reader:
         # Partitions without records are waited for too: only an answer shows that their broker is reachable.
         reader.behind = dict(ends)

@@ -18,12 +18,12 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from bourse_consumers.watch import Group, View, lag, render, summary
+from bourse_consumers.watch import Group, View, render, summary
 from bourse_sandbox.kafka import Kafka
 from bourse_schemas.codec import Serializer, schema_text
 from bourse_schemas.events import (
@@ -43,6 +43,7 @@ from bourse_schemas.events import (
     TradeEvent,
 )
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import read
 from bourse_schemas.topics import CANDLES, POLLS, TOPICS, TRADES
 
 Publish = Callable[..., None]
@@ -197,14 +198,6 @@ def test_an_older_change_does_not_replace_a_newer_candle() -> None:
     view.add(event(sequence=9, last_price=900), 0.0)
     view.add(event(sequence=8), 0.0)
     assert view.candles["IRO1MADN0001"].last_price == 900
-
-
-def test_a_group_that_has_read_the_last_record_has_no_lag() -> None:
-    """Behind the last record lie transaction markers, which no consumer is given; some positions lie behind them."""
-    ends = {("bourse.trades", 0): 100, ("bourse.trades", 1): 50}
-    assert lag({("bourse.trades", 0): 100, ("bourse.trades", 1): 51}, ends) == 0
-    assert lag({("bourse.trades", 0): 90, ("bourse.trades", 1): 51}, ends) == 10
-    assert lag({("other", 0): 3}, ends) is None
 
 
 def test_rate_leaves_the_backlog_out() -> None:
@@ -416,20 +409,9 @@ def lines(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], Iterator[
 def _read_all(cluster: Cluster, group: str) -> None:
     """Read every trade as a group would, and commit the position after the last one."""
     topic = TRADES.full_name(cluster.prefix)
-    partitions = [TopicPartition(topic, number, 0) for number in range(TRADES.partitions)]
-    with closing(cluster.consumer(group, enable_partition_eof=True)) as consumer:
-        consumer.assign(partitions)
-        ends: dict[int | None, int] = {}
-        at_end = 0
-        while at_end < len(partitions):
-            for message in consumer.consume(100, 1.0):
-                error = message.error()
-                if error is None:
-                    ends[message.partition()] = (message.offset() or 0) + 1
-                else:
-                    assert error.code() == KafkaError._PARTITION_EOF
-                    at_end += 1
-        consumer.commit(offsets=[TopicPartition(topic, n or 0, end) for n, end in ends.items()], asynchronous=False)
+    ends = {record.place: record.offset + 1 for record in read(cluster, topic)}
+    with closing(cluster.consumer(group)) as consumer:
+        consumer.commit(offsets=[TopicPartition(*place, end) for place, end in ends.items()], asynchronous=False)
 
 
 @pytest.mark.kafka

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from operator import itemgetter
-from typing import Any, cast
+from collections.abc import Iterator
+from itertools import chain
 
 import pyarrow as pa
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from bourse_consumers.api import Partition, Places
 from bourse_consumers.archive.care import Topics
@@ -15,13 +13,13 @@ from bourse_consumers.archive.files import Range
 from bourse_consumers.archive.store import Store
 from bourse_consumers.columns import Columns
 from bourse_consumers.rows import to_table
-from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, Undecodable
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import FIRST, TopicRecord, offsets, read
 from bourse_schemas.topics import TOPICS, Topic
 
 __all__ = ["read_topic", "topics_of"]
 
-SECONDS = 30.0
 CHUNK = 5_000
 Found = list[tuple[int, int, bytes | None]]
 
@@ -41,7 +39,6 @@ def topics_of(cluster: Cluster, store: Store) -> Topics | None:
 def read_topic(cluster: Cluster, declared: Topic, name: str) -> Topics:
     """Return what a topic of this name still has."""
     partitions = cluster.require_topics([name])[name]
-    client = cluster.consumer(enable_partition_eof=True, auto_offset_reset="error")
     decode = cluster.registry().deserializer(declared.event)
     columns = Columns(decode)
 
@@ -59,41 +56,32 @@ def read_topic(cluster: Cluster, declared: Topic, name: str) -> Topics:
                 continue
         return to_table(events, _places(good, partition)) if good else None
 
-    # Ranges mostly join: what was fetched beyond the last one is kept, and the client stays where it is.
-    ahead = Found()
-    place: tuple[Partition, int] | None = None
-    ended = False
+    # Ranges mostly join: the reader stays where it is, with the record that follows the last range.
+    position: tuple[Partition, int] | None = None
+    records: Iterator[TopicRecord] = iter(())
 
     def rows(span: Range) -> pa.Table | None:
-        nonlocal ahead, place, ended
-        if place != (span.partition, span.start):
-            client.assign([TopicPartition(*span.partition, span.start)])
-            ahead, ended = Found(), False
-        tables, found = [], ahead
-        while not ended and (not found or found[-1][0] < span.next):
-            for message in client.consume(CHUNK, 0.05):
-                error, value = message.error(), cast("Any", message.value())
-                if error is None:
-                    found.append((int(message.offset() or 0), message.timestamp()[1], value))
-                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # its public name
-                    ended = True
-                else:
-                    raise Unreachable(f"{name} cannot be read: {error.str()}")
-            if found and found[-1][0] < span.next and (part := table(found, span.partition)) is not None:
-                tables.append(part)
+        nonlocal position, records
+        if position != (span.partition, span.start):
+            # What the topic deletes meanwhile is not passed over.
+            records = read(cluster, name, start={(name, span.partition.number): span.start}, reset="error")
+        position, tables, found = None, [], Found()
+        for record in records:
+            if record.offset >= span.next:
+                position, records = (span.partition, span.next), chain([record], records)
+                break
+            found.append((record.offset, record.timestamp, record.value))
+            if len(found) == CHUNK:
+                tables.append(table(found, span.partition))
                 found = Found()
-        within = bisect_left(found, span.next, key=itemgetter(0))
-        place, ahead = (span.partition, span.next), found[within:]
-        if within and (part := table(found[:within], span.partition)) is not None:
-            tables.append(part)
-        return pa.concat_tables(tables) if tables else None
+        if found:
+            tables.append(table(found, span.partition))
+        filled = [part for part in tables if part is not None]
+        return pa.concat_tables(filled) if filled else None
 
-    try:
-        places = [Partition(name, number) for number in range(partitions)]
-        first = {each: client.get_watermark_offsets(TopicPartition(*each), SECONDS)[0] for each in places}
-    except KafkaException as error:
-        raise Unreachable(f"{name} cannot be read: {error.args[0].str()}") from error
-    return Topics(first, rows)
+    places = [(name, number) for number in range(partitions)]
+    first = offsets(cluster, dict.fromkeys(places, FIRST))
+    return Topics({Partition(*place): at for place, at in first.items()}, rows)
 
 
 def _places(found: Found, partition: Partition) -> Places:
