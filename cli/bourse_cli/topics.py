@@ -196,7 +196,6 @@ def _check_overrides(overrides: Any) -> None:
 
 def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     """Do what is planned; return when all of it is done. Raises ConfigurationError if the cluster refuses."""
-    from confluent_kafka import KafkaException
     from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its __all__
         AlterConfigOpType,
         ConfigEntry,
@@ -221,12 +220,7 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
             resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
             answers.append((name, "ALTER_CONFIGS", admin.incremental_alter_configs([resource], **limit)[resource]))
     for name, right, answer in answers:
-        try:
-            answer.result()
-        except KafkaException as error:
-            raise cluster.refusal(error.args[0], right, topic=name) or ConfigurationError(
-                f"{name}: the cluster refuses: {error.args[0].str()}"
-            ) from error
+        cluster.answer(answer, f"{name}: the cluster refuses", 2 * TIMEOUT_SECONDS, right, topic=name)
     # The controller has done it, the brokers hear of it a moment later: the next command must find its topics.
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
     from bourse_schemas.registry import Registry
 
-__all__ = ["Cluster", "TopicState", "abandon", "kafka_logger", "producer_id"]
+__all__ = ["PERMANENT", "Cluster", "TopicState", "abandon", "kafka_logger", "producer_id"]
 
 # If a transaction cannot be aborted, its successor aborts it: an operator need not read of it.
 warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 
 C = TypeVar("C")
+R = TypeVar("R")
 
 STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
@@ -41,6 +43,8 @@ PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,200}")
 BATCH_BYTES, RECORD_BYTES = 1_000_000, 128 * 1024
 # The protocol's error codes for a missing right, the kind of resource, and the right that we need on it.
 REFUSALS = {29: ("topic", ""), 30: ("group", "READ"), 31: ("cluster", ""), 53: ("transactional id", "WRITE")}
+# UNKNOWN_TOPIC_OR_PART, _UNKNOWN_TOPIC, _UNKNOWN_PARTITION, _FATAL: trying again does not help.
+PERMANENT = {3, -188, -190, -150}
 
 
 class TopicState(NamedTuple):
@@ -113,7 +117,7 @@ class Cluster:
             "partitioner": "murmur2_random",
         }
         settings = {**tuned, **self._statistics(), **self.client(pinned), **callbacks}
-        return self._make(Producer, settings, logger=kafka_logger())
+        return self._make(Producer, settings, kafka_logger())
 
     def consumer(self, group: str | None = None, **pinned: Any) -> Consumer:
         """Return a read_committed consumer that never commits by itself.
@@ -143,13 +147,13 @@ class Cluster:
             "partition.assignment.strategy": "range",
             **{key if callable(value) else key.replace("_", "."): value for key, value in pinned.items()},
         }
-        return self._make(Consumer, {**tuned, **self._statistics(), **self.client(fixed)}, logger=kafka_logger())
+        return self._make(Consumer, {**tuned, **self._statistics(), **self.client(fixed)}, kafka_logger())
 
     def admin(self) -> AdminClient:
         """Return an administration client."""
         from confluent_kafka.admin import AdminClient
 
-        return self._make(AdminClient, self.client({}), logger=kafka_logger())
+        return self._make(AdminClient, self.client({}), kafka_logger())
 
     def registry(self) -> Registry:
         """Return the schema registry's client."""
@@ -196,17 +200,11 @@ class Cluster:
         from confluent_kafka import KafkaError, KafkaException, TopicCollection
 
         admin, metadata = self._connect(every_broker=every_broker)
-        names = list(names)
         if _is_mock(metadata):
-            return {
-                name: TopicState(len(found.partitions), 1, None)
-                for name in names
-                if (found := metadata.topics.get(name)) and not found.error
-            }
-        states = {}
-        answers = admin.describe_topics(
-            TopicCollection(names), include_authorized_operations=True, request_timeout=METADATA_SECONDS
-        )
+            known = {name: metadata.topics[name] for name in names if name in metadata.topics}
+            return {name: TopicState(len(it.partitions), 1, None) for name, it in known.items() if not it.error}
+        states, wanted, limit = {}, TopicCollection(list(names)), METADATA_SECONDS
+        answers = admin.describe_topics(wanted, include_authorized_operations=True, request_timeout=limit)
         for name, answer in answers.items():
             try:
                 topic = answer.result(ANSWER_SECONDS)
@@ -218,29 +216,25 @@ class Cluster:
                     raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
             else:
                 replicas = min(len(partition.replicas) for partition in topic.partitions)
-                rights = topic.authorized_operations
-                known = None if rights is None else frozenset(right.name for right in rights)
-                states[name] = TopicState(len(topic.partitions), replicas, known)
+                operations = topic.authorized_operations
+                rights = None if operations is None else frozenset(right.name for right in operations)
+                states[name] = TopicState(len(topic.partitions), replicas, rights)
         return states
 
     def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Return the settings of topics that exist; nothing if the brokers cannot tell them."""
-        from confluent_kafka import KafkaException
+        """Return the settings of topics that exist; nothing if the brokers cannot report them."""
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
         admin, metadata = self._connect()
         asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
         if not asked or _is_mock(metadata):
             return {}
-        settings = {}
+        found = {}
         for resource, answer in admin.describe_configs(asked, request_timeout=METADATA_SECONDS).items():
-            try:
-                settings[resource.name] = {key: entry.value for key, entry in answer.result(ANSWER_SECONDS).items()}
-            except KafkaException as error:
-                raise self.refusal(error.args[0], "DESCRIBE_CONFIGS", topic=resource.name) or ConfigurationError(
-                    f"cannot read the settings of {resource.name}: {error.args[0].str()}"
-                ) from error
-        return settings
+            name, what = resource.name, f"cannot read the settings of {resource.name}"
+            entries = self.answer(answer, what, right="DESCRIBE_CONFIGS", topic=name)
+            found[name] = {key: entry.value for key, entry in entries.items()}
+        return found
 
     def require_sizes(self, names: Iterable[str]) -> None:
         """Raise ConfigurationError if a topic refuses the largest batch that our producers send."""
@@ -270,6 +264,24 @@ class Cluster:
         name = names.get(kind.replace(" ", "_")) or f"({error.str()})"
         return self.not_allowed(f"{only or right} on {kind} {name}") if kind else None
 
+    def failure(self, error: KafkaError, what: str, right: str = "READ", **names: str) -> ConfigurationError:
+        """Return what to raise for an error: a missing right (see `refusal`), or that `what` failed."""
+        kind = ConfigurationError if error.code() in PERMANENT else Unreachable
+        return self.refusal(error, right, **names) or kind(f"{what}: {error.str()}")
+
+    def answer(
+        self, answer: Future[R], what: str, timeout: float = ANSWER_SECONDS, right: str = "READ", **names: str
+    ) -> R:
+        """Return an administration client's answer; its own time-out does not cover the wait for a coordinator."""
+        from confluent_kafka import KafkaException
+
+        try:
+            return answer.result(timeout)
+        except TimeoutError as error:
+            raise Unreachable(f"{what}: no answer from Kafka within {timeout:.0f} s") from error
+        except KafkaException as error:
+            raise self.failure(error.args[0], what, right, **names) from error
+
     def not_allowed(self, what: str) -> ConfigurationError:
         """Return the error for a missing right, such as `READ on topic bourse.trades`."""
         return ConfigurationError(
@@ -284,7 +296,7 @@ class Cluster:
 
         failures, logger = _Failures(), logging.Logger("librdkafka.admin")
         logger.addHandler(failures)
-        admin = self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger=logger)
+        admin = self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger)
         try:
             metadata = admin.list_topics(timeout=timeout)
         except KafkaException as error:
@@ -333,15 +345,14 @@ class Cluster:
         return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": self.on_statistics}
 
     @staticmethod
-    def _make(client: Callable[..., C], settings: dict[str, Any], **extra: Any) -> C:
+    def _make(client: Callable[..., C], settings: dict[str, Any], logger: logging.Logger) -> C:
         from confluent_kafka import KafkaException
 
         try:
-            return client(settings, **extra)
-        except KafkaException as error:
-            raise ConfigurationError(f"Kafka settings are refused: {error.args[0].str()}; see -X") from error
-        except (TypeError, ValueError, AttributeError) as error:  # names that mean a Python object to the client
-            raise ConfigurationError(f"Kafka settings are refused: {error}; see -X") from error
+            return client(settings, logger=logger)
+        except (KafkaException, TypeError, ValueError, AttributeError) as error:  # some names mean a Python object
+            reason = error.args[0].str() if isinstance(error, KafkaException) else error
+            raise ConfigurationError(f"Kafka settings are refused: {reason}; see -X") from error
 
 
 def producer_id(prefix: str) -> str:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -29,9 +27,9 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # not in its __all__
 
-from bourse_schemas.errors import ConfigurationError, Unreachable
+from bourse_schemas.errors import Unreachable
 from bourse_schemas.events import TEHRAN
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import PERMANENT, Cluster
 from bourse_schemas.topics import TOPICS
 
 __all__ = [
@@ -60,12 +58,6 @@ CHUNK = 1000
 LOOK_BACK = 100
 # The values of `OffsetSpec`.
 FIRST, LAST = -2, -1
-PERMANENT = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001  # the client's public names begin with an underscore
-    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-    KafkaError._FATAL,  # noqa: SLF001
-}
 
 
 class TopicRecord(NamedTuple):
@@ -212,7 +204,7 @@ class _Reader:
             for name in names:
                 found = self._consumer.list_topics(name, REFRESH_TIMEOUT).topics[name]
                 if found.error is not None:
-                    raise _failure(self._cluster, f"{name} cannot be read", found.error, topic=name)
+                    raise self._cluster.failure(found.error, f"{name} cannot be read", topic=name)
                 added = [(name, number) for number in found.partitions if (name, number) not in self._at]
                 if added:
                     self._at |= dict.fromkeys(added, 0)
@@ -234,7 +226,7 @@ class _Reader:
         elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
             pass  # a consumer that was assigned its partitions needs no group
         elif error.code() in PERMANENT or self._cluster.refusal(error):
-            raise _failure(self._cluster, f"{place[0]} cannot be read", error, topic=place[0])
+            raise self._cluster.failure(error, f"{place[0]} cannot be read", topic=place[0])
         else:
             self.trouble = error.str()
 
@@ -276,7 +268,7 @@ def offsets(
     found = {}
     for each, answer in answers.items():
         what = f"offsets of {each.topic}-{each.partition}"
-        found[each.topic, each.partition] = _answer(cluster, answer, what, timeout, topic=each.topic).offset
+        found[each.topic, each.partition] = cluster.answer(answer, what, timeout, topic=each.topic).offset
     return found
 
 
@@ -337,14 +329,14 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
     for name in names:
         asked = [ConsumerGroupTopicPartitions(name)]
         answer = admin.list_consumer_group_offsets(asked, request_timeout=timeout)[name]
-        positions = _answer(cluster, answer, f"the offsets of group {name}", timeout, group=name).topic_partitions
+        positions = cluster.answer(answer, f"the offsets of group {name}", timeout, group=name).topic_partitions
         committed = {(each.topic, each.partition): each.offset for each in positions if each.offset >= 0}
         known = {place: at for place, at in committed.items() if place in ends}
         unread = _first_unread(cluster, known, {place: ends[place] for place in known}, timeout)
         lags.append(
             GroupLag(
                 name,
-                len(_answer(cluster, described[name], f"group {name}", timeout, group=name).members),
+                len(cluster.answer(described[name], f"group {name}", timeout, group=name).members),
                 sum(ends[place] - record.offset for place, record in unread.items()) if known else None,
                 min((record.timestamp for record in unread.values()), default=None),
             )
@@ -354,11 +346,11 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
 
 def _groups(cluster: Cluster, admin: AdminClient, timeout: float) -> list[str]:
     listing = admin.list_consumer_groups(request_timeout=timeout)
-    with suppress(NoAnswer):
+    with suppress(TimeoutError):
         error = listing.exception(timeout)
         if isinstance(error, KafkaException) and error.args[0].code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001
             return []
-    listed = _answer(cluster, listing, "the consumer groups", timeout)
+    listed = cluster.answer(listing, "the consumer groups", timeout)
     return [each.group_id for each in listed.valid if each.group_id.startswith(f"{cluster.prefix}-")]
 
 
@@ -371,21 +363,3 @@ def _first_unread(cluster: Cluster, starts: Offsets, ends: Offsets, timeout: flo
                     unread.setdefault(record.place, record)
                     reader.behind.pop(record.place, None)
     return unread
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def _answer(cluster: Cluster, answer: Future[Any], what: str, timeout: float, **names: str) -> Any:
-    """Return an administration client's answer; its own time-out does not cover the wait for a group's coordinator."""
-    try:
-        return answer.result(timeout)
-    except NoAnswer as error:
-        raise Unreachable(f"{what}: no answer from Kafka within {timeout:.0f} s") from error
-    except KafkaException as error:
-        raise _failure(cluster, what, error.args[0], **names) from error
-
-
-def _failure(cluster: Cluster, what: str, error: KafkaError, **names: str) -> ConfigurationError:
-    kind = ConfigurationError if error.code() in PERMANENT else Unreachable
-    return cluster.refusal(error, **names) or kind(f"{what}: {error.str()}")
