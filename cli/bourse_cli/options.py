@@ -45,41 +45,13 @@ def cluster_options(command: F) -> F:
 
     @wraps(command)
     def with_cluster(
-        *args: Any,
-        bootstrap_servers: str,
-        registry_url: str,
-        topic_prefix: str,
-        kafka_settings: dict[str, str],
-        **rest: Any,
+        bootstrap_servers: str, registry_url: str, topic_prefix: str, kafka_settings: Any, **rest: Any
     ) -> Any:
         proxy = proxy_for(registry_url, environ=os.environ)
         cluster = Cluster(bootstrap_servers, registry_url, topic_prefix, kafka_settings, registry_proxy=proxy)
-        return command(*args, cluster=cluster, **rest)
+        return command(cluster=cluster, **rest)
 
-    options = [
-        click.option(
-            "--bootstrap-servers",
-            metavar="HOST:PORT,…",
-            envvar="BOURSE_BOOTSTRAP_SERVERS",
-            default="127.0.0.1:9092",
-            show_default=True,
-            help="Kafka brokers.",
-        ),
-        click.option(
-            "--registry-url",
-            metavar="URL",
-            envvar="BOURSE_REGISTRY_URL",
-            default="http://127.0.0.1:8081",
-            show_default=True,
-            help="Schema registry (Confluent's API).",
-        ),
-        click.option(
-            "--topic-prefix",
-            envvar="BOURSE_TOPIC_PREFIX",
-            default=DEFAULT_PREFIX,
-            show_default=True,
-            help="Prefix of the topics' names.",
-        ),
+    for decorate in (
         click.option(
             "-X",
             "kafka_settings",
@@ -89,10 +61,17 @@ def cluster_options(command: F) -> F:
             callback=_settings,
             help="A librdkafka setting, or schema.registry.… for the registry's client; =@FILE reads it. Repeatable.",
         ),
-    ]
-    for option in reversed(options):
-        with_cluster = option(with_cluster)
+        _shared("--topic-prefix", DEFAULT_PREFIX, "Prefix of the topics' names."),
+        _shared("--registry-url", "http://127.0.0.1:8081", "Schema registry (Confluent's API).", metavar="URL"),
+        _shared("--bootstrap-servers", "127.0.0.1:9092", "Kafka brokers.", metavar="HOST:PORT,…"),
+    ):
+        with_cluster = decorate(with_cluster)
     return with_cluster  # type: ignore[return-value]  # click's decorators keep the callable
+
+
+def _shared(flag: str, default: str, text: str, metavar: str | None = None) -> Callable[[F], F]:
+    variable = "BOURSE" + flag.removeprefix("-").replace("-", "_").upper()
+    return click.option(flag, envvar=variable, default=default, show_default=True, help=text, metavar=metavar)
 
 
 def http_option(command: Any) -> Any:
