@@ -219,24 +219,15 @@ def _check_environment(root: click.Group, ctx: click.Context, name: str, command
 
     Variables of other commands and those that Kubernetes sets for its services are ignored.
     """
-    given = [variable for variable in os.environ if variable.startswith("BOURSE_")]
-    if not given:
-        return
     own = {"BOURSE_LOG_LEVEL", "BOURSE_CONFIG", *ALSO_READ, *_variables(command, f"BOURSE_{_name(name).upper()}")}
-    others = [_name(other).upper() for other in root.list_commands(ctx) if other != name]
+    others = tuple(f"BOURSE_{_name(other).upper()}_" for other in root.list_commands(ctx) if other != name)
     unknown = [
         variable
-        for variable in given
-        if variable not in own
-        and not KUBERNETES.fullmatch(variable)
-        and not any(variable.startswith(f"BOURSE_{other}_") for other in others)
+        for variable in sorted(os.environ.keys() - own)
+        if variable.startswith("BOURSE_") and not variable.startswith(others) and not KUBERNETES.fullmatch(variable)
     ]
-    if not unknown:
-        return
-    known = _variables(root, "BOURSE")  # imports every command, which takes a moment
-    for variable in unknown:
-        if variable in known:
-            continue
+    known = _variables(root, "BOURSE") if unknown else set()  # imports every command, which takes a moment
+    for variable in (each for each in unknown if each not in known):
         if near := [each for each in sorted(own) if _distance(variable, each) <= 2]:
             raise ConfigurationError(f"unknown variable {variable}; did you mean {near[0]}?")
         if not any(_distance(variable, each) <= 2 for each in known):

@@ -6,8 +6,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from datetime import datetime
 
 import click
 from msgspec.structs import asdict
@@ -38,33 +37,16 @@ def _letters(cluster: Cluster, offset: int | None = None) -> Iterator[tuple[int,
             click.echo(f"{record.offset}: {error}", err=True)
 
 
-def _day(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        return datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a date such as 2026-11-23") from None
-
-
-def _filters(command: Any) -> Any:
-    for option in (
-        click.option("--day", callback=_day, metavar="DATE", help="Of this day only, in UTC."),
-        click.option("--consumer", help="Of this consumer only."),
-        click.option("--reason", type=click.Choice([*Reason]), help="For this reason only."),
-        click.option("--stage", type=click.Choice([*Stage]), help="PARSE: rows of the exchange; CONSUME: records."),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group
 def dead_letters() -> None:
     """Show what could not be used, with the reason and the bytes."""
 
 
 @dead_letters.command("list")
-@_filters
+@click.option("--stage", type=click.Choice([*Stage]), help="PARSE: rows of the exchange; CONSUME: records.")
+@click.option("--reason", type=click.Choice([*Reason]), help="For this reason only.")
+@click.option("--consumer", help="Of this consumer only.")
+@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Of this day only, in UTC.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the newest N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, payloads as base64.")
 @cluster_options
@@ -88,7 +70,7 @@ def list_letters(
         if stage in {None, letter.stage}
         and reason in {None, letter.reason}
         and consumer in {None, letter.consumer}
-        and (day is None or day <= letter.failed_at < day + timedelta(days=1))
+        and (day is None or day.date() == letter.failed_at.date())
     )
     shown = False
     for offset, letter in found if limit is None else deque(found, limit):

@@ -48,20 +48,12 @@ def show(topic: str) -> None:
 
 
 @schemas.command
-@click.option(
-    "--bootstrap-servers", default="127.0.0.1:9092", show_default=True, help="Kafka brokers, for the section `servers`."
-)
-@click.option(
-    "--registry-url",
-    default="http://127.0.0.1:8081",
-    show_default=True,
-    help="Schema registry, for the section `servers`.",
-)
-def asyncapi(bootstrap_servers: str, registry_url: str) -> None:
-    """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas."""
+@cluster_options
+def asyncapi(cluster: Cluster) -> None:
+    """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas. Nothing is asked of Kafka."""
     import yaml
 
     from bourse_schemas.asyncapi import asyncapi as document
 
-    found = document(bootstrap_servers, registry_url)
+    found = document(cluster.bootstrap_servers, cluster.registry_url, cluster.prefix)
     click.echo(yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=120), nl=False)
