@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import fastavro
-import httpx
+import httpx2
 from aiokafka import AIOKafkaProducer  # type: ignore[import-not-found]  # in an environment of its own
 
 from benchmarks.plain import Fields, Record, records
@@ -36,7 +36,7 @@ async def work(exchange: str, bootstrap_servers: str, registry: str, prefix: str
     url = f"{exchange}/bourse/v2/clients/bench/trades/realtime"
     settings = {"compression_type": "lz4", "transactional_id": "bench", "acks": "all", "max_batch_size": 1 << 20}
     async with (
-        httpx.AsyncClient(headers={"Authorization": "Bearer token"}) as client,
+        httpx2.AsyncClient(headers={"Authorization": "Bearer token"}) as client,
         AIOKafkaProducer(bootstrap_servers=bootstrap_servers, **settings) as producer,
     ):
         frames = {}

@@ -153,7 +153,7 @@ How it is measured:
 * Publishing: all get the same bodies from the same server, of 2,000 rows that all differ from the poll before, and
   write the same events, candles and poll marker with the same keys, times and headers, each to a broker of its own.
   Afterwards all that is on the topics is compared with what must be there. The product is its own service as it stands.
-  The others are what a good engineer writes with these libraries: httpx, plain dicts, the library's Avro serializer or
+  The others are what a good engineer writes with these libraries: httpx2, plain dicts, the library's Avro serializer or
   fastavro, a flush for every poll (quixstreams) or a transaction (aiokafka). They do not check the rows.
 * Reading: the events of the real days, over and over and each time of other instruments, in six partitions of Apache
   Kafka, written in transactions; every reader begins at the start, sees only what is committed, and commits its offsets

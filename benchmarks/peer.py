@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
+import httpx2
 from quixstreams import Application  # type: ignore[import-not-found]  # in an environment of its own
 from quixstreams.models.serializers.avro import AvroSerializer  # type: ignore[import-not-found]
 from quixstreams.models.serializers.schema_registry import SchemaRegistryClientConfig as Registry  # type: ignore[import-not-found]
@@ -41,7 +41,7 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
     app = Application(broker_address=bootstrap_servers, producer_extra_config=settings)
     url = f"{exchange}/bourse/v2/clients/bench/trades/realtime"
     known: dict[str, Fields] = {}
-    with httpx.Client(headers={"Authorization": "Bearer token"}) as client, app.get_producer() as producer:
+    with httpx2.Client(headers={"Authorization": "Bearer token"}) as client, app.get_producer() as producer:
         for poll, _ in enumerate(sys.stdin, 1):
             began = time.perf_counter()
             track_id = uuid4().hex

@@ -25,7 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.care import Report, verify
@@ -73,9 +73,9 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     with spawn(command, stdout=log, stderr=log):
         for _ in range(600):
             try:
-                httpx.put(f"{url}/lake").raise_for_status()
+                httpx2.put(f"{url}/lake").raise_for_status()
                 break
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 time.sleep(0.1)
         access = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any", "REGION": "us-east-1"}
         yield {f"AWS_{key}": value for key, value in access.items()}

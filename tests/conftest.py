@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from bourse_cli.root import main
@@ -172,7 +172,7 @@ def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def bucket(_s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the address of a bucket of its own, which the environment can reach."""
     name = f"bucket-{uuid.uuid4().hex}"
-    httpx.put(f"{_s3}/{name}").raise_for_status()
+    httpx2.put(f"{_s3}/{name}").raise_for_status()
     access = {"ENDPOINT_URL": _s3, "ACCESS_KEY_ID": "anyone", "SECRET_ACCESS_KEY": "whatever", "REGION": "us-east-1"}
     for key, value in access.items():
         monkeypatch.setenv(f"AWS_{key}", value)
@@ -205,8 +205,8 @@ def dsn(_postgres: Any) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
+        return httpx2.get(url).is_success
+    except httpx2.TransportError:
         return False
 
 

@@ -25,7 +25,8 @@ def proxy_for(
     address is never proxied, so the variables of a desktop do not break a local set-up.
 
     Raises ConfigurationError that names the option or variable and never quotes its value. Pass the result on as
-    `httpx.Client(transport=httpx.HTTPTransport(proxy=...))`: a client without a transport reads the environment again.
+    `httpx2.Client(transport=httpx2.HTTPTransport(proxy=...))`: a client without a transport reads the environment
+    again.
     """
     chosen = None
     if proxy is not None and proxy_file is not None:

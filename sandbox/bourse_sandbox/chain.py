@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
+import httpx2
 
 from bourse_cli.options import stop_on_signals
 from bourse_consumers.archive.files import catalog, count_rows
@@ -169,7 +169,7 @@ class _Run:
         self._url = ""
         self._sent: dict[str, float] = {}
         self._day_calls: frozenset[str] | None = None
-        self._http = services.enter_context(httpx.Client(trust_env=False))
+        self._http = services.enter_context(httpx2.Client(trust_env=False))
         self._observer = Observer(stack.cluster)
         services.callback(self._observer.close)
 
@@ -213,7 +213,7 @@ class _Run:
     def _is_ready(self, url: str) -> bool:
         try:
             return self._http.get(url).is_success
-        except httpx.TransportError:
+        except httpx2.TransportError:
             return False
 
     def _await(self, name: str, condition: Callable[[], Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import httpx
+import httpx2
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -57,19 +57,19 @@ def monitor() -> Monitor:
 
 
 @pytest.fixture
-def get(monitor: Monitor) -> Iterator[Callable[[str], httpx.Response]]:
+def get(monitor: Monitor) -> Iterator[Callable[[str], httpx2.Response]]:
     """Return `get(path)`: what the monitor answers on a free port."""
-    with monitor.serve("0") as url, httpx.Client(base_url=str(url), trust_env=False) as client:
+    with monitor.serve("0") as url, httpx2.Client(base_url=str(url), trust_env=False) as client:
         yield client.get
 
 
-def samples(get: Callable[[str], httpx.Response]) -> dict[str, float]:
+def samples(get: Callable[[str], httpx2.Response]) -> dict[str, float]:
     """Return the metrics as Prometheus would read them, by name and labels."""
     lines = [line for line in get("/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """Each subject has one reason, a line each; only the service itself takes it back."""
     assert (get("/readyz").status_code, get("/readyz").text) == (503, "starting\n")
     monitor.unready("starting", None)
@@ -81,7 +81,7 @@ def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[s
     assert monitor.reasons() == {"Kafka": "no answer", "trying again": "disk\nfull"}
 
 
-def test_what_is_computed_at_the_request(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+def test_what_is_computed_at_the_request(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """A gauge and a reason not to be ready that need no help of a service that may be stuck."""
     monitor.unready("starting", None)
     state: list[str | None] = [None]
@@ -93,7 +93,7 @@ def test_what_is_computed_at_the_request(monitor: Monitor, get: Callable[[str], 
 
 
 def test_alive_until_no_sign_of_life_came_in_time(
-    monitor: Monitor, get: Callable[[str], httpx.Response], wait_for: Callable[..., Any]
+    monitor: Monitor, get: Callable[[str], httpx2.Response], wait_for: Callable[..., Any]
 ) -> None:
     """Whoever is not ready is alive all the same; whoever promised a sign and gave none is not."""
     assert get("/livez").status_code == 200
@@ -105,7 +105,7 @@ def test_alive_until_no_sign_of_life_came_in_time(
     assert get("/nothing").status_code == 404
 
 
-def test_metrics_are_what_was_counted(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+def test_metrics_are_what_was_counted(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """Counters add up, gauges keep the last value, histograms count; without labels a counter starts at 0."""
     monitor.producer.events.labels("TRADED").inc(3)
     monitor.producer.events.labels("TRADED").inc()
@@ -123,12 +123,12 @@ def test_metrics_are_what_was_counted(monitor: Monitor, get: Callable[[str], htt
 
 
 def test_a_service_reports_its_own_metrics_and_its_build(
-    monitor: Monitor, get: Callable[[str], httpx.Response]
+    monitor: Monitor, get: Callable[[str], httpx2.Response]
 ) -> None:
     """A consumer has no leader; two services of one process share nothing."""
     monitor.consumer.rows.labels("x").inc()
     with Monitor("producer").serve("0") as url:
-        assert "bourse_leader" not in httpx.get(f"{url}/metrics", trust_env=False).text
+        assert "bourse_leader" not in httpx2.get(f"{url}/metrics", trust_env=False).text
     found = samples(get)
     assert "bourse_leader" not in found
     assert found['bourse_consumer_rows_total{consumer="x"}'] == 1
@@ -153,7 +153,7 @@ def broker(nodeid: int, state: str) -> dict[str, Any]:
     return {"nodeid": nodeid, "state": state, "txerrs": 1, "rxerrs": 2, "rtt": {"avg": 1500}}
 
 
-def test_a_broker_that_is_gone_is_told(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+def test_a_broker_that_is_gone_is_told(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """librdkafka forgets a broker it cannot reach, and says so by leaving it out."""
     monitor.unready("starting", None)
     monitor.statistics(statistics("consumer", {"a/1": broker(1, "UP"), "GroupCoordinator": broker(-1, "UP")}))
@@ -199,19 +199,19 @@ def test_it_listens_on_loopback_unless_told_otherwise(monitor: Monitor) -> None:
             assert str(url).startswith("http://127.0.0.1:")
     with monitor.serve("[::1]:0") as url:
         assert str(url).startswith("http://[::1]:")
-        assert httpx.get(f"{url}/livez", trust_env=False).text == "alive\n"
+        assert httpx2.get(f"{url}/livez", trust_env=False).text == "alive\n"
     with monitor.serve("0.0.0.0:0") as url:
         assert str(url).startswith("http://0.0.0.0:")
     with Monitor("none").serve(None) as url:
         assert url is None
 
 
-def test_a_caller_that_says_nothing_holds_up_nobody(monitor: Monitor, get: Callable[[str], httpx.Response]) -> None:
+def test_a_caller_that_says_nothing_holds_up_nobody(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """Each caller has a thread of its own, and the end waits for none of them."""
     with monitor.serve("0") as url:
         host, _, port = str(url).removeprefix("http://").partition(":")
         silent = socket.create_connection((host, int(port)))
-        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        assert httpx2.get(f"{url}/livez", trust_env=False).status_code == 200
         began = time.monotonic()
     assert time.monotonic() - began < 3
     silent.close()

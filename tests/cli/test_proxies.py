@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from bourse_cli.proxies import proxy_for
@@ -56,9 +56,9 @@ SECRET = "hush-hush"
     ],
 )
 def test_the_environment(url: str, environ: dict[str, str], expected: str | None) -> None:
-    """The variables of curl, in curl's order; httpx can use every result."""
+    """The variables of curl, in curl's order; httpx2 can use every result."""
     assert proxy_for(url, environ=environ) == expected
-    httpx.HTTPTransport(proxy=expected).close()
+    httpx2.HTTPTransport(proxy=expected).close()
 
 
 @pytest.mark.parametrize(

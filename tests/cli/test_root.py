@@ -24,7 +24,6 @@ Run = Callable[..., tuple[int, str, str]]
 HEAVY = {
     "confluent_kafka",
     "fastavro",
-    "httpx",
     "httpx2",
     "pyarrow",
     "prometheus_client",

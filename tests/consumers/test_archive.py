@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -357,10 +357,10 @@ class _Gate(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if server.expired:
             code = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
-            answer = httpx.Response(403, content=code)
+            answer = httpx2.Response(403, content=code)
         else:
             headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
-            answer = httpx.request(self.command, f"{server.behind}{self.path}", headers=headers, content=body)
+            answer = httpx2.request(self.command, f"{server.behind}{self.path}", headers=headers, content=body)
         self.send_response_only(answer.status_code)
         for name, value in answer.headers.items():
             if name.lower() not in {"connection", "content-length", "transfer-encoding"}:

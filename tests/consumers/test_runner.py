@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx
+import httpx2
 import pytest
 
 from bourse_cli.health import Monitor
@@ -831,7 +831,7 @@ def test_its_figures(wait_for: Callable[..., Any]) -> None:
         runner = Runner(consumer, MemoryStream(memory, [TRADES]), memory.decode, name="me", monitor=monitor)
 
         def told() -> list[float]:
-            text = httpx.get(f"{url}/metrics", trust_env=False).text
+            text = httpx2.get(f"{url}/metrics", trust_env=False).text
             found = dict(line.rsplit(" ", 1) for line in text.splitlines() if 'consumer="me"' in line)
             return [float(found.get(f'bourse_consumer_{name}{{consumer="me"}}', -1)) for name in names]
 

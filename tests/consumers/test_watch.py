@@ -15,7 +15,7 @@ from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-import httpx
+import httpx2
 import msgspec
 import pytest
 from confluent_kafka import TopicPartition
@@ -371,7 +371,7 @@ def publish(cluster: Cluster) -> Publish:
     serializers = {}
     for topic in TOPICS:
         subject = f"{cluster.registry_url}/subjects/{topic.subject(cluster.prefix)}/versions"
-        answer = httpx.post(subject, json={"schema": schema_text(topic.event)}).raise_for_status()
+        answer = httpx2.post(subject, json={"schema": schema_text(topic.event)}).raise_for_status()
         serializers[topic.event] = Serializer[Any](topic, answer.json()["id"], cluster.prefix)
     producer = cluster.transactional_producer(f"{cluster.prefix}-test")
     producer.init_transactions(30)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
+import httpx2
 import pytest
 from confluent_kafka.admin import NewTopic  # type: ignore[attr-defined]  # not in its __all__
 
@@ -255,9 +255,9 @@ def test_subjects(place: Place) -> None:
         with serve_registry(compatible=compatible) as registry:
             for topic in TOPICS:
                 subject = topic.subject(place.cluster.prefix)
-                httpx.put(f"{registry.url}/config/{subject}", json={"compatibility": level}).raise_for_status()
+                httpx2.put(f"{registry.url}/config/{subject}", json={"compatibility": level}).raise_for_status()
                 body = {"schema": json.dumps(schema if level != "NONE" else avro_schema(topic.event))}
-                httpx.post(f"{registry.url}/subjects/{subject}/versions", json=body).raise_for_status()
+                httpx2.post(f"{registry.url}/subjects/{subject}/versions", json=body).raise_for_status()
             found = place.look(BOURSE_REGISTRY_URL=registry.url)
             assert (found.code, found.status("schemas")) == (1, "failed")
             assert reported in found.words("schemas")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Producer, TopicPartition
 
@@ -507,10 +507,10 @@ def test_a_signal_ends_the_process_in_good_order(
     log, http = tmp_path / "log", ["--http", "0", "-X", "statistics.interval.ms=200"]
     with consume(cluster, tmp_path, "--group", f"{cluster.prefix}-{GROUP}", *http) as process:
         url = wait_for(lambda: answering(log), 20)
-        wait_for(lambda: httpx.get(f"{url}/readyz", trust_env=False).text == "ready\n", 20)
-        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        wait_for(lambda: httpx2.get(f"{url}/readyz", trust_env=False).text == "ready\n", 20)
+        assert httpx2.get(f"{url}/livez", trust_env=False).status_code == 200
         told = {"bourse_consumer_rows_total{", "bourse_kafka_broker_up{", "bourse_consumer_lag{"}
-        wait_for(lambda: all(name in httpx.get(f"{url}/metrics", trust_env=False).text for name in told))
+        wait_for(lambda: all(name in httpx2.get(f"{url}/metrics", trust_env=False).text for name in told))
         process.send(signal.SIGTERM)
         assert process.wait(5) == 0, process.log_tail()
     assert "stopped" in log.read_text("utf-8")
@@ -525,8 +525,8 @@ def test_a_broker_that_is_not_there_yet_is_waited_for(tmp_path: Path, wait_for: 
     log = tmp_path / "log"
     with consume(cluster, tmp_path, "--http", "0") as process:
         url = wait_for(lambda: answering(log), 20)
-        wait_for(lambda: "does not answer" in httpx.get(f"{url}/readyz", trust_env=False).text, 20)
-        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        wait_for(lambda: "does not answer" in httpx2.get(f"{url}/readyz", trust_env=False).text, 20)
+        assert httpx2.get(f"{url}/livez", trust_env=False).status_code == 200
         assert "waiting" in log.read_text("utf-8")
         process.send(signal.SIGINT)
         assert process.wait(5) == 0, process.log_tail()

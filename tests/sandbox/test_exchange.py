@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from bourse_sandbox.exchange import SCOPE, MarketClock, PollClock, PracticeExchange, exchange, practice_exchange
@@ -45,7 +45,7 @@ class Hand:
 class Caller:
     """A client of the practice exchange with a token."""
 
-    def __init__(self, client: httpx.Client, practice: PracticeExchange) -> None:
+    def __init__(self, client: httpx2.Client, practice: PracticeExchange) -> None:
         self.client, self.practice = client, practice
         self.token: str = self.grant()["value"]
 
@@ -55,7 +55,7 @@ class Caller:
         result: dict[str, Any] = response.json()["result"]
         return result
 
-    def call(self, **changed: str | None) -> httpx.Response:
+    def call(self, **changed: str | None) -> httpx2.Response:
         """Poll the whole market; None leaves a parameter out."""
         path = changed.pop("path", None) or PATH
         wanted = {"trackId": uuid4().hex, "isTimePeriod": "false", "precedencyRight": "false", **changed}
@@ -79,7 +79,7 @@ class Caller:
 
 @contextmanager
 def calling(practice: PracticeExchange) -> Iterator[Caller]:
-    with practice.serve() as server, httpx.Client(base_url=server.url) as client:
+    with practice.serve() as server, httpx2.Client(base_url=server.url) as client:
         yield Caller(client, practice)
 
 
@@ -154,7 +154,7 @@ def test_bad_credentials(at_noon: Caller, header: bytes) -> None:
 def test_account_of_ones_own() -> None:
     """Client, secret and national id can be given; any other is refused."""
     practice = practice_exchange("real", "poll", client_id="me", client_secret="hush", nid="1111111111")
-    with practice.serve() as server, httpx.Client(base_url=server.url) as client:
+    with practice.serve() as server, httpx2.Client(base_url=server.url) as client:
         mine = client.post("/dev/v2/oauth2/token", auth=("me", "hush"), json=CREDENTIALS | {"nid": "1111111111"})
         other = client.post("/dev/v2/oauth2/token", auth=("me", "hush"), json=CREDENTIALS)
     assert (mine.status_code, other.status_code) == (200, 400)
@@ -387,9 +387,9 @@ def test_it_can_speak_tls(tmp_path: Path) -> None:
     with practice_exchange().serve(tls=pem) as server:
         assert server.url.startswith("https://127.0.0.1:")
         trusting = ssl.create_default_context(cafile=str(pem))
-        assert httpx.get(f"{server.url}/practice/state", verify=trusting).json()["calls"] == 0
-        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{server.url}/practice/state")
+        assert httpx2.get(f"{server.url}/practice/state", verify=trusting).json()["calls"] == 0
+        with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx2.get(f"{server.url}/practice/state")
 
 
 # --- the command ---
@@ -421,7 +421,7 @@ def test_the_command_serves_until_a_signal(number: signal.Signals, tmp_path: Pat
         try:
             assert child.stdout is not None
             url = child.stdout.readline().split()[2]
-            answer = httpx.post(f"{url}/dev/v2/oauth2/token", auth=("practice", "hush"), json=CREDENTIALS)
+            answer = httpx2.post(f"{url}/dev/v2/oauth2/token", auth=("practice", "hush"), json=CREDENTIALS)
             assert answer.status_code == 200
             child.send_signal(number)
             out, err = child.communicate(timeout=10)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient, SchemaRegistryError
 
@@ -132,10 +132,10 @@ def test_a_file_that_is_no_registry_is_the_operators_to_mend(tmp_path: Path) -> 
 
 def test_the_level_of_a_subject(small_registry: str) -> None:
     """A subject without a level of its own is a 40408; an unknown level is a 42203."""
-    assert httpx.get(f"{small_registry}/config/s").json()["error_code"] == 40408
-    assert httpx.put(f"{small_registry}/config/s", json={"compatibility": "FOO"}).json()["error_code"] == 42203
-    httpx.put(f"{small_registry}/config/s", json={"compatibility": "FULL"}).raise_for_status()
-    assert httpx.get(f"{small_registry}/config/s").json() == {"compatibilityLevel": "FULL"}
+    assert httpx2.get(f"{small_registry}/config/s").json()["error_code"] == 40408
+    assert httpx2.put(f"{small_registry}/config/s", json={"compatibility": "FOO"}).json()["error_code"] == 42203
+    httpx2.put(f"{small_registry}/config/s", json={"compatibility": "FULL"}).raise_for_status()
+    assert httpx2.get(f"{small_registry}/config/s").json() == {"compatibilityLevel": "FULL"}
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_the_level_of_a_subject(small_registry: str) -> None:
 )
 def test_an_invalid_schema_is_a_42201(small_registry: str, body: bytes) -> None:
     """Whatever the client sends, it gets an answer of the API."""
-    answer = httpx.post(f"{small_registry}/subjects/s/versions", content=body)
+    answer = httpx2.post(f"{small_registry}/subjects/s/versions", content=body)
     assert (answer.status_code, answer.json()["error_code"]) == (422, 42201)
 
 
 def test_an_unknown_path_is_an_answer_of_the_api(small_registry: str) -> None:
     """Clients parse error_code in every body."""
-    assert httpx.get(f"{small_registry}/nowhere").json() == {"error_code": 404, "message": "Not Found"}
+    assert httpx2.get(f"{small_registry}/nowhere").json() == {"error_code": 404, "message": "Not Found"}
 
 
 def test_the_port_given_is_taken(small_registry: str) -> None:

@@ -19,7 +19,7 @@ from time import time
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import httpx
+import httpx2
 import requests
 from apprise import Apprise, AppriseAsset, NotifyFormat, NotifyType, OverflowMode
 from socksio.exceptions import SOCKSError
@@ -146,8 +146,8 @@ class Webhook:
         require_address(url)
         self._url, self._secrets = url, _secrets(url, proxy)
         self._key = _key(key) if key is not None else None
-        transport = httpx.HTTPTransport(proxy=proxy or proxy_for(url, environ=os.environ))
-        self._client = httpx.Client(timeout=SECONDS, transport=transport, follow_redirects=False)
+        transport = httpx2.HTTPTransport(proxy=proxy or proxy_for(url, environ=os.environ))
+        self._client = httpx2.Client(timeout=SECONDS, transport=transport, follow_redirects=False)
 
     def send(self, text: Text, message: Message | None = None) -> None:
         """Post a text and its alerts; any answer but 2xx is a failure."""
@@ -163,7 +163,7 @@ class Webhook:
         body = json.dumps(content, ensure_ascii=False).encode()
         try:
             answer = self._client.post(self._url, content=body, headers=self._headers(told, body))
-        except (httpx.HTTPError, SOCKSError) as error:
+        except (httpx2.HTTPError, SOCKSError) as error:
             raise NotSent(scrub(f"{type(error).__name__}: {error}", self._secrets)) from None
         if not answer.is_success:
             raise NotSent(
