@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import lru_cache
@@ -111,6 +112,15 @@ class LazyGroup(click.Group):
         if name is not None and command is not None:
             configure(self, ctx, name, command, check=not {"-h", "--help"} & set(rest))
         return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; it ends quietly if the reader of its output goes away (`… | head`)."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Not even Python's flush at exit may fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command; one whose import fails becomes a command that prints why."""

@@ -182,6 +182,8 @@ def _rows(to: str, day: date | None, instruments: tuple[str, ...], columns: list
 
 def _out(frame: Any, form: str, output: Path | None) -> None:
     """Write a table as CSV, lines of JSON, or Parquet."""
+    import polars as pl
+
     from bourse_schemas.codec import to_json
 
     if form == "parquet" and output is None and sys.stdout.isatty():
@@ -196,10 +198,10 @@ def _out(frame: Any, form: str, output: Path | None) -> None:
                 frame.drop(nested).write_csv(out)
             else:
                 frame.write_parquet(out)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ConfigurationError(f"--output {output}: {error.strerror}") from error
+    except (OSError, pl.exceptions.ComputeError) as error:
+        if "Broken pipe" in str(error):  # polars hides the number
+            raise BrokenPipeError from error
+        raise ConfigurationError(f"--output {output or '-'}: {error}") from error
 
 
 FORMAT = click.option(

@@ -556,3 +556,13 @@ def test_show_prints_the_schema_as_it_ships(bourse: Run, name: str) -> None:
     """With any prefix."""
     code, out, _ = bourse("schemas", "show", name)
     assert (code, json.loads(out)["name"]) == (0, "TradeEvent")
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    """`bourse … | head`: exit 0 and nothing on stderr."""
+    command = [sys.executable, "-m", "bourse_cli", "schemas", "asyncapi"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(30)) == (b"", 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -420,3 +422,19 @@ def mistakes(folder: Path) -> Callable[..., str]:
 def test_mistakes_are_named(mistakes: Callable[..., str], words: list[str], said: str) -> None:
     """In a line that says what to change."""
     assert said in mistakes(*words)
+
+
+@pytest.mark.parametrize("form", ["csv", "ndjson", "parquet"])
+def test_a_reader_of_an_export_that_goes_away(form: str) -> None:
+    """`bourse archive export | head`: no error that names no file."""
+    code = (
+        "import sys, polars; from bourse_consumers.archive_cli import _out\n"
+        "try: _out(polars.DataFrame({'a': range(300_000)}), sys.argv[1], None)\n"
+        "except BrokenPipeError: sys.exit(7)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, form], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(30) == 7

@@ -425,7 +425,7 @@ def test_without_a_terminal_polls_and_alerts_are_lines(
     publish(event(sequence=2), marker(2))
     assert next(line).startswith("2019-08-24 09:32:00 OPEN FRESH poll 2 PUBLISHED; 500 rows")
     publish(alert())
-    assert " FIRING IRO1MADN0001 +3.20 %; fast; " in next(line)
+    assert " FIRING IRO1MADN0001 3.2; fast; " in next(line)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert process.stderr
