@@ -18,6 +18,7 @@ from bourse_producer.finnotech import Credentials, Finnotech, Reply
 from bourse_producer.patience import Call
 from bourse_producer.publisher import Publisher
 from bourse_producer.service import Producer, Settings
+from bourse_schemas.errors import ExchangeUnavailable
 from bourse_schemas.events import DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster
 
@@ -32,6 +33,7 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
             nonlocal began, got
             if not sys.stdin.readline():
                 stop.set()
+                raise ExchangeUnavailable("internal", "stopped during the call")
             began = time.perf_counter()
             reply = super().fetch(call, **options)
             got = time.perf_counter()

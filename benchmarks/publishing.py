@@ -24,7 +24,7 @@ from bourse_schemas.topics import CANDLES, POLLS, TRADES
 __all__ = ["check", "digest", "growth", "publish", "publishing", "transaction"]
 
 WARM_UP = 3
-CLOCKED = {"poll_id", "requested_at"}  # what no two runs have in common
+CLOCKED = {"poll_id", "requested_at", "next_poll_at"}  # what no two runs have in common
 BROKERS = {"mock": "librdkafka's mock broker", "kafka": f"Apache Kafka {KAFKA_VERSION}"}
 
 
