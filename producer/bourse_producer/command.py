@@ -22,7 +22,8 @@ from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 
 if TYPE_CHECKING:
-    from bourse_producer.service import Producer, Trial
+    from bourse_producer.markers import Trial
+    from bourse_producer.service import Producer
     from bourse_schemas.events import PollMarker
 
 __all__ = ["produce"]

@@ -14,7 +14,7 @@ from bourse_producer.freshness import GOOD, Freshness
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
 
-__all__ = ["COUNTS", "ODD", "History", "Poll", "Timing", "letters", "mark", "was_committed", "was_overtaken"]
+__all__ = ["COUNTS", "ODD", "History", "Poll", "Timing", "Trial", "letters", "mark", "was_committed", "was_overtaken"]
 
 COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
 ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
@@ -212,3 +212,13 @@ def letters(derived: Derived, marker: PollMarker, known: set[tuple[date | None, 
         )
         for row in new.values()
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A poll worked out and not published: what it changes, what it leaves, and the history after it."""
+
+    derived: Derived
+    markers: Sequence[PollMarker]
+    letters: Sequence[DeadLetter]
+    history: History

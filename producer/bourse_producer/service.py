@@ -11,22 +11,22 @@ from datetime import date, datetime, timedelta
 from typing import Protocol
 
 from bourse_cli.health import Monitor
-from bourse_cli.logs import get_logger
 from bourse_producer.beats import Beats
 from bourse_producer.calendar import Calendar
 from bourse_producer.clock import Clock
-from bourse_producer.derive import Answer, Derived, derive
+from bourse_producer.derive import Answer, derive
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_producer.finnotech import Reply
 from bourse_producer.freshness import Freshness
-from bourse_producer.markers import COUNTS, ODD, History, Poll, Timing, letters, mark, was_committed, was_overtaken
+from bourse_producer.markers import History, Poll, Timing, Trial, letters, mark, was_committed, was_overtaken
 from bourse_producer.patience import Call
 from bourse_producer.publisher import NoRoom, State
+from bourse_producer.reporting import Reporter
 from bourse_producer.responses import TRADES_REALTIME, Memo, Profile, Reading
 from bourse_schemas.errors import ConfigurationError, ExchangeError, Fenced, PublishError, Unreachable
-from bourse_schemas.events import TEHRAN, Candle, DeadLetter, FeedState, Outcome, Phase, PollMarker
+from bourse_schemas.events import TEHRAN, Candle, DeadLetter, Phase, PollMarker
 
-__all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Leadership", "Producer", "Publication", "Settings", "Trial"]
+__all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Leadership", "Producer", "Publication", "Settings"]
 
 LONGEST_WAIT_SECONDS = 60.0
 # Longer than any step without a sign of life: a wait, a call, a commit, the restore of a large state.
@@ -35,9 +35,7 @@ STANDBY_SECONDS = 1.0
 # One-shot commands give up within 10 seconds, their own start included.
 ONCE_SECONDS = 7.0
 MAX_PAUSE_SECONDS = 30.0
-# What two clocks kept by NTP may differ by, and what may be rounding of a clock that was not set.
-SKEW_SECONDS, JUMP_SECONDS = 1.0, 2.0
-KNOWN_DAYS = 30
+JUMP_SECONDS = 2.0
 # Without beats a poll of which nothing came, or for which no call may be made, is repeated after this time.
 UNHURRIED_SECONDS = 1.0
 MOMENT_SECONDS = 0.001
@@ -127,16 +125,6 @@ class Settings:
     max_calls_per_day: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A poll worked out and not published."""
-
-    derived: Derived
-    markers: Sequence[PollMarker]
-    letters: Sequence[DeadLetter]
-    history: History
-
-
 class _Alone:
     """Leadership without an election."""
 
@@ -179,9 +167,8 @@ class Producer:
         self._exchange, self._new_publication, self._settings, self._clock = exchange, publication, settings, clock
         self._leadership = leadership or _Alone()
         self._capture = capture
-        self._monitor = monitor or Monitor("producer")
-        self._metrics = self._monitor.producer
-        self._log = get_logger(source=settings.profile.source)
+        self._reporter = Reporter(monitor or Monitor("producer"), settings.profile.source, lambda: clock.now().date())
+        self._monitor, self._metrics, self._log = self._reporter.monitor, self._reporter.metrics, self._reporter.log
         self._beats = Beats(settings.poll_seconds, settings.always, clock.simulated, settings.calendar())
         # While this instance leads: its connection, its term, and what is committed.
         self._publication: Publication | None = None
@@ -198,8 +185,11 @@ class Producer:
         self._standby_turns = 0
         self._lettered: set[tuple[date | None, str]] = set()
         self._memos: Mapping[bool, Memo] = {}
-        self._warned: dict[str, date] = {}
-        self._watch()
+        self._reporter.watch(
+            lambda: settings.calendar().phase(clock.now()) is Phase.OPEN,
+            lambda: self._leadership.leads,
+            self._leadership.overdue,
+        )
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -387,7 +377,7 @@ class Producer:
         if self._in_hand is not None:
             return 0.0
         self._beats, now = replace(self._beats, calendar=self._settings.calendar()), self._clock.now()
-        self._watch_calendar(now)
+        self._reporter.known_days(self._beats.calendar.days_known(now.astimezone(TEHRAN).date()))
         if self._beats.due(now, self._history.final_day):
             if self._resting:
                 # A transactional id that rests for a week expires, and closed days can be that many.
@@ -444,12 +434,11 @@ class Producer:
             else:
                 poll.track_ids[is_right] = reply.track_id
                 poll.answers.append(self._answer(reply, is_right))
-        self._metrics.fetch_seconds.observe(self._clock.monotonic() - poll.started)
         return poll
 
     def _answer(self, reply: Reply, is_right: bool) -> Answer:
         if (limits := reply.clock_difference()) and not self._clock.simulated:
-            self._compare_clocks(*(limit.total_seconds() for limit in limits))
+            self._reporter.clocks(*(limit.total_seconds() for limit in limits))
         received_at = self._clock.arrived(reply.received_at, reply.dated)
         reading = Reading(
             poll_sequence=0,
@@ -461,13 +450,6 @@ class Producer:
             profile=self._settings.profile.name,
         )
         return reply.body, reading
-
-    def _compare_clocks(self, low: float, high: float) -> None:
-        """Report by how much the exchange's clock is ahead of ours; they agree if 0 is between the limits."""
-        skew = max(low, 0.0) + min(high, 0.0)
-        self._metrics.clock_skew.set(skew)
-        if abs(skew) > SKEW_SECONDS:
-            self._warn_daily("clocks differ", seconds=round(skew), advice="synchronise this machine's clock by NTP")
 
     def _work_out(self, poll: Poll) -> Trial:
         """Return what a poll amounts to, compared with what is committed."""
@@ -483,8 +465,8 @@ class Producer:
 
     def _publish(self, poll: Poll) -> PollMarker:
         """Publish a poll in one transaction, and only then take it for known."""
-        publication, began = self._connect(), self._clock.monotonic()
-        trial = self._work_out(poll)
+        publication, trial = self._connect(), self._work_out(poll)
+        began = self._clock.monotonic()
         derived, marker = trial.derived, trial.markers[-1]
         if derived.snapshot is not None:
             publication.require_room_for(derived.snapshot.received_at)
@@ -503,80 +485,7 @@ class Producer:
         if not self._settings.poll_seconds and derived.snapshot is None:
             self._not_before += UNHURRIED_SECONDS
         self._leadership.owe(max(0.0, self._not_before - self._clock.monotonic()))
-        self._report(trial, began - poll.started, self._clock.monotonic() - began)
-        return marker
-
-    # --- reporting ----------------------------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        """Have computed at each request what must be right although the service is stuck."""
-
-        def is_open() -> float:
-            return self._settings.calendar().phase(self._clock.now()) is Phase.OPEN
-
-        def no_recent_poll() -> str | None:
-            return "no poll was published in time" if self._leadership.overdue() else None
-
-        self._metrics.session_open.set_function(is_open)
-        self._metrics.leader.set_function(lambda: self._leadership.leads)
-        self._monitor.check("polls", no_recent_poll)
-
-    def _watch_calendar(self, now: datetime) -> None:
-        days = self._beats.calendar.days_known(now.astimezone(TEHRAN).date())
-        self._metrics.calendar_days_known.set(days)
-        if days <= KNOWN_DAYS:
-            self._warn_daily("calendar ends soon", days=days, advice="add the next holidays to --calendar")
-
-    def _warn_daily(self, event: str, **details: object) -> None:
-        today = self._clock.now().date()
-        if self._warned.get(event) != today:
-            self._warned[event] = today
-            self._log.warning(event, **details)
-
-    def _report(self, trial: Trial, fetch_seconds: float, publish_seconds: float) -> None:
-        """Log the poll in one line, in which what is zero is left out, and measure it."""
-        derived, marker = trial.derived, trial.markers[-1]
-        odd = dict(derived.snapshot.oddities) if derived.snapshot else {}
-        line = {
-            "sequence": marker.poll_sequence,
-            "outcome": marker.outcome.value,
-            "feed": marker.feed_state.value,
-            "phase": marker.phase.value,
-            "rows": marker.rows,
-            **{name: count for name in (*COUNTS, *ODD) if (count := getattr(marker, name))},
-            **odd,
-            "fetch_ms": round(fetch_seconds * 1000),
-            "publish_ms": round(publish_seconds * 1000),
-            "skipped_beats": len(trial.markers) - 1 or None,
-            "gap_from": marker.gap_from and marker.gap_from.isoformat(),
-            "error_kind": marker.error_kind,
-            "error": marker.error_message,
-        }
-        log = self._log.warning if marker.error_kind or "foreign_track_id" in odd else self._log.info
-        log("poll published", **{name: value for name, value in line.items() if value is not None})
-        self._measure(trial, odd, publish_seconds)
-
-    def _measure(self, trial: Trial, odd: Mapping[str, int], publish_seconds: float) -> None:
-        metrics, marker = self._metrics, trial.markers[-1]
-        for each in trial.markers:
-            metrics.polls.labels(each.outcome.value).inc()
-        metrics.poll_sequence.set(marker.poll_sequence)
-        for state in FeedState:
-            metrics.feed_state.labels(state.value).set(state is marker.feed_state)
-        metrics.publish_seconds.observe(publish_seconds)
+        self._reporter.poll(trial, began - poll.started, self._clock.monotonic() - began)
         if (budget := self._settings.max_calls_per_day) is not None:
-            metrics.calls_left.set(max(0, budget - self._history.charged(self._clock.now())))
-        for name, op in COUNTS.items():
-            metrics.events.labels(op.value).inc(getattr(marker, name))
-        metrics.rejected_rows.inc(marker.rejected_rows)
-        metrics.stale_rows.inc(marker.stale_rows)
-        for kind, count in odd.items():
-            metrics.contradictions.labels(kind).inc(count)
-        if marker.received_at is not None:
-            metrics.last_good_poll.set(marker.received_at.timestamp())
-            if marker.outcome is Outcome.PUBLISHED:
-                metrics.last_change.set(marker.received_at.timestamp())
-        refused = f"{marker.error_kind}: {marker.error_message}" if marker.error_kind else None
-        self._monitor.unready("exchange", refused)
-        bad_feed = marker.feed_state in {FeedState.STALE, FeedState.FROZEN, FeedState.PARTIAL}
-        self._monitor.unready("feed", f"the feed is {marker.feed_state.value}" if bad_feed else None)
+            self._metrics.calls_left.set(max(0, budget - self._history.charged(self._clock.now())))
+        return marker
