@@ -14,11 +14,10 @@ import numpy as np
 
 from bourse_consumers.alerts.expressions import Needs, Node
 
-__all__ = ["NEVER", "Board", "Named", "View"]
+__all__ = ["EXACT", "NEVER", "Board", "Named", "View"]
 
 NEVER = 2**31 - 1
 EXACT = 2**53
-EPOCH = date(1970, 1, 1).toordinal()
 ALWAYS = ("last_price", "previous_close", "traded_at")
 
 

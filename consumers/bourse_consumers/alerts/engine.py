@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
-from itertools import groupby
+from datetime import date, datetime
 from typing import Any, NamedTuple
-from uuid import UUID, uuid5
 
 import numpy as np
 from msgspec import structs
 
-from bourse_consumers.alerts import messages
 from bourse_consumers.alerts.board import NEVER, Board, View
-from bourse_consumers.alerts.expressions import STATES, Needs, Node, fill, percent
+from bourse_consumers.alerts.expressions import STATES, Needs, Node
+from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of
 from bourse_consumers.alerts.rule import Rule, form
 from bourse_schemas.events import (
     TEHRAN,
@@ -34,26 +32,13 @@ from bourse_schemas.events import (
 
 __all__ = ["GOOD", "Engine", "Known", "Poll", "columns_of", "millis"]
 
-NAMESPACE = UUID("5a0e6c0e-6f0f-5c53-9a51-0d8f1b1f7d11")
 GOOD = frozenset({Outcome.PUBLISHED, Outcome.UNCHANGED})
 BLOCK = 4_000_000
 LONG_AGO = -(2**62)
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MS = timedelta(milliseconds=1)
-SCOPES = {"instrument": Scope.INSTRUMENT, "market": Scope.MARKET, "feed": Scope.FEED}
-
-
-def millis(at: datetime) -> int:
-    """Return an instant as milliseconds since 1970."""
-    return (at - EPOCH) // MS
-
-
-def _instant(ms: int) -> datetime:
-    return EPOCH + ms * MS
 
 
 def _tehran(ms: int) -> datetime:
-    return _instant(ms).astimezone(TEHRAN)
+    return instant(ms).astimezone(TEHRAN)
 
 
 def columns_of(events: Sequence[TradeEvent], names: Iterable[str]) -> dict[str, list[Any]]:
@@ -83,34 +68,6 @@ class Known(NamedTuple):
     is_right: bool
 
 
-class Episode(NamedTuple):
-    """An alert that is firing; its id follows from the rest unless it was read from the topic."""
-
-    since: int
-    raised: int
-    sequence: int
-    day: date
-    ordinal: int = 0
-    alert_id: str | None = None
-
-
-class Change(NamedTuple):
-    """The begin or end of an episode, at a row of the board; `place` is the instrument's, -1 if there is none."""
-
-    state: AlertState
-    rule: int
-    place: int
-    row: int
-    at: int
-    sequence: int
-    episode: Episode
-    resolved_by: ResolvedBy | None = None
-
-
-def _place(change: Change) -> tuple[int, int]:
-    return change.row, change.rule
-
-
 class _Group:
     """Rules of one shape: the conditions, and for each of its pairs the instrument and the numbers in the places."""
 
@@ -119,24 +76,23 @@ class _Group:
         self.clear()
 
     def clear(self) -> None:
-        self.pairs: list[int] = []
-        self.numbers: list[Sequence[float]] = []
-        self.places: Any = np.zeros(0, np.int64)
-        self.at: Any = None
+        self.new: list[tuple[int, Sequence[float]]] = []
+        self.places = np.zeros(0, np.int64)
         self.table: Any = None
-        self.fresh = True
+        self.at: Any = None
 
-    def add(self, pair: int, numbers: Sequence[float]) -> None:
-        self.pairs.append(pair)
-        self.numbers.append(numbers)
-        self.fresh = False
+    @property
+    def any(self) -> bool:
+        """Return whether it has pairs."""
+        return bool(self.new) or self.at is not None
 
     def judge(self, board: Board, a: int, b: int, who: Any, *, wide: bool) -> tuple[Any, Any]:
         """Return where the rules may begin and where they are over, rows x pairs."""
-        if not self.fresh:
-            self.places = np.array(self.pairs, np.int64)
-            self.table = np.array(self.numbers, float).T[:, None, :]
-            self.at, self.fresh = who[self.places], True
+        if self.new:
+            self.places = np.append(self.places, [pair for pair, _ in self.new])
+            numbers = np.array([numbers for _, numbers in self.new], float).T[:, None, :]
+            self.table = numbers if self.table is None else np.concatenate([self.table, numbers], axis=2)
+            self.at, self.new = who[self.places], []
         view = View(board, a, b, self.at if wide else None)
         view.numbers = self.table
         true, false = self.when.run(view)
@@ -221,6 +177,7 @@ class Engine:
         self._active = np.array(hours, np.int64).reshape(-1, 2)
         self._by_rule = {(rule.name, rule.scope): n for n, rule in enumerate(rules)}
         self._feed = _Feed([(n, rule) for n, rule in enumerate(rules) if rule.scope == "feed"])
+        self._renderer = Renderer(rules, self.board, self._feed.view)
         self.open()
 
     def open(self, alerts: Iterable[PriceAlert] = ()) -> None:
@@ -235,6 +192,7 @@ class Engine:
         opened = self._opened[1] if self._opened and self._opened[0] == day else None
         self.board.clear(day, opened)
         self._pairs, self._pair = _Pairs(), dict[tuple[int, int], int]()
+        self._order: Any = None  # where the pairs are in the groups' results
         self._episodes: dict[int, Episode] = {}
         self._judged, self._begins = list[bool](), list[bool]()
         self._done, self._closed = 0, False
@@ -299,7 +257,8 @@ class Engine:
             return None
         places = self._pairs.who[pairs]
         view = View(self.board, 0, self.board.rows, places if self.rules[n].scope == "instrument" else None)
-        view.numbers = np.array([self._numbers(n, each) for each in places], float).T[:, None, :]
+        numbers = [numbers_of(self.rules[n], self.board, each) for each in places]
+        view.numbers = np.array(numbers, float).T[:, None, :]
         return view
 
     def _good(self, poll: Poll, at: int, day: date, *, live: bool, defer: bool) -> list[PriceAlert]:
@@ -374,11 +333,14 @@ class Engine:
         days = {Scope.FEED: self._feed.day}
         return [
             structs.replace(
-                alert, state=AlertState.RESOLVED, raised_at=_instant(at), poll_sequence=marker.poll_sequence,
+                alert, state=AlertState.RESOLVED, raised_at=instant(at), poll_sequence=marker.poll_sequence,
                 resolved_by=ResolvedBy.RULE_REMOVED
                 if alert.trading_day == days.get(alert.scope, self.board.day) else ResolvedBy.DAY_END,
             ) for alert in left
         ]  # fmt: skip
+
+    def _render(self, changes: Sequence[Change]) -> list[PriceAlert]:
+        return self._renderer.render(changes, self.marker)
 
     # --- instruments --------------------------------------------------------------------------------------------------
 
@@ -425,19 +387,8 @@ class Engine:
             self._pair[n, place] = pair
             group = self._groups[n]
             assert group is not None  # noqa: S101  # feed rules have no pairs
-            group.add(pair, self._numbers(n, place)[: self.rules[n].places])
-
-    def _numbers(self, n: int, place: int) -> Sequence[float]:
-        rule = self.rules[n]
-        row = self._table_row(rule, place)
-        return [row[each] if isinstance(each, str) else each for each in rule.numbers]
-
-    def _table_row(self, rule: Rule, place: int) -> dict[str, float]:
-        if place < 0 or not rule.table.columns:
-            return {}
-        code = self.board.codes[place]
-        symbols = [form(each.symbol or "") for each in self.board.names[place]]
-        return rule.table.row(code, next((each for each in symbols if each in rule.table.rows), ""))
+            group.new.append((pair, numbers_of(self.rules[n], self.board, place)[: self.rules[n].places]))
+            self._order = None
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
@@ -450,11 +401,13 @@ class Engine:
             b = self._done = min(a + step, board.rows)
             with np.errstate(all="ignore"):
                 board.advance(a, b)
-                begin, over = (np.zeros((b - a, pairs.count), bool) for _ in range(2))
-                for group, wide in self._shapes:
-                    if group.pairs:
-                        found = group.judge(board, a, b, pairs.who, wide=wide)
-                        begin[:, group.places], over[:, group.places] = found
+                found = [group.judge(board, a, b, pairs.who, wide=wide) for group, wide in self._shapes if group.any]
+                if self._order is None:
+                    self._order = np.argsort(np.concatenate([[], *(group.places for group, _ in self._shapes)]))
+                begin, over = (
+                    np.take(np.concatenate([np.zeros((b - a, 0), bool), *each], axis=1), self._order, axis=1)
+                    for each in (zip(*found, strict=True) if found else ([], []))
+                )
             for row in range(a, b):
                 if self._judged[row]:
                     out += self._step(row, begin[row - a], over[row - a], silent=silent)
@@ -503,107 +456,6 @@ class Engine:
                 Change(AlertState.FIRING, int(pairs.rule[pair]), int(pairs.who[pair]), row, t, sequence, episode)
             )
         return out
-
-    # --- alerts -------------------------------------------------------------------------------------------------------
-
-    def _render(self, changes: Sequence[Change]) -> list[PriceAlert]:
-        """Return changes as alerts; those of one rule and row are worked out together."""
-        out: list[PriceAlert] = []
-        for (row, n), some in groupby(sorted(changes, key=_place), _place):
-            out += self._alerts(self.rules[n], n, row, list(some))
-        return out
-
-    def _alerts(self, rule: Rule, n: int, row: int, changes: Sequence[Change]) -> Iterator[PriceAlert]:
-        board, instrument = self.board, rule.scope == "instrument"
-        places = np.array([each.place for each in changes])
-        view: Any = self._feed.view
-        if rule.scope != "feed":
-            view = View(board, row, row + 1, places if instrument else None)
-            view.numbers = np.array([self._numbers(n, each) for each in places], float).T[:, None, :]
-
-        def values(node: Node) -> Any:
-            with np.errstate(all="ignore"):
-                return np.broadcast_to(np.asarray(node.run(view), float).reshape(-1), len(changes))
-
-        sides = [(side, values(side.node)) for side in rule.when.sides]
-        wanted = {
-            id(part): values(part.expression.node)
-            for texts in rule.texts.values() for parts in texts.values() for part in parts if part.expression
-        }  # fmt: skip
-        prices = (np.full(len(changes), np.nan),) * 2
-        if instrument:
-            prices = (view.column("last_price")[0], view.column("previous_close")[0])
-        rises = percent(*prices) if instrument else prices[0]
-        assert self.marker is not None  # noqa: S101  # changes come from polls
-        for k, change in enumerate(changes):
-            i, episode, firing = change.place, change.episode, change.state is AlertState.FIRING
-            named = board.named(i, row) if instrument else None
-            code = board.codes[i] if instrument else None
-            numbers = self._table_row(rule, i)
-            last = board.exact("last_price", row, i) if instrument else None
-            subject = {
-                "rule": rule.name, "title": rule.title or "", "severity": rule.severity.value,
-                "state": change.state.value, "instrument": code or "", "symbol": (named and named.symbol) or "",
-                "instrument_title": (named and named.title) or "", "source": self.marker.source,
-            }  # fmt: skip
-            message: dict[str, str] | None = {}
-            for language in messages.LANGUAGES if not rule.texts else rule.texts:
-                if rule.texts:
-                    parts = rule.texts[language]["firing" if firing else "resolved"]
-                    text = "".join(
-                        subject[part.word] if part.word
-                        else self._filled(part, wanted[id(part)][k] if part.expression else None, (row, i), language)
-                        for part in parts
-                    )  # fmt: skip
-                else:
-                    shown = [messages.quantity(side, float(found[k]), language) for side, found in sides]
-                    if rule.scope == "feed":
-                        shown.insert(0, messages.describe_feed(self.marker.feed_state, language))
-                    text = messages.usual(subject, (last, float(rises[k])), shown, rule.scope, language)
-                message[language] = text  # type: ignore[index]
-            if rule.momentary and not firing:
-                message = None
-            yield PriceAlert(
-                alert_id=episode.alert_id or self._alert_id(rule, code, episode),
-                state=change.state,
-                rule=rule.name,
-                title=rule.title,
-                severity=rule.severity,
-                scope=SCOPES[rule.scope],
-                trading_day=episode.day,
-                source=self.marker.source,
-                instrument=code,
-                symbol=named.symbol if named else None,
-                instrument_title=named.title if named else None,
-                poll_sequence=change.sequence,
-                when=fill(rule.when.text, numbers),
-                values={
-                    fill(side.text, numbers): float(found[k]) / (1000 if side.node.kind == "time" else 1)
-                    for side, found in sides if found[k] == found[k]
-                },
-                last_price=last,
-                traded_at=_instant(traded) if instrument and (traded := board.exact("traded_at", row, i)) else None,
-                since=_instant(episode.since),
-                raised_at=_instant(change.at),
-                resolved_by=change.resolved_by,
-                message=message,
-                labels=dict(rule.labels),
-                channels=list(rule.channels),
-            )  # fmt: skip
-
-    def _filled(self, part: messages.Part, value: Any, place: tuple[int, int], language: str) -> str:
-        """Return a part of a text; a plain column is printed as the whole number it was."""
-        if part.expression is None:
-            return part.text
-        node = part.expression.node
-        if place[1] >= 0 and node.key in self.board.columns:
-            value = self.board.exact(node.key, *place)
-        return messages.show(value, node.kind, part.spec, language)
-
-    @staticmethod
-    def _alert_id(rule: Rule, code: str | None, episode: Episode) -> str:
-        parts = (rule.name, rule.scope, code or "", episode.day, episode.sequence, episode.ordinal)
-        return str(uuid5(NAMESPACE, "\0".join(map(str, parts))))
 
 
 class _FeedView:

@@ -165,14 +165,12 @@ def describe(tree: ast.expr, language: str) -> str:
 
 
 def quantity(side: Side, value: float | None, language: str) -> str:
-    """Return a side of a comparison in words, with its value."""
+    """Return the value of a side of a comparison."""
     is_percent = side.text.removeprefix("abs(").startswith("percent(") and side.node.kind == "number"
     if value is None or isnan(value) or not is_percent:
-        shown = show(value, side.node.kind, "", language)
-    else:
-        shown = f"{value:+,.2f}%" if side.text[0] == "p" else f"{value:,.2f}%"
-        shown = _ltr(shown) if language == "fa" else shown
-    return f"{describe(side.tree, language)} {shown}"
+        return show(value, side.node.kind, "", language)
+    shown = f"{value:+,.2f}%" if side.text[0] == "p" else f"{value:,.2f}%"
+    return _ltr(shown) if language == "fa" else shown
 
 
 def describe_feed(state: str, language: str) -> str:
