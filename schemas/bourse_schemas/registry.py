@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
 from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError
@@ -23,10 +23,19 @@ __all__ = ["COMPATIBILITY", "Registry"]
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
+P = ParamSpec("P")
 
 COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
 TIMEOUT_SECONDS = 4  # tried twice, and still an answer within ten seconds
 UNKNOWN_SECONDS = 30.0
+
+
+class _NotFound(Exception):
+    """The registry has no such subject, version or id; `code` is its error code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 class Registry:
@@ -56,19 +65,15 @@ class Registry:
         """Return the serializer of a topic; a subject or schema that is not registered is a ConfigurationError."""
         subject = topic.subject(prefix)
         try:
-            schema_id = self._ask(
-                f"read subject {subject}", lambda: self._client.lookup_schema(subject, _schema(topic.event)).schema_id
-            )
-        except SchemaRegistryError as error:
-            if error.http_status_code != 404:
-                raise
-            what = "is not registered" if error.error_code == 40401 else "has no version equal to this release's schema"
+            found = self._ask(f"read subject {subject}", self._client.lookup_schema, subject, _schema(topic.event))
+        except _NotFound as error:
+            what = "is not registered" if error.code == 40401 else "has no version equal to this release's schema"
             raise ConfigurationError(
                 f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url}`"
             ) from error
         if faults := gate(avro_schema(topic.event), self._released(subject)):
             raise ConfigurationError(f"subject {subject} at {self.url}: {refusal(faults)}")
-        return Serializer(topic, cast("int", schema_id), prefix)
+        return Serializer(topic, cast("int", found.schema_id), prefix)
 
     def deserializer(self, event: type[E]) -> Deserializer[E]:
         """Return a deserializer that looks the writers' schemas up here."""
@@ -80,10 +85,8 @@ class Registry:
         if time.monotonic() < self._unknown.get(schema_id, 0.0):
             raise Undecodable(unknown)
         try:
-            text = self._ask(f"read schema id {schema_id}", lambda: self._client.get_schema(schema_id).schema_str)
-        except SchemaRegistryError as error:
-            if error.http_status_code != 404:
-                raise
+            text = self._ask(f"read schema id {schema_id}", self._client.get_schema, schema_id).schema_str
+        except _NotFound as error:
             self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
             raise Undecodable(unknown) from error
         try:
@@ -102,15 +105,9 @@ class Registry:
         subject = topic.subject(prefix)
         if faults := gate(avro_schema(topic.event), self._released(subject)):
             raise SchemaIncompatible(f"{subject}: {refusal(faults)}")
-        try:
-            level = ServerConfig(compatibility=COMPATIBILITY)
-            self._ask(f"set the compatibility of subject {subject}", lambda: self._client.set_config(subject, level))
-            schema = _schema(topic.event)
-            return self._ask(f"write subject {subject}", lambda: self._client.register_schema(subject, schema))
-        except SchemaRegistryError as error:
-            if error.http_status_code != 409:
-                raise
-            raise SchemaIncompatible(f"{subject}: {error.error_message}") from error
+        level = ServerConfig(compatibility=COMPATIBILITY)
+        self._ask(f"set the compatibility of subject {subject}", self._client.set_config, subject, level)
+        return self._ask(f"write subject {subject}", self._client.register_schema, subject, _schema(topic.event))
 
     def register_all(self, prefix: str) -> dict[str, int]:
         """Register every topic's schema; return the ids by subject."""
@@ -124,12 +121,9 @@ class Registry:
             return f"{subject} is not registered: run `bourse schemas register`"
         if faults := gate(avro_schema(topic.event), released):
             return f"{subject}: {refusal(faults)}"
-        for version in released:
-            if not self._compatible(topic, subject, version):
-                return f"{subject}: the registry finds this release's schema not compatible with version {version}"
         try:
-            level = self._ask(f"read subject {subject}", lambda: self._client.get_config(subject)).compatibility_level
-        except SchemaRegistryError:
+            level = self._ask(f"read subject {subject}", self._client.get_config, subject).compatibility_level
+        except _NotFound:
             level = None
         if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
             return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
@@ -137,37 +131,27 @@ class Registry:
 
     def _released(self, subject: str) -> dict[int, Any]:
         """Return the schemas of a subject by version; nothing if it does not exist."""
+        right = f"read subject {subject}"
         try:
-            versions = self._ask(f"read subject {subject}", lambda: list(self._client.get_versions(subject)))
-        except SchemaRegistryError as error:
-            if error.http_status_code != 404:
-                raise
-            if not 40400 <= (error.error_code or 0) < 40500:
+            versions = self._ask(right, lambda: list(self._client.get_versions(subject)))
+        except _NotFound as error:
+            if not 40400 <= error.code < 40500:
                 raise ConfigurationError(
                     f"{self.url} does not answer like a schema registry: is --registry-url right?"
                 ) from error
             return {}
-        return {number: self._version(subject, number) for number in versions}
+        return {number: self._ask(right, self._version, subject, number) for number in versions}
 
     def _version(self, subject: str, number: int) -> Any:
-        def version() -> Any:
-            return json.loads(self._client.get_version(subject, number).schema.schema_str or "")
+        return json.loads(self._client.get_version(subject, number).schema.schema_str or "")
 
-        return self._ask(f"read subject {subject}", version)
-
-    def _compatible(self, topic: Topic, subject: str, version: int) -> bool:
-        schema = _schema(topic.event)
-        return self._ask(
-            f"read subject {subject}", lambda: self._client.test_compatibility(subject, schema, str(version))
-        )
-
-    def _ask(self, right: str, question: Callable[[], R]) -> R:
+    def _ask(self, right: str, question: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the answer to a question; `right` is what the user must be allowed to do."""
         import httpx2
         from socksio.exceptions import SOCKSError  # what Confluent's client calls with
 
         try:
-            return question()
+            return question(*args, **kwargs)
         except (httpx2.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
             # The client does not expect an answer that is not the API's.
             raise ConfigurationError(f"{self.url} is not a schema registry: is --registry-url right?") from error
@@ -185,11 +169,13 @@ class Registry:
                 ) from error
             if status >= 500 or status == 429:
                 raise Unreachable(f"the schema registry at {self.url} fails {text}") from error
-            if status not in {404, 409} or error.error_code == -1:
+            if status == 409:
+                raise SchemaIncompatible(f"cannot {right}: {error.error_message}") from error
+            if status != 404 or error.error_code == -1:
                 raise ConfigurationError(
                     f"{self.url} does not answer like a schema registry {text}: is --registry-url right?"
                 ) from error
-            raise
+            raise _NotFound(error.error_code or 0) from error
 
     def _unreachable(self, error: Exception) -> ConfigurationError:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]

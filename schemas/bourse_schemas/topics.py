@@ -22,7 +22,6 @@ __all__ = [
     "TRADES",
     "Topic",
     "event_id",
-    "partition_of",
     "topic_of",
 ]
 
@@ -34,7 +33,7 @@ HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 class Topic:
     """A topic as declared. `key`, `timestamp` and `identity` derive those of a record from its event.
 
-    `cloudevents_type` is None where records carry no CloudEvents headers: a table (candles) holds no events.
+    `cloudevents_type` is None if records have no CloudEvents headers: a table (candles) holds no events.
     """
 
     name: str
@@ -43,11 +42,11 @@ class Topic:
     key_doc: str
     timestamp: Callable[[Any], datetime]
     identity: Callable[[Any], str]
-    partitions: int
-    cleanup: Literal["delete", "compact"]
     doc: str
     cloudevents_type: str | None = None
-    retention_ms: int | None = None
+    partitions: int = 1
+    cleanup: Literal["delete", "compact"] = "delete"
+    retention_ms: int | None = 30 * DAY_MS
 
     def settings(self, *, replicas: int, any_time: bool) -> dict[str, str]:
         """Return the topic's settings on a cluster; with `any_time` records may be of any past or future day."""
@@ -57,7 +56,7 @@ class Topic:
         if self.cleanup == "compact":
             # Only closed segments are compacted, and a restart reads what is left: the shorter, the sooner it is ready.
             settings |= {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
-        # Event time is the record's time: brokers allow an hour ahead of theirs unless told.
+        # Event time is the record's time: brokers allow an hour ahead of theirs by default.
         settings["message.timestamp.after.max.ms"] = str(2**63 - 1 if any_time else HOUR_MS)
         return settings
 
@@ -80,28 +79,8 @@ def _compact(day: date) -> str:
     return f"{day:%Y%m%d}"
 
 
-def _alert_key(alert: PriceAlert) -> str:
-    return alert.instrument or alert.source
-
-
-def _candle_id(candle: Candle) -> str:
-    return event_id(candle.instrument, candle.trading_day, candle.sequence)
-
-
-def _poll_id(marker: PollMarker) -> str:
-    return f"{marker.source}-{marker.poll_sequence}"
-
-
-def _alert_id(alert: PriceAlert) -> str:
-    return f"{alert.alert_id}-{alert.state}"
-
-
 def _letter_id(letter: DeadLetter) -> str:
     return sha256(letter.origin.encode() + b"\0" + letter.payload).hexdigest()[:32]
-
-
-def _received_at(marker: PollMarker) -> datetime:
-    return marker.received_at or marker.requested_at
 
 
 TRADES = Topic(
@@ -112,8 +91,6 @@ TRADES = Topic(
     timestamp=attrgetter("observed_at"),
     identity=attrgetter("event_id"),
     partitions=6,
-    cleanup="delete",
-    retention_ms=30 * DAY_MS,
     doc="every change of every instrument",
     cloudevents_type="ir.bourse.trade.v1",
 )
@@ -123,9 +100,10 @@ CANDLES = Topic(
     key=attrgetter("instrument"),
     key_doc="instrument",
     timestamp=attrgetter("observed_at"),
-    identity=_candle_id,
+    identity=lambda candle: event_id(candle.instrument, candle.trading_day, candle.sequence),
     partitions=6,
     cleanup="compact",
+    retention_ms=None,
     doc="the day's running candle of every instrument",
 )
 POLLS = Topic(
@@ -133,24 +111,18 @@ POLLS = Topic(
     event=PollMarker,
     key=attrgetter("source"),
     key_doc="source",
-    timestamp=_received_at,
-    identity=_poll_id,
-    partitions=1,
-    cleanup="delete",
-    retention_ms=30 * DAY_MS,
+    timestamp=lambda marker: marker.received_at or marker.requested_at,
+    identity=lambda marker: f"{marker.source}-{marker.poll_sequence}",
     doc="one record per poll, good or bad",
     cloudevents_type="ir.bourse.poll.v1",
 )
 ALERTS = Topic(
     name="alerts",
     event=PriceAlert,
-    key=_alert_key,
+    key=lambda alert: alert.instrument or alert.source,
     key_doc="instrument, or source for market and feed alerts",
     timestamp=attrgetter("raised_at"),
-    identity=_alert_id,
-    partitions=1,
-    cleanup="delete",
-    retention_ms=30 * DAY_MS,
+    identity=lambda alert: f"{alert.alert_id}-{alert.state}",
     doc="alerts raised and resolved",
     cloudevents_type="ir.bourse.alert.v1",
 )
@@ -161,9 +133,6 @@ DEAD_LETTERS = Topic(
     key_doc="origin",
     timestamp=attrgetter("failed_at"),
     identity=_letter_id,
-    partitions=1,
-    cleanup="delete",
-    retention_ms=30 * DAY_MS,
     doc="rows and records that could not be used, with the reason and the bytes",
 )
 TOPICS = (TRADES, CANDLES, POLLS, ALERTS, DEAD_LETTERS)
@@ -172,17 +141,3 @@ TOPICS = (TRADES, CANDLES, POLLS, ALERTS, DEAD_LETTERS)
 def topic_of(event: type[Event]) -> Topic:
     """Return the topic that holds events of this type."""
     return next(topic for topic in TOPICS if topic.event is event)
-
-
-def partition_of(key: str, partitions: int) -> int:
-    """Return the partition a key goes to: Kafka's murmur2, as `partitioner=murmur2_random` and Java's clients do it."""
-    data, mask, mix = key.encode(), 0xFFFFFFFF, 0x5BD1E995
-    result = 0x9747B28C ^ len(data)
-    whole = len(data) & ~3
-    for at in range(0, whole, 4):
-        word = int.from_bytes(data[at : at + 4], "little") * mix & mask
-        result = (result * mix & mask) ^ ((word ^ word >> 24) * mix & mask)
-    if rest := data[whole:]:
-        result = (result ^ int.from_bytes(rest, "little")) * mix & mask
-    result = (result ^ result >> 13) * mix & mask
-    return ((result ^ result >> 15) & 0x7FFFFFFF) % partitions

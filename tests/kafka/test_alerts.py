@@ -26,7 +26,7 @@ from bourse_schemas.codec import to_json
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, Event, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import partition_of, topic_of
+from bourse_schemas.topics import topic_of
 from reliability.chaos_alerts import run
 
 pytestmark = pytest.mark.kafka
@@ -139,6 +139,20 @@ def test_a_live_run_says_what_a_back_test_says(place: Place, wait_for: Callable[
     firing = {json.loads(line)["alert_id"] for line in expected}
     firing -= {json.loads(line)["alert_id"] for line in expected if '"RESOLVED"' in line}
     assert {json.loads(line)["alert_id"] for line in is_open} == firing
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition a key goes to: Kafka's murmur2, as `partitioner=murmur2_random` and Java's clients do it."""
+    data, mask, mix = key.encode(), 0xFFFFFFFF, 0x5BD1E995
+    result = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for at in range(0, whole, 4):
+        word = int.from_bytes(data[at : at + 4], "little") * mix & mask
+        result = (result * mix & mask) ^ ((word ^ word >> 24) * mix & mask)
+    if rest := data[whole:]:
+        result = (result ^ int.from_bytes(rest, "little")) * mix & mask
+    result = (result ^ result >> 13) * mix & mask
+    return ((result ^ result >> 15) & 0x7FFFFFFF) % partitions
 
 
 def test_check_knows_the_instruments_and_partitions_are_the_brokers(place: Place) -> None:
