@@ -42,14 +42,7 @@ def asyncapi(bootstrap_servers: str, registry_url: str, prefix: str = DEFAULT_PR
         "defaultContentType": "application/vnd.apache.avro",
         "servers": {"kafka": {"host": bootstrap_servers, "protocol": "kafka", "bindings": {"kafka": kafka}}},
         "channels": {topic.name: _channel(topic, prefix) for topic in TOPICS},
-        "operations": {
-            f"publish-{topic.name}": {
-                "action": "send",
-                "channel": {"$ref": f"#/channels/{topic.name}"},
-                "summary": f"{topic.full_name(prefix)}: {topic.doc}",
-            }
-            for topic in TOPICS
-        },
+        "operations": {f"publish-{topic.name}": _operation(topic, prefix) for topic in TOPICS},
         "components": {"messages": {topic.event.__name__: _message(topic) for topic in TOPICS}},
     }
 
@@ -59,14 +52,18 @@ def _channel(topic: Topic, prefix: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"cleanup.policy": [topic.cleanup]}
     if topic.retention_ms is not None:
         settings["retention.ms"] = topic.retention_ms
+    kafka = {"partitions": topic.partitions, "topicConfiguration": settings, "bindingVersion": BINDING}
     return {
         "address": topic.full_name(prefix),
         "description": topic.doc,
         "messages": {name: {"$ref": f"#/components/messages/{name}"}},
-        "bindings": {
-            "kafka": {"partitions": topic.partitions, "topicConfiguration": settings, "bindingVersion": BINDING}
-        },
+        "bindings": {"kafka": kafka},
     }
+
+
+def _operation(topic: Topic, prefix: str) -> dict[str, Any]:
+    summary = f"{topic.full_name(prefix)}: {topic.doc}"
+    return {"action": "send", "channel": {"$ref": f"#/channels/{topic.name}"}, "summary": summary}
 
 
 def _message(topic: Topic) -> dict[str, Any]:
@@ -76,6 +73,12 @@ def _message(topic: Topic) -> dict[str, Any]:
         for name, doc in HEADERS.items()
         if topic.cloudevents_type
     }
+    kafka = {
+        "key": {"type": "string", "description": topic.key_doc},
+        "schemaIdLocation": "payload",
+        "schemaIdPayloadEncoding": "confluent",
+        "bindingVersion": BINDING,
+    }
     return {
         "name": topic.event.__name__,
         "title": topic.doc,
@@ -83,12 +86,5 @@ def _message(topic: Topic) -> dict[str, Any]:
         "contentType": "application/vnd.apache.avro",
         **({"headers": {"type": "object", "required": [*headers], "properties": headers}} if headers else {}),
         "payload": {"schemaFormat": "application/vnd.apache.avro;version=1.9.0", "schema": schema},
-        "bindings": {
-            "kafka": {
-                "key": {"type": "string", "description": topic.key_doc},
-                "schemaIdLocation": "payload",
-                "schemaIdPayloadEncoding": "confluent",
-                "bindingVersion": BINDING,
-            }
-        },
+        "bindings": {"kafka": kafka},
     }

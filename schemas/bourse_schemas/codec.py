@@ -43,7 +43,7 @@ Header = tuple[str, str | bytes | None]
 MAGIC = 0
 FRAME = struct.Struct(">bI")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LONGEST = -(1 << 63), (1 << 63) - 1
+LONGEST = 1 << 63
 EPOCH_DAY = EPOCH.toordinal()
 MILLISECOND = timedelta(milliseconds=1)
 # Strings that come back in every poll: their encoded form is kept.
@@ -136,13 +136,13 @@ def _array(values: list[Any], item: Callable[[Any], bytes]) -> bytes:
 
 _RUNTIME: dict[str, Any] = {
     "int_": _int,
-    "long": _long,
-    "string": _string,
+    "long_": _long,
+    "string_": _string,
     "recurring": _recurring,
     "bytes_": _bytes,
     "date": _date,
     "instant": _instant,
-    "double": struct.Struct("<d").pack,
+    "double_": struct.Struct("<d").pack,
     "map_": _map,
     "array": _array,
     "join": b"".join,
@@ -165,18 +165,12 @@ def _expression(avro: Any, value: str, name: str, names: dict[str, Any]) -> str:
             return f"map_({value}, lambda x: {_expression(inner, 'x', '', names)})"
         case {"type": "array", "items": inner}:
             return f"array({value}, lambda x: {_expression(inner, 'x', '', names)})"
-        case "int":
-            return f"int_({value})"
-        case "long":
-            return f"long({value})"
-        case "string":
-            return f"recurring({value})" if name in RECURRING else f"string({value})"
-        case "bytes":
-            return f"bytes_({value})"
         case "boolean":
             return f"(b'\\1' if {value} else b'\\0')"
-        case "double":
-            return f"double({value})"
+        case "string" if name in RECURRING:
+            return f"recurring({value})"
+        case "int" | "long" | "string" | "bytes" | "double":
+            return f"{avro}_({value})"
     raise ValueError(f"no encoder for the Avro type {avro!r} of field {name!r}")
 
 
@@ -238,21 +232,10 @@ class Serializer(Generic[E]):
         key = declared.key(event).encode()
         if self._type is None:
             return Record(self.topic, key, self.frame + body, timestamp, [])
-        return Record(
-            self.topic,
-            key,
-            self.frame + body,
-            timestamp,
-            [
-                SPECIFICATION,
-                ("ce_id", declared.identity(event).encode()),
-                _source(getattr(event, "source", self.topic)),
-                self._type,
-                ce_time,
-                ("ce_subject", key),
-                CONTENT_TYPE,
-            ],
-        )
+        identity: Header = ("ce_id", declared.identity(event).encode())
+        source, subject = _source(getattr(event, "source", self.topic)), ("ce_subject", key)
+        headers = [SPECIFICATION, identity, source, self._type, ce_time, subject, CONTENT_TYPE]
+        return Record(self.topic, key, self.frame + body, timestamp, headers)
 
 
 # A poll's records have most of their headers in common.
@@ -319,8 +302,7 @@ class Deserializer(Generic[E]):
         except (
             EOFError,
             ValueError,
-            IndexError,
-            KeyError,
+            LookupError,
             TypeError,
             OverflowError,
             fastavro.read.SchemaResolutionError,
@@ -328,7 +310,7 @@ class Deserializer(Generic[E]):
             raise Undecodable(f"not a {self.event.__name__} by schema id {schema_id}: {error!r}") from error
         if stream.tell() != len(payload):
             raise Undecodable(f"{len(payload) - stream.tell()} bytes after the record")
-        if any(type(value) is int and not LONGEST[0] <= value <= LONGEST[1] for value in fields.values()):  # type: ignore[union-attr]
+        if any(type(value) is int and not -LONGEST <= value < LONGEST for value in fields.values()):  # type: ignore[union-attr]
             raise Undecodable("a number is longer than 64 bits")
         return cast("dict[str, Any]", fields)
 
