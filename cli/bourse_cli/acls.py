@@ -95,12 +95,11 @@ def acls(
             click.echo(json.dumps({**right._asdict(), "principal": principal, "permission": "ALLOW"}))
         return
     for (resource, pattern, name), same in groupby(found, lambda right: right[:3]):
-        flag = "cluster" if resource == "cluster" else f"{resource} {shlex.quote(name)}"
         # The tool knows DescribeConfigs, and not DESCRIBE_CONFIGS.
         operations = " ".join(f"--operation {right.operation.title().replace('_', '')}" for right in same)
         click.echo(
             f"kafka-acls --bootstrap-server {cluster.bootstrap_servers} --add --allow-principal "
-            f"{shlex.quote(principal)} {operations} --{flag} --resource-pattern-type {pattern}"
+            f"{shlex.quote(principal)} {operations} --{resource} {shlex.quote(name)} --resource-pattern-type {pattern}"
         )
 
 

@@ -119,20 +119,17 @@ def prepare(ctx: click.Context, path: str, command: click.Command, table: Any) -
     if not isinstance(table, dict):
         outer, _, key = path.rpartition(".")
         raise ConfigurationError(f"{file.place(outer, key)}: options of `{path}` belong in the table [{path}]")
-    given = set(map(_name, table))
-    for option in command.params:
-        if option.name in SHARED and option.name in shared and option.name not in given:
-            table[option.name] = shared[option.name]
-    options = {option.name: option for option in command.params}
-    for key in list(table):
-        if (known := options.get(_name(key))) is not None and known.name:
-            multiple = getattr(known, "multiple", False)
-            value = table.pop(key)
-            values = value if multiple and isinstance(value, list) else [value]
-            if any(isinstance(each, list | dict) for each in values):
-                what = "a list of strings" if multiple else "one value"
-                raise ConfigurationError(f"{file.place(path, _name(key))}: {key} of [{path}] must be {what}")
-            table[known.name] = [str(each) for each in values] if multiple else str(value)
+    options = {option.name: option for option in command.params if option.name}
+    own = {key: _name(key) for key in table if _name(key) in options}
+    for name in options.keys() & shared.keys() & set(SHARED) - set(own.values()):
+        table[name], own[name] = shared[name], name
+    for key, name in own.items():
+        value, multiple = table.pop(key), getattr(options[name], "multiple", False)
+        values = value if multiple and isinstance(value, list) else [value]
+        if any(isinstance(each, list | dict) for each in values):
+            what = "a list of strings" if multiple else "one value"
+            raise ConfigurationError(f"{file.place(path, name)}: {key} of [{path}] must be {what}")
+        table[name] = [str(each) for each in values] if multiple else str(value)
     inner_commands = getattr(command, "commands", {})
     if not hasattr(command, "entry_point_group"):  # a lazy group does not know its commands yet
         _check_keys(ctx, table, {*options, *inner_commands}, path)

@@ -85,7 +85,7 @@ def http_option(command: Any) -> Any:
 
 
 def declared_topic(name: str, prefix: str | None) -> Topic:
-    """Return the topic of this name, with its prefix or without; with any prefix where that is None."""
+    """Return the topic of this name, with its prefix or without; with any prefix if that is None."""
     for topic in TOPICS:
         if name in {topic.name, topic.full_name(name.rpartition(".")[0] if prefix is None else prefix)}:
             return topic

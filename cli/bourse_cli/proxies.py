@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
@@ -28,7 +29,7 @@ def proxy_for(
     `httpx2.Client(transport=httpx2.HTTPTransport(proxy=...))`: a client without a transport reads the environment
     again.
     """
-    chosen = None
+    chosen, target = None, urlsplit(url)
     if proxy is not None and proxy_file is not None:
         raise ConfigurationError("--proxy and --proxy-file: use one of them")
     if proxy is not None:
@@ -37,29 +38,29 @@ def proxy_for(
             raise ConfigurationError("--proxy holds a password: write the URL to a file and use --proxy-file FILE")
     elif proxy_file is not None:
         chosen = _proxy_url(f"--proxy-file {proxy_file}", read_text(proxy_file, "--proxy-file").strip())
-    target = urlsplit(url)
     host = (target.hostname or "").rstrip(".")
-    if _is_loopback(host):
+    address = _address(host)
+    if host == "localhost" or host.endswith(".localhost") or (address is not None and address.is_loopback):
         return None
-    if chosen is None:
-        for name in (f"{target.scheme}_proxy", "all_proxy"):
-            variable = next((each for each in (name, name.upper()) if environ.get(each, "").strip()), None)
-            if variable is not None:
-                chosen = None if _exempt(host, target, environ) else _proxy_url(variable, environ[variable].strip())
-                break
-    return chosen
+    if chosen is not None:
+        return chosen
+    for name in (f"{target.scheme}_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            if value := environ.get(variable, "").strip():
+                return None if _exempt(host, target, environ) else _proxy_url(variable, value)
+    return None
 
 
 def _proxy_url(origin: str, value: str) -> str:
     url = value if "://" in value else f"http://{value}"  # as curl reads it
+    if url.startswith("socks://"):
+        raise ConfigurationError(f"{origin}: socks:// is not a supported proxy scheme; did you mean socks5://?")
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0 and not any(each.isspace() for each in url)
+        usable = parts.scheme in SCHEMES and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
     except ValueError:
-        parts, usable = SplitResult("", "", "", "", ""), False
-    if parts.scheme == "socks":
-        raise ConfigurationError(f"{origin}: socks:// is not a supported proxy scheme; did you mean socks5://?")
-    if not usable or parts.scheme not in SCHEMES:
+        usable = False
+    if not usable:
         raise ConfigurationError(
             f"{origin} is not a proxy address such as http://127.0.0.1:3128 (schemes: {', '.join(SCHEMES)})"
         )
@@ -71,11 +72,6 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
         return ip_address(host)
     except ValueError:
         return None
-
-
-def _is_loopback(host: str) -> bool:
-    address = _address(host)
-    return host == "localhost" or host.endswith(".localhost") if address is None else address.is_loopback
 
 
 def _exempt(host: str, target: SplitResult, environ: Mapping[str, str]) -> bool:

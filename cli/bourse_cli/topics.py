@@ -120,7 +120,7 @@ def list_topics(cluster: Cluster) -> None:
 
 
 def declared_topics(cluster: Cluster, overrides: Mapping[str, Any], replicas: int, *, any_time: bool) -> list[Plan]:
-    """Return the topics as they are to be created, with the overrides. Raises ConfigurationError if one is wrong."""
+    """Return the topics as they are to be created, with the overrides. Raises ConfigurationError for a bad override."""
     _check_overrides(overrides)
     plans = []
     for declared in TOPICS:
@@ -139,7 +139,7 @@ def plan_topics(
 ) -> list[Plan]:
     """Return, per declared topic, what has to be done on this cluster.
 
-    Raises ConfigurationError if an override is wrong or would remove partitions, or if the user may not see a topic.
+    Raises ConfigurationError for an override that is bad or removes partitions, and if the user may not see a topic.
     """
     wanted = declared_topics(cluster, overrides, replication_factor or 0, any_time=any_time)
     found = cluster.topics(plan.name for plan in wanted)
@@ -221,7 +221,7 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
             answers.append((name, "ALTER_CONFIGS", admin.incremental_alter_configs([resource], **limit)[resource]))
     for name, right, answer in answers:
         cluster.answer(answer, f"{name}: the cluster refuses", 2 * TIMEOUT_SECONDS, right, topic=name)
-    # The controller has done it, the brokers hear of it a moment later: the next command must find its topics.
+    # The controller has done it, the brokers learn of it a moment later: the next command must find its topics.
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         known = cluster.topics(plan.name for plan in plans)

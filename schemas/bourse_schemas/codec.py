@@ -46,7 +46,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 1 << 63
 EPOCH_DAY = EPOCH.toordinal()
 MILLISECOND = timedelta(milliseconds=1)
-# Strings that come back in every poll: their encoded form is kept.
+# Strings that every poll repeats: their encoded form is kept.
 RECURRING = {"instrument", "symbol", "symbol_raw", "title", "source", "trading_day_jalali", "exchange_type"}
 
 
@@ -190,7 +190,7 @@ def encoder(event: type[E]) -> Callable[[E], bytes]:
 
 @cache
 def _around_candle() -> Callable[[TradeEvent, bytes], bytes]:
-    """Return an encoder of TradeEvents that takes the bytes of the event's candle, which lie in it as they are."""
+    """Return an encoder of TradeEvents that takes the bytes of the event's candle, which are part of it unchanged."""
     fields = avro_schema(TradeEvent)["fields"]
     block = [field["name"] for field in avro_schema(Candle)["fields"]]
     first = [field["name"] for field in fields].index(block[0])

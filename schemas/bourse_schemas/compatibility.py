@@ -60,8 +60,8 @@ def _shape(avro: Any) -> Any:
 def gate(new: dict[str, Any], released: Mapping[int, Any]) -> list[str]:
     """Return what keeps a schema from following the released ones, by their versions; one line a fault.
 
-    What is not compatible, and what readers would take for something else: a field or a symbol that is gone, another
-    default of a field or an enum, another unit in a doc, fields in another order; and what nothing explains.
+    Faults are what is not compatible, and what readers would misread: a field or symbol that is gone, another default
+    of a field or enum, another unit in a doc, fields in another order; also a field or enum without a doc.
     """
     faults: list[str] = []
     try:
@@ -79,7 +79,7 @@ def gate(new: dict[str, Any], released: Mapping[int, Any]) -> list[str]:
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Yield what resolves, and means something else."""
+    """Yield what can be read, but means something else."""
     before, after = _fields(old), _fields(new)
     shared = [name for name in before if name in after]
     if shared != [name for name in after if name in before]:

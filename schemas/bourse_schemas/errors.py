@@ -2,16 +2,16 @@
 
 BourseError
 ├─ ConfigurationError          the operator must change something: printed, exit 2
-│  └─ Unreachable              broker or registry is away: a service waits, a one-shot command ends
+│  └─ Unreachable              broker or registry does not answer: a service waits, a command ends
 ├─ ExchangeError
 │  ├─ ExchangeUnavailable      keep polling, back off
-│  ├─ ExchangeRefused          token, scope, quota: says which
+│  ├─ ExchangeRefused          token, scope, quota: `kind` is which
 │  └─ ExchangeNonsense         keep the body, count, skip this poll
 ├─ SchemaIncompatible          refuse to start
-├─ Undecodable                 one record is at fault: dead-letter it
+├─ Undecodable                 one record cannot be decoded: dead-letter it
 ├─ Stuck                       calls that cannot be ended: end the process
-└─ PublishError                throw the Kafka producer away, restore, go on
-   └─ Fenced                   another instance took over: leave
+└─ PublishError                discard the Kafka producer, restore, go on
+   └─ Fenced                   another instance took over: stop
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class BourseError(Exception):
 
 
 class ConfigurationError(BourseError):
-    """The operator must change something; the text says what. The command line exits with 2."""
+    """The operator must change something; the text names it. The command line exits with 2."""
 
 
 class Unreachable(ConfigurationError):
-    """A broker or registry does not answer: a service waits and says so, a one-shot command exits with 2."""
+    """A broker or registry does not answer: a service waits and reports it, a command exits with 2."""
 
 
 class ExchangeError(BourseError):
@@ -82,7 +82,7 @@ class ExchangeRefused(ExchangeError):
 
 
 class ExchangeNonsense(ExchangeError):
-    """The exchange answered with something that is no snapshot: count it, skip this poll."""
+    """The exchange answered with something that is not a snapshot: count it, skip this poll."""
 
 
 class SchemaIncompatible(BourseError):
@@ -98,7 +98,7 @@ class Stuck(BourseError):
 
 
 class PublishError(BourseError):
-    """A transaction failed: throw the Kafka producer away, restore the state, go on."""
+    """A transaction failed: discard the Kafka producer, restore the state, go on."""
 
 
 class Fenced(PublishError):

@@ -114,7 +114,7 @@ class Registry:
         return {topic.subject(prefix): self.register(topic, prefix) for topic in TOPICS}
 
     def check(self, topic: Topic, prefix: str) -> str | None:
-        """Return None when the topic's schema is registered or may be; otherwise one line about what is wrong."""
+        """Return None when the topic's schema is registered or may be; otherwise what prevents it, in one line."""
         subject = topic.subject(prefix)
         released = self._released(subject)
         if not released:
