@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 __all__ = ["deadline", "stop_on_signals"]
 
@@ -35,52 +36,40 @@ class _Call:
     left: float
 
 
-class _Watchdog:
-    def __init__(self) -> None:
-        self._calls: dict[_Call, None] = {}
-        self._armed = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def arm(self, name: str, seconds: float) -> _Call:
-        call = _Call(name, seconds, seconds)
-        self._calls[call] = None
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-            self._thread.start()
-        self._armed.set()
-        return call
-
-    def disarm(self, call: _Call) -> None:
-        self._calls.pop(call, None)
-
-    def _run(self) -> None:
-        while True:
-            self._armed.wait()
-            began = time.monotonic()
-            time.sleep(TICK_SECONDS)
-            # No call can return while the process is stopped or the machine sleeps: that time does not count.
-            passed = min(time.monotonic() - began, 2 * TICK_SECONDS)
-            if not self._calls:
-                self._armed.clear()
-                if self._calls:  # armed in between
-                    self._armed.set()
-            for call in list(self._calls):
-                call.left -= passed
-                if call.left <= 0:
-                    _end(call)
+_calls: dict[_Call, None] = {}
 
 
-_watchdog = _Watchdog()
+def _arm(name: str, seconds: float) -> _Call:
+    _calls[call := _Call(name, seconds, seconds)] = None
+    _start()
+    return call
+
+
+@cache
+def _start() -> None:
+    threading.Thread(target=_watch, name="watchdog", daemon=True).start()
+
+
+def _watch() -> None:
+    while True:
+        began = time.monotonic()
+        time.sleep(TICK_SECONDS)
+        # No call can return while the process is stopped or the machine sleeps: that time does not count.
+        passed = min(time.monotonic() - began, 2 * TICK_SECONDS)
+        for call in list(_calls):
+            call.left -= passed
+            if call.left <= 0:
+                _end(call)
 
 
 @contextmanager
 def deadline(call: str, seconds: float) -> Iterator[None]:
     """End the process with exit code 1, and print the call's name, if the block takes longer than `seconds`."""
-    armed = _watchdog.arm(call, seconds)
+    armed = _arm(call, seconds)
     try:
         yield
     finally:
-        _watchdog.disarm(armed)
+        _calls.pop(armed, None)
 
 
 def stop_on_signals() -> threading.Event:
@@ -96,7 +85,7 @@ def stop_on_signals() -> threading.Event:
         while ours.recv(1)[0] not in STOPPING:
             pass
         stop.set()
-        _watchdog.arm("the orderly stop", STOP_SECONDS)
+        _arm("the orderly stop", STOP_SECONDS)
 
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
     for number in STOPPING:
