@@ -14,12 +14,17 @@ from bourse_cli.configuration import config_name
 from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import POLLS, TOPICS, Topic
+from bourse_schemas.topics import ALERTS, POLLS, TOPICS, Topic
 
 __all__ = ["Plan", "apply_topics", "plan_topics", "topics"]
 
 TIMEOUT_SECONDS = 8.0
 USUAL_REPLICAS = 3
+# Topics that have exactly one partition, and why.
+SINGLE = {
+    POLLS.name: "the order of polls and the election of the leader",
+    ALERTS.name: "the order of alerts",
+}
 OVERRIDES: dict[str, type] = {"config": dict, "partitions": int, "replication_factor": int}
 
 
@@ -160,8 +165,8 @@ def plan_topics(
             raise cluster.not_allowed(f"DESCRIBE (part of ALTER) on topic {name}")
         if has > wants:
             advice = f"put `partitions = {has}` under [topic.{plan.topic.name}] in {config_name()}"
-            if plan.topic.name == POLLS.name:
-                advice = "the order of polls and the election of the leader need exactly one: delete the topic"
+            if what := SINGLE.get(plan.topic.name):
+                advice = f"{what} needs exactly one: delete the topic"
             raise ConfigurationError(
                 f"{name} has {has} partitions and {wants} are declared: partitions cannot be removed; {advice}"
             )
@@ -187,11 +192,9 @@ def _check_overrides(overrides: Any) -> None:
             if type(value) is not OVERRIDES[key] or (isinstance(value, int) and value < 1):
                 what = "a table" if OVERRIDES[key] is dict else "an integer, at least 1"
                 raise ConfigurationError(f"{config_name()}: {key} of [topic.{name}] must be {what}")
-    if overrides.get(POLLS.name, {}).get("partitions", 1) != 1:
-        raise ConfigurationError(
-            f"{config_name()}: partitions of [topic.{POLLS.name}] must be 1: the order of polls and the election of "
-            "the leader depend on it"
-        )
+    for name, what in SINGLE.items():
+        if overrides.get(name, {}).get("partitions", 1) != 1:
+            raise ConfigurationError(f"{config_name()}: partitions of [topic.{name}] must be 1: {what} depends on it")
 
 
 def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:

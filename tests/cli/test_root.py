@@ -376,6 +376,7 @@ def test_a_subcommands_part_of_the_file_must_be_a_table(bourse: Run, tmp_path: P
         ("[topic.trades]\npartition = 12", "[topic.trades] is unknown"),
         ("[topic.trades]\npartitions = '12'", "partitions of [topic.trades] must be an integer, at least 1"),
         ("[topic.polls]\npartitions = 2", "partitions of [topic.polls] must be 1: the order of polls"),
+        ("[topic.alerts]\npartitions = 3", "partitions of [topic.alerts] must be 1: the order of alerts"),
         ("[topic.trades]\npartitions = 0", "partitions of [topic.trades] must be an integer, at least 1"),
         ("[topic.trades]\npartitions = 6.5", "partitions of [topic.trades] must be an integer, at least 1"),
         ("[topic.trades]\npartitions = true", "partitions of [topic.trades] must be an integer, at least 1"),
