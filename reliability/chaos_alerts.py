@@ -37,7 +37,7 @@ from bourse_schemas.topics import ALERTS, POLLS, TRADES
 from reliability import day
 from reliability.chaos_archive import SECONDS_A_KILL, SETTLE_SECONDS, Members
 
-__all__ = ["main", "run"]
+__all__ = ["feed", "main", "run"]
 
 RULES = Path(__file__).parent.parent / "examples" / "rules.yaml"
 
@@ -79,10 +79,14 @@ def run(kills: int, seed: int, members: int, folder: Path, broker_restarts: bool
         stack.callback(group.stop)
         fed = threading.Event()
         about = cluster, polls, kills * SECONDS_A_KILL, fed
-        feeder = threading.Thread(target=_feed, args=about, daemon=True)
-        feeder.start()
+        feeder = threading.Thread(target=feed, args=about, daemon=True)
         for _ in range(members):
             group.start()
+        # A group without committed polls begins at the end: nothing is fed before it has.
+        until = time.monotonic() + SETTLE_SECONDS
+        while _behind(cluster) and time.monotonic() < until:
+            time.sleep(0.5)
+        feeder.start()
         while done.total() < kills:
             time.sleep(chance.uniform(0.2, 2 * SECONDS_A_KILL))
             group.thaw()
@@ -117,7 +121,7 @@ def _text(alert: PriceAlert) -> str:
     return to_json(asdict(alert))
 
 
-def _feed(cluster: Cluster, polls: Sequence[Past], seconds: float, fed: threading.Event) -> None:
+def feed(cluster: Cluster, polls: Sequence[Past], seconds: float, fed: threading.Event) -> None:
     """Publish the day, a transaction per poll with its marker, within about this time."""
     registry = cluster.registry()
     trades, marks = (registry.serializer(topic, cluster.prefix) for topic in (TRADES, POLLS))

@@ -76,6 +76,9 @@ class Document:
             self._add(mark.line, mark.column, f"not YAML: {why}", shown)
             raise self.error() from error
 
+        if self.root is None:
+            raise ConfigurationError(f"{path}: the file is empty")
+
     def mistake(
         self, node: Any, message: str, at: int = 0, end: int | None = None, *, fix: str | None = None,
         whole: str | None = None,

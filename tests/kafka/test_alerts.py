@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -29,7 +30,7 @@ from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, Event
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import topic_of
-from reliability.chaos_alerts import run
+from reliability.chaos_alerts import feed, run
 
 pytestmark = pytest.mark.kafka
 
@@ -71,6 +72,10 @@ class Place:
             trading_day=NINE.date(), observed_at=at, traded_at=at,
         )  # fmt: skip
         self.publish([event, practice(polls_of([event]))[0].marker])
+
+    def is_active(self) -> bool:
+        """Return whether the consumer has begun: a new group begins with the next poll."""
+        return '"event": "active"' in (self.folder / "log").read_text("utf-8")
 
     def write(self, *rules: str) -> None:
         """Write the rules."""
@@ -115,10 +120,11 @@ def place(kafka: Kafka, small_registry: str, prefix: str, tmp_path: Path) -> Pla
 def test_an_alert_comes_once_through_a_kill_and_new_rules(place: Place, wait_for: Callable[..., Any]) -> None:
     """Its end comes after the kill; the end of another when its rule goes; a wrong file changes nothing."""
     place.write(ABOVE, BELOW)
-    place.price(1, 100)
-    place.price(2, 106)
     fired, ended = ("above", "FIRING", None), ("above", "RESOLVED", "CONDITION")
     with place.consuming(place.rules) as child:
+        wait_for(place.is_active, 60)
+        place.price(1, 100)
+        place.price(2, 106)
         wait_for(lambda: place.states() == [fired], 60)
         child.kill()
     place.price(3, 94)
@@ -146,13 +152,15 @@ def test_a_live_run_says_what_a_trial_says(place: Place, wait_for: Callable[...,
     """A real day over real Kafka, in every field of every alert."""
     replay = Replay()
     replay.day(REAL_DAY)
-    events = [event for past in practice(polls_of(replay.events)) for event in (*past.events, past.marker)]
+    polls = practice(polls_of(replay.events))
+    events = [event for past in polls for event in (*past.events, past.marker)]
     lines = place.folder / "day.ndjson"
     lines.write_text("".join(to_json(structs.asdict(event)) + "\n" for event in events), "utf-8")
-    place.publish(events)
     done = CliRunner().invoke(bourse, ["alerts", "test", str(EXAMPLE), str(lines), "--json"])
     expected = sorted(done.stdout.splitlines())
     with place.consuming(EXAMPLE):
+        wait_for(place.is_active, 60)
+        feed(place.cluster, polls, 0.0, threading.Event())
         wait_for(lambda: len(place.alerts()) >= len(expected), 120)
     found = CliRunner().invoke(bourse, ["alerts", "list", "--json", *place.options]).stdout.splitlines()
     assert sorted(found) == expected

@@ -88,8 +88,8 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
     the sandbox, or in the files.
     """
     from bourse_consumers.alerts.expressions import Mistake
-    from bourse_consumers.alerts.mistakes import WRITE, explain
     from bourse_consumers.alerts.rules_file import compile_rule
+    from bourse_consumers.alerts.words import WRITE, explain
     from bourse_consumers.yaml_file import pointed, printable
 
     try:

@@ -9,11 +9,12 @@ from math import isnan
 from typing import NamedTuple
 
 from bourse_consumers.alerts.expressions import STATES, Expression, Kind, Number, Side, Span
+from bourse_consumers.alerts.words import WORDS
 
 __all__ = [
+    "FIELDS",
     "LANGUAGES",
     "SPEC",
-    "WORDS",
     "Part",
     "Texts",
     "Values",
@@ -27,46 +28,14 @@ __all__ = [
 
 LANGUAGES = ("fa", "en")
 # What may be in braces besides expressions.
-WORDS = ("rule", "title", "severity", "state", "instrument", "symbol", "instrument_title", "source")
+FIELDS = ("rule", "title", "severity", "state", "instrument", "symbol", "instrument_title", "source")
 SPEC = re.compile(r"\+?,?(\.[0-9])?[f%]?")
 UNKNOWN = "–"
 PERSIAN = str.maketrans("0123456789,.%", "۰۱۲۳۴۵۶۷۸۹٬٫٪")
 LRI, PDI = "\u2066", "\u2069"
 UNITS = {"fa": ("ساعت", "دقیقه", "ثانیه"), "en": ("h", "min", "s")}
-COLUMN_WORDS = {
-    "open_price": ("اولین قیمت", "first price"),
-    "high_price": ("بیشترین قیمت", "highest price"),
-    "low_price": ("کمترین قیمت", "lowest price"),
-    "last_price": ("آخرین قیمت", "last price"),
-    "closing_price": ("قیمت پایانی", "closing price"),
-    "previous_close": ("قیمت دیروز", "yesterday's price"),
-    "volume": ("حجم", "volume"),
-    "value": ("ارزش معاملات", "value"),
-    "trade_count": ("تعداد معاملات", "number of trades"),
-    "shares_outstanding": ("تعداد سهام", "number of shares"),
-    "market_value": ("ارزش بازار", "market value"),
-    "quiet": ("بدون معامله به مدت", "not traded for"),
-    "silent": ("بدون داده به مدت", "no poll for"),
-    "feed_state": ("وضعیت داده", "feed"),
-}
-FUNCTION_WORDS = {
-    "abs": ("اندازهٔ {}", "size of {}"),
-    "min": ("کمترین از {}", "lowest of {}"),
-    "max": ("بیشترین از {}", "highest of {}"),
-    "ago": ("{} در {} پیش", "{} {} ago"),
-    "change": ("تغییر {} در {}", "change of {} in {}"),
-    "percent": ("تغییر {} در {}", "change of {} in {}"),
-    "percent of": ("{} نسبت به {}", "{} against {}"),
-    "highest": ("بیشترین {} در {}", "highest {} in {}"),
-    "lowest": ("کمترین {} در {}", "lowest {} in {}"),
-    "mean": ("میانگین {} در {}", "mean {} in {}"),
-    "pace": ("{} معمول در {}", "usual {} in {}"),
-    "before": ("{} پیشین", "{} before"),
-    "annulled": ("{} ابطال‌شده", "annulled {}"),
-    "count": ("تعداد نمادها با {}", "instruments with {}"),
-    "share": ("سهم نمادها با {}", "share of instruments with {}"),
-    "total": ("مجموع {}", "total {}"),
-}
+COLUMNS: dict[str, dict[str, str]] = WORDS["columns"]
+FUNCTIONS: dict[str, dict[str, str]] = WORDS["functions"]
 SIGNS = {"Lt": "<", "LtE": "≤", "Gt": ">", "GtE": "≥", "Eq": "=", "NotEq": "≠", "Add": "+", "Sub": "−", "Mult": "×",
          "Div": "÷", "And": ("و", "and"), "Or": ("یا", "or")}  # fmt: skip
 
@@ -142,19 +111,19 @@ def describe(tree: ast.expr, language: str) -> str:
         return describe(each, language)
 
     match tree:
-        case ast.Name(id=name) if name in COLUMN_WORDS:
-            return COLUMN_WORDS[name][n]
+        case ast.Name(id=name) if name in COLUMNS:
+            return COLUMNS[name][language]
         case ast.Constant(value=Span() as ms):
             return _duration(int(ms), language)
         case ast.Constant(value=Number() as number):
             return show(float(number), "number", "", language)
         case ast.Call(func=ast.Name(id="percent"), args=[x, y]) if not isinstance(y, ast.Constant):
-            return FUNCTION_WORDS["percent of"][n].format(words(x), words(y))
-        case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTION_WORDS:
+            return FUNCTIONS["percent of"][language].format(words(x), words(y))
+        case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTIONS:
             parts = [words(each) for each in args]
             if name in {"min", "max"}:
                 parts = [("، " if n == 0 else ", ").join(parts)]
-            return FUNCTION_WORDS[name][n].format(*parts)
+            return FUNCTIONS[name][language].format(*parts)
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
         case ast.BinOp(left=left, op=op, right=right):
@@ -175,7 +144,7 @@ def quantity(side: Side, value: float | None, language: str) -> str:
 
 def describe_feed(state: str, language: str) -> str:
     """Return the feed's state in words."""
-    return f"{COLUMN_WORDS['feed_state'][LANGUAGES.index(language)]} {state}"
+    return f"{COLUMNS['feed_state'][language]} {state}"
 
 
 def usual(

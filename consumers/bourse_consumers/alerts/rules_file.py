@@ -33,8 +33,8 @@ from bourse_consumers.alerts.expressions import (
     parse,
     span,
 )
-from bourse_consumers.alerts.mistakes import WRITE, explain
 from bourse_consumers.alerts.rule import CODE, MARKETS, Match, Rule, Table, form
+from bourse_consumers.alerts.words import WORDS, WRITE, explain
 from bourse_consumers.yaml_file import LARGEST, Document, entries, pointed
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Severity, tidy
@@ -47,17 +47,7 @@ LONGEST_TEXT, LONGEST_NAME = 4_000, 100
 SEVERITIES = ("info", "warning", "critical")
 RESERVED = {*COLUMNS, *ALIASES, *FUNCTIONS, *STATES, "quiet", "silent", "feed_state"}
 # What a corrected line has if nothing better is known.
-EXAMPLES = {
-    "version": "1", "name": "my-rule", "title": "نزدیک سقف", "when": "last_price >= 5_000",
-    "until": "last_price < 4_900",
-    "for": "5m", "cooldown": "15m", "once": "true", "active": "09:30-12:15", "scope": "instrument", "severity": "info",
-    "match": "{symbols: [فولاد]}", "except": "{symbols: [فولاد]}", "notify": "[desk]", "labels": "{desk: A}",
-    "message": '"{symbol} {last_price:,}"', "let": "{limit: 4.9}", "rights": "false", "market": "bourse",
-    "instruments": "IRO1MADN0001", "symbols": "فولاد", "patterns": '"فو*"', "lists": "mine.txt", "table": "levels.csv",
-    "rules": "[{name: my-rule, when: last_price >= 5_000}]", "defaults": "{severity: info}",
-    "fa": '"{symbol} {last_price:,}"',
-    "en": '"{symbol} {last_price:,}"', "firing": '"{symbol} {last_price:,}"', "resolved": '"{symbol}"',
-}  # fmt: skip
+EXAMPLES = WORDS["examples"]
 
 
 def compile_rule(when: str, scope: Any = "instrument", **given: Any) -> Rule:
@@ -474,7 +464,7 @@ class _Reader:
                 parts += [messages.Part(literal)] if literal else []
                 continue
             word = inside.strip()
-            if word in messages.WORDS and not spec:
+            if word in messages.FIELDS and not spec:
                 parts.append(messages.Part("", word=word))
                 continue
             if not messages.SPEC.fullmatch(spec):
@@ -485,7 +475,7 @@ class _Reader:
                 try:
                     return compiler(parse(inside), ["number", "time", "state"])
                 except Mistake as mistake:
-                    near = get_close_matches(word, messages.WORDS, 1)
+                    near = get_close_matches(word, messages.FIELDS, 1)
                     if mistake.text == "unknown_name" and near and not mistake.fix:
                         mistake.fix = near[0]
                     raise
