@@ -245,11 +245,6 @@ class Engine:
         out = self._adopt(now, marker)
         return out + self._render(self._feed.judge(marker, now, silent))
 
-    def pending(self) -> Iterator[tuple[Rule, int, int]]:
-        """Yield what is firing: the rule, the instrument's place, since when."""
-        for pair, episode in self._episodes.items():
-            yield self.rules[self._pairs.rule[pair]], int(self._pairs.who[pair]), episode.since
-
     def view_of(self, n: int) -> View | None:
         """Return the view of all rows of a rule's pairs, None if it has none."""
         pairs = np.flatnonzero(self._pairs.rule[: self._pairs.count] == n)

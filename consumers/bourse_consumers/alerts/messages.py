@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ __all__ = [
     "SPEC",
     "Part",
     "Texts",
-    "Values",
     "describe",
     "describe_feed",
     "quantity",
@@ -51,7 +50,6 @@ class Part(NamedTuple):
 
 # Per language and state (firing, resolved) the parts.
 Texts = Mapping[str, Mapping[str, Sequence[Part]]]
-Values = Callable[[Expression], "float | int | None"]
 
 
 def split(text: str) -> list[tuple[int, str, str | None, str]]:

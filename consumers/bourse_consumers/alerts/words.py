@@ -16,9 +16,8 @@ def explain(text: str, language: str, fix: str | None = None, **values: Any) -> 
     """Return the text of a mistake with its values. Instead of all that there is, it names the nearest, `fix`."""
     kinds, texts = WORDS["kinds"], WORDS["mistakes"]
     shown = {key: kinds[each][language] if each in kinds and key != "name" else each for key, each in values.items()}
-    whole: str = texts[text][language]
+    whole = str(texts[text][language])
     if "known" in values and fix is not None:
-        return whole.partition("؛ " if language == "fa" else "; ")[0].format(**shown) + texts["meant"][language].format(
-            name=fix
-        )
+        meant = str(texts["meant"][language])
+        return whole.partition("؛ " if language == "fa" else "; ")[0].format(**shown) + meant.format(name=fix)
     return whole.format(**shown)
