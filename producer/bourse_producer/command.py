@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
 from bourse_cli.options import cluster_options, http_option, stop_on_signals
 from bourse_producer.calendar_command import CalendarFile, calendar_option
-from bourse_producer.options import ExchangeOptions, exchange_options
+from bourse_producer.options import ExchangeOptions, exchange_options, option, options_of
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 
@@ -30,107 +30,68 @@ __all__ = ["produce"]
 
 PRACTICE_HOLD_SECONDS = 2.0
 STOP_SECONDS = 3.5
+FOLDER = click.Path(file_okay=False, path_type=Path)
+SHARE = click.FloatRange(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ProduceOptions:
+    """How to poll, and what to do with what comes."""
+
+    rights: bool = option(
+        "Poll subscription rights too: a second call, charged.", None, False, flag="--rights/--no-rights"
+    )
+    poll_seconds: float = option("Seconds from poll to poll.", click.FloatRange(0, 3600), 60.0)
+    schedule: str = option(
+        "When to poll: in the exchange's sessions, or always.", click.Choice(["session", "always"]), "session"
+    )
+    clock: str = option(
+        "Source of the time: our clock, or the responses' Date header (for a day of the past or a simulated one).",
+        click.Choice(["system", "response"]),
+        "system",
+    )
+    frozen_seconds: float = option(
+        "An open market that does not move for this time is FROZEN.", click.FloatRange(min=1), 180.0
+    )
+    partial_share: float = option(
+        "A response with less than this share of the rows of the one before it is PARTIAL.", SHARE, 0.5
+    )
+    max_rejected_share: float = option("A response with a larger share of unusable rows is not published.", SHARE, 0.2)
+    quota_seconds: float = option(
+        "Pause after the exchange reports that the paid calls are used up.", click.FloatRange(min=0), 3600.0
+    )
+    max_calls_per_day: int | None = option(
+        "Charged calls a day (Tehran), restarts included; one poll is kept for the day's end. [default: no limit]",
+        click.IntRange(min=1),
+    )
+    capture: Path | None = option(
+        "Keep every response in this folder, byte for byte; see `bourse replay`.", FOLDER, envvar="BOURSE_CAPTURE"
+    )
+    once: bool = option("Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused.", is_flag=True)
+    dry_run: bool = option(
+        "Poll once, print what would be published, write nothing. The call is charged.", is_flag=True
+    )
+    remove_candle: str | None = option(
+        "Remove a record from the candles, and do nothing else: a delisted instrument, or what is not a candle.",
+        metavar="PARTITION/KEY",
+    )
 
 
 @click.command
 @exchange_options
-@click.option(
-    "--rights/--no-rights",
-    default=False,
-    show_default=True,
-    help="Poll subscription rights too: a second call, charged.",
-)
-@click.option(
-    "--poll-seconds", type=click.FloatRange(0, 3600), default=60.0, show_default=True, help="Seconds from poll to poll."
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["session", "always"]),
-    default="session",
-    show_default=True,
-    help="When to poll: in the exchange's sessions, or always.",
-)
-@click.option(
-    "--clock",
-    type=click.Choice(["system", "response"]),
-    default="system",
-    show_default=True,
-    help="Source of the time: our clock, or the responses' Date header (for a day of the past or a simulated one).",
-)
+@options_of("options", ProduceOptions)
 @calendar_option
-@click.option(
-    "--frozen-seconds",
-    type=click.FloatRange(min=1),
-    default=180.0,
-    show_default=True,
-    help="An open market that does not move for this time is FROZEN.",
-)
-@click.option(
-    "--partial-share",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="A response with less than this share of the rows of the one before it is PARTIAL.",
-)
-@click.option(
-    "--max-rejected-share",
-    type=click.FloatRange(0, 1),
-    default=0.2,
-    show_default=True,
-    help="A response with a larger share of unusable rows is not published.",
-)
-@click.option(
-    "--quota-seconds",
-    type=click.FloatRange(min=0),
-    default=3600.0,
-    show_default=True,
-    help="Pause after the exchange reports that the paid calls are used up.",
-)
-@click.option(
-    "--max-calls-per-day",
-    type=click.IntRange(min=1),
-    help="Charged calls a day (Tehran), restarts included; one poll is kept for the day's end. [default: no limit]",
-)
-@click.option(
-    "--capture",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="BOURSE_CAPTURE",
-    help="Keep every response in this folder, byte for byte; see `bourse replay`.",
-)
 @http_option
-@click.option(
-    "--once", is_flag=True, help="Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Poll once, print what would be published, write nothing. The call is charged."
-)
-@click.option(
-    "--remove-candle",
-    metavar="PARTITION/KEY",
-    help="Remove a record from the candles, and do nothing else: a delisted instrument, or what is not a candle.",
-)
 @cluster_options
 @click.pass_context
 def produce(
     ctx: click.Context,
     cluster: Cluster,
     exchange: ExchangeOptions,
+    options: ProduceOptions,
     *,
-    rights: bool,
-    poll_seconds: float,
-    schedule: str,
-    clock: str,
     calendar_file: CalendarFile,
-    frozen_seconds: float,
-    partial_share: float,
-    max_rejected_share: float,
-    quota_seconds: float,
-    max_calls_per_day: int | None,
-    capture: Path | None,
     http: str | None,
-    once: bool,
-    dry_run: bool,
-    remove_candle: str | None,
 ) -> None:
     """Poll the exchange and publish what changed, exactly once; of several instances one polls, the others stand by."""
     from datetime import timedelta
@@ -146,33 +107,33 @@ def produce(
     from bourse_schemas.kafka import producer_id
 
     configure_logging(ctx.find_root().obj or "info")
-    if remove_candle is not None:
+    if options.remove_candle is not None:
         publisher = Publisher(cluster)
-        publisher.remove(remove_candle)
+        publisher.remove(options.remove_candle)
         publisher.close()
         return
-    once = once or dry_run
+    once = options.once or options.dry_run
     if once and ctx.get_parameter_source("http") is not ParameterSource.COMMANDLINE:
         http = None  # from file or environment it is meant for the service, which may run next to this command
-    profile = exchange.profile
-    if rights and profile.one_call:
+    profile = exchange.service
+    if options.rights and profile.one_call:
         raise ConfigurationError("--rights is for --profile trades-realtime: leave it out")
     settings = Settings(
         profile=profile,
-        rights=rights,
-        poll_seconds=poll_seconds,
-        always=schedule == "always",
+        rights=options.rights,
+        poll_seconds=options.poll_seconds,
+        always=options.schedule == "always",
         calendar=calendar_file.calendar,
-        freshness=Freshness(timedelta(seconds=frozen_seconds), partial_share),
-        max_rejected_share=max_rejected_share,
-        max_calls_per_day=max_calls_per_day,
+        freshness=Freshness(timedelta(seconds=options.frozen_seconds), options.partial_share),
+        max_rejected_share=options.max_rejected_share,
+        max_calls_per_day=options.max_calls_per_day,
     )
     stop = stop_on_signals()
-    ours = PracticeClock(stop) if clock == "response" else SystemClock(stop)
+    ours = PracticeClock(stop) if options.clock == "response" else SystemClock(stop)
     patience = Patience(
-        quota_seconds=quota_seconds,
-        max_calls_per_day=max_calls_per_day,
-        reserved_calls=2 if rights else 1,
+        quota_seconds=options.quota_seconds,
+        max_calls_per_day=options.max_calls_per_day,
+        reserved_calls=2 if options.rights else 1,
         # A simulated market's time is not that of its holds.
         longest_seconds=PRACTICE_HOLD_SECONDS if ours.simulated else math.inf,
     )
@@ -189,10 +150,10 @@ def produce(
     with ExitStack() as stack:
         stack.enter_context(monitor.serve(http))
         kept = None
-        if capture is not None:
+        if options.capture is not None:
             from bourse_producer.capture import Capture
 
-            kept = Capture(capture, on_error=metrics.capture_errors.inc)
+            kept = Capture(options.capture, on_error=metrics.capture_errors.inc)
         hooks = {"on_call": on_call, **({"on_response": kept.response} if kept else {})}
         # A service tries again while the beat lasts; a command that polls once reports a failure at once.
         retry_seconds = 0.0 if once else 1.0
@@ -203,14 +164,14 @@ def produce(
             lambda: Publisher(watched),
             settings,
             ours,
-            leadership=Election(watched, producer_id(cluster.prefix), Beats(poll_seconds).owed_seconds()),
+            leadership=Election(watched, producer_id(cluster.prefix), Beats(options.poll_seconds).owed_seconds()),
             capture=kept,
             monitor=monitor,
         )
         if not once:
             _run(producer, stop)
             return
-        marker = _print(producer.try_out(committed_state(cluster))) if dry_run else producer.run_once()
+        marker = _print(producer.try_out(committed_state(cluster))) if options.dry_run else producer.run_once()
     if marker is None:
         ctx.exit(3)
     if marker.error_kind in {"token", "scope", "address"}:

@@ -198,7 +198,7 @@ def _exchange(subject: Subject) -> Finding:
 
 def _token(subject: Subject) -> Finding:
     """Get a token, which must have the profile's scope."""
-    scope = subject.exchange.profile.scope
+    scope = subject.exchange.service.scope
     with ExitStack() as stack:
         scopes, life = subject.exchange.connect(stack, deadline_seconds=STEP_SECONDS).authorise()
     if scopes and scope not in scopes:

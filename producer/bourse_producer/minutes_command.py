@@ -58,8 +58,8 @@ def minutes(
     from bourse_producer.responses import Reading, parse_minutes
     from bourse_schemas.errors import ExchangeRefused
 
-    if exchange.profile.one_call:
-        raise ConfigurationError(f"--profile {exchange.profile_name} has no minute rows: use trades-realtime")
+    if exchange.service.one_call:
+        raise ConfigurationError(f"--profile {exchange.profile} has no minute rows: use trades-realtime")
     if begin and end and begin > end:
         raise ConfigurationError(f"--from {begin} is after --to {end}")
     with ExitStack() as stack:

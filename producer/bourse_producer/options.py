@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,45 +22,90 @@ if TYPE_CHECKING:
     from bourse_producer.finnotech import Credentials, Finnotech
     from bourse_producer.responses import Profile
 
-__all__ = ["ExchangeOptions", "exchange_options"]
+__all__ = ["ExchangeOptions", "exchange_options", "option", "options_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(dir_okay=False, path_type=Path)
+SECONDS = click.FloatRange(min=0.1)
+
+
+def option(text: str, kind: Any = None, default: Any = None, *, flag: str | None = None, **details: Any) -> Any:
+    """Return a dataclass field that is an option of the command line; `details` are those of click.option.
+
+    The flag is the field's name, `nid_file` is --nid-file, unless `flag` is given.
+    """
+    shown = {"help": text, "type": kind, "default": default, "show_default": default is not None}
+    return field(metadata={"flag": flag, "details": shown | details})
+
+
+def options_of(parameter: str, kind: type[Any]) -> Callable[[F], F]:
+    """Add an option for each field of a dataclass; the command gets an instance of it as `parameter`."""
+
+    def add(command: F) -> F:
+        @wraps(command)
+        def with_options(*args: Any, **given: Any) -> Any:
+            ours = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+            return command(*args, **{parameter: ours}, **given)
+
+        for each in reversed(fields(kind)):
+            flag = each.metadata["flag"] or "--" + each.name.replace("_", "-")
+            with_options = click.option(flag, each.name, **each.metadata["details"])(with_options)
+        return with_options  # type: ignore[return-value]  # click's decorators keep the callable
+
+    return add
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeOptions:
     """The exchange and the account as the operator named them."""
 
-    address: str | None
-    environment: str
-    profile_name: str
-    client_id: str | None
-    client_secret_file: Path | None
-    nid_file: Path | None
-    proxy: str | None
-    proxy_file: Path | None
-    connect_timeout_seconds: float
-    read_timeout_seconds: float
+    address: str | None = option(
+        "The exchange's address, instead of --environment.", metavar="URL", envvar="BOURSE_ADDRESS"
+    )
+    environment: str = option(
+        "Which of Finnotech's two addresses to use.", click.Choice(["production", "sandbox"]), "production"
+    )
+    profile: str = option(
+        "Which of the exchange's services: the documented one, or its successor.",
+        click.Choice(["trades-realtime", "realTimeTrades"]),
+        "trades-realtime",
+    )
+    client_id: str | None = option("Client id of the account at the exchange.", envvar="BOURSE_CLIENT_ID")
+    client_secret_file: Path | None = option(
+        "File with the client secret, instead of BOURSE_CLIENT_SECRET.", FILE, envvar="BOURSE_CLIENT_SECRET_FILE"
+    )
+    nid_file: Path | None = option(
+        "File with the national id of 10 digits, instead of BOURSE_NID.", FILE, envvar="BOURSE_NID_FILE"
+    )
+    proxy: str | None = option(
+        "Proxy for the calls to the exchange, without a password.", metavar="URL", envvar="BOURSE_PROXY"
+    )
+    proxy_file: Path | None = option(
+        "File with the proxy's URL, which may hold a password.", FILE, envvar="BOURSE_PROXY_FILE"
+    )
+    connect_timeout_seconds: float = option("How long a connection may take.", SECONDS, 10.0)
+    read_timeout_seconds: float = option(
+        "How long the exchange may be silent. Its gateway itself waits 40 s.", SECONDS, 45.0
+    )
 
     @property
-    def profile(self) -> Profile:
-        """Return the profile: which of the exchange's services is called."""
+    def service(self) -> Profile:
+        """Return which of the exchange's services is called."""
         from bourse_producer.responses import PROFILES
 
-        return PROFILES[self.profile_name]
+        return PROFILES[self.profile]
 
     def where(self) -> str:
         """Return the address; raise ConfigurationError if it is not one."""
         import httpx2
 
-        address = self.address or self.profile.addresses[self.environment]
+        address = self.address or self.service.addresses[self.environment]
         try:
             url = httpx2.URL(address)
         except httpx2.InvalidURL:
             url = httpx2.URL()
         if url.scheme not in {"http", "https"} or not url.host or url.userinfo or (url.port or 1) > 65535:
-            usual = self.profile.addresses["production"]
+            usual = self.service.addresses["production"]
             raise ConfigurationError(f"--address is not an address like {usual}, without a password")
         return address
 
@@ -91,7 +136,7 @@ class ExchangeOptions:
         from bourse_producer.finnotech import Finnotech
 
         credentials, address = self.credentials(), self.where()
-        return Finnotech(self.http(stack), address, credentials, self.profile, **settings)
+        return Finnotech(self.http(stack), address, credentials, self.service, **settings)
 
 
 def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
@@ -103,74 +148,5 @@ def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
     return value.strip()
 
 
-OPTIONS = [
-    click.option(
-        "--address", envvar="BOURSE_ADDRESS", metavar="URL", help="The exchange's address, instead of --environment."
-    ),
-    click.option(
-        "--environment",
-        type=click.Choice(["production", "sandbox"]),
-        default="production",
-        show_default=True,
-        help="Which of Finnotech's two addresses to use.",
-    ),
-    click.option(
-        "--profile",
-        type=click.Choice(["trades-realtime", "realTimeTrades"]),
-        default="trades-realtime",
-        show_default=True,
-        help="Which of the exchange's services: the documented one, or its successor.",
-    ),
-    click.option("--client-id", envvar="BOURSE_CLIENT_ID", help="Client id of the account at the exchange."),
-    click.option(
-        "--client-secret-file",
-        envvar="BOURSE_CLIENT_SECRET_FILE",
-        type=FILE,
-        help="File with the client secret, instead of BOURSE_CLIENT_SECRET.",
-    ),
-    click.option(
-        "--nid-file",
-        envvar="BOURSE_NID_FILE",
-        type=FILE,
-        help="File with the national id of 10 digits, instead of BOURSE_NID.",
-    ),
-    click.option(
-        "--proxy",
-        metavar="URL",
-        envvar="BOURSE_PROXY",
-        help="Proxy for the calls to the exchange, without a password.",
-    ),
-    click.option(
-        "--proxy-file",
-        envvar="BOURSE_PROXY_FILE",
-        type=FILE,
-        help="File with the proxy's URL, which may hold a password.",
-    ),
-    click.option(
-        "--connect-timeout-seconds",
-        type=click.FloatRange(min=0.1),
-        default=10.0,
-        show_default=True,
-        help="How long a connection may take.",
-    ),
-    click.option(
-        "--read-timeout-seconds",
-        type=click.FloatRange(min=0.1),
-        default=45.0,
-        show_default=True,
-        help="How long the exchange may be silent. Its gateway itself waits 40 s.",
-    ),
-]
-
-
-def exchange_options(command: F) -> F:
-    """Add the options that name exchange and account; the command gets `exchange: ExchangeOptions` in their place."""
-
-    @wraps(command)
-    def with_exchange(*args: Any, profile: str, **options: Any) -> Any:
-        ours = {name: options.pop(name) for name in ExchangeOptions.__dataclass_fields__ if name != "profile_name"}
-        return command(*args, exchange=ExchangeOptions(profile_name=profile, **ours), **options)
-
-    for option in reversed(OPTIONS):
-        with_exchange = option(with_exchange)
-    return with_exchange  # type: ignore[return-value]  # click's decorators keep the callable
+# The command gets `exchange: ExchangeOptions`.
+exchange_options = options_of("exchange", ExchangeOptions)
