@@ -10,14 +10,11 @@ from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 from bourse_schemas.errors import did_you_mean
 from bourse_schemas.events import TEHRAN, Phase
-
-if TYPE_CHECKING:
-    from importlib.abc import Loader
-    from importlib.machinery import ModuleSpec
 
 __all__ = ["HOURS", "Calendar", "official_holiday", "parse_calendar", "parse_day"]
 
@@ -28,6 +25,7 @@ LUNAR_KNOWN_UNTIL = date(2026, 12, 31)
 HORIZON_DAYS = 30
 # In the order of Python's numbers.
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+A_DATE = "a date like 2026-12-05 or 1405-09-14"
 HOURS = ("pre_opens", "opens", "closes", "at_last_until", "corrected_until")
 
 
@@ -36,13 +34,13 @@ def _holidays() -> Mapping[date, str]:
     import holidays
 
     # Asked for one country the package imports all 250: 14 MB more at the peak of the producer's memory.
-    spec = spec_from_file_location("holidays_iran", f"{holidays.__path__[0]}/countries/iran.py")
-    try:
-        module = module_from_spec(cast("ModuleSpec", spec))
-        cast("Loader", module.__loader__).exec_module(module)
-        return cast("Mapping[date, str]", module.Iran())
-    except (FileNotFoundError, AttributeError):  # another version keeps it elsewhere: larger, and right
+    file = Path(holidays.__path__[0], "countries", "iran.py")
+    spec = spec_from_file_location("holidays_iran", file)
+    if not file.is_file() or spec is None or spec.loader is None:  # another version keeps it elsewhere
         return holidays.country_holidays("IR")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return cast("Mapping[date, str]", module.Iran())
 
 
 def official_holiday(day: date) -> str | None:
@@ -117,19 +115,25 @@ class Calendar:
 
 def parse_day(text: str) -> date:
     """Return the day of YYYY-MM-DD, Gregorian, or Jalali if the year is below 1700; raise ValueError."""
-    found = re.fullmatch(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})", text.strip())
-    if found is None:
-        raise ValueError(f"{text!r} is not a date like 2026-12-05 or 1405-09-14")
-    year, month, day = map(int, found.groups())
-    try:
-        if year >= 1700:
-            return date(year, month, day)
-        from persiantools.jdatetime import JalaliDate
+    from persiantools.jdatetime import JalaliDate
 
-        gregorian: date = JalaliDate(year, month, day).to_gregorian()  # type: ignore[no-untyped-call]
+    try:
+        year, month, day = map(int, re.split("[-/]", text))
+        gregorian: date = date(year, month, day) if year >= 1700 else JalaliDate(year, month, day).to_gregorian()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{text!r}: there is no such day") from None
+        raise ValueError(f"{text!r} is not {A_DATE}") from None
     return gregorian
+
+
+# The keys of an operator's file: the calendar's field, how a value is read, and what it must be.
+KEYS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
+    "closed": ("closed", parse_day, A_DATE),
+    "open": ("opened", parse_day, A_DATE),
+    "weekdays": ("weekdays", WEEKDAYS.index, f"one of {', '.join(WEEKDAYS)}"),
+    "known_until": ("known_until", parse_day, A_DATE),
+    **{f"hours.{name}": (name, time.fromisoformat, "a time like 08:45") for name in HOURS},
+}
+LISTS = {"closed", "open", "weekdays"}
 
 
 def parse_calendar(text: str) -> Calendar:
@@ -141,50 +145,26 @@ def parse_calendar(text: str) -> Calendar:
     hours = given.pop("hours", {})
     if not isinstance(hours, dict):
         raise ValueError("hours must be a table")
-    for table, known, where in ((given, (*LISTS, "known_until"), ""), (hours, HOURS, "hours.")):
-        for name in table:
-            if name not in known:
-                raise ValueError(f"unknown key {where}{name}{did_you_mean(name, known)}")
-    lists = {name: frozenset(_list(name, given[name], kind)) for name, kind in LISTS.items() if name in given}
-    changes: dict[str, Any] = {"opened" if name == "open" else name: values for name, values in lists.items()}
-    if both := lists.get("closed", frozenset()) & lists.get("open", frozenset()):
-        raise ValueError(f"{min(both)} is both closed and open: leave one out")
-    if "known_until" in given:
-        changes["known_until"] = _list("known_until", [given["known_until"]], _day)[0]
-    changes |= {name: _list(f"hours.{name}", [value], _time)[0] for name, value in hours.items()}
+    changes: dict[str, Any] = {}
+    for key, value in (given | {f"hours.{name}": value for name, value in hours.items()}).items():
+        if key not in KEYS:
+            raise ValueError(f"unknown key {key}{did_you_mean(key, KEYS)}")
+        if key in LISTS and not isinstance(value, list):
+            raise ValueError(f"{key} must be a list")
+        changes[KEYS[key][0]] = frozenset(_parse(key, each) for each in value) if key in LISTS else _parse(key, value)
     calendar = Calendar(**changes)
+    if both := calendar.closed & calendar.opened:
+        raise ValueError(f"{min(both)} is both closed and open: leave one out")
     for before, after in pairwise(HOURS):
         if getattr(calendar, before) > getattr(calendar, after):
             raise ValueError(f"hours.{after} comes before hours.{before}")
     return calendar
 
 
-def _list(name: str, given: Any, convert: Callable[[Any], Any]) -> list[Any]:
-    if not isinstance(given, list):
-        raise ValueError(f"{name} must be a list")
+def _parse(key: str, value: object) -> Any:
+    _, parse, expected = KEYS[key]
     try:
-        return [convert(each) for each in given]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _day(given: Any) -> date:
-    return given if isinstance(given, date) and not isinstance(given, datetime) else parse_day(str(given))
-
-
-def _time(given: Any) -> time:
-    try:
-        return given if isinstance(given, time) else time.fromisoformat(str(given))
+        # TOML has dates and times of its own.
+        return parse(str(value).lower())
     except ValueError:
-        raise ValueError(f"{given!r} is not a time like 08:45") from None
-
-
-def _weekday(given: Any) -> int:
-    try:
-        return WEEKDAYS.index(str(given).lower())
-    except ValueError:
-        raise ValueError(f"{given!r} is none of {', '.join(WEEKDAYS)}") from None
-
-
-# The lists of a file, and what their entries are.
-LISTS = {"closed": _day, "open": _day, "weekdays": _weekday}
+        raise ValueError(f"{key}: {value!r} is not {expected}") from None

@@ -2,7 +2,8 @@
 
 A capture is a folder of gzip files of records: a line of JSON with the kind, then `body_bytes` bytes and a line feed.
 
-state      what was known: each instrument's candle, the last poll's sequence, and the ids of the last polls committed
+state      what was known: each instrument's candle, the last poll's sequence, and after a restore the ids of the last
+           polls committed
 response   an answer of the exchange
 poll       which responses a poll is made of, and how they are read
 
@@ -31,7 +32,7 @@ from bourse_producer.responses import Reading
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle
 
-__all__ = ["Capture", "Record", "read_capture"]
+__all__ = ["Capture", "Head", "Record", "read_capture"]
 
 FILE_BYTES = 64 << 20
 # Polls whose ids a state names: more than can be undecided.
@@ -44,7 +45,7 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str
     body_bytes: int = 0
     poll_sequence: int = 0
-    poll_ids: Sequence[str] = ()
+    poll_ids: Sequence[str] | None = None
     readings: Sequence[Reading] = ()
     track_id: str = ""
     path: str | None = None
@@ -70,8 +71,8 @@ class Capture:
     ) -> None:
         self._folder, self._on_error, self._max_bytes = folder, on_error, max_bytes
         self._pending: list[bytes] = []
-        self._ids: list[str] = []
-        self._last: tuple[int, list[str]] = (0, [])
+        # The polls committed at a restore, until they are written.
+        self._ids: list[str] | None = None
         self._file: Path | None = None
         self._failed = False
         self._log = get_logger(capture=str(folder))
@@ -85,7 +86,7 @@ class Capture:
     def restored(self, state: State) -> None:
         """Keep what the next polls start from."""
         ids = [each for marker in state.markers[-LAST_POLLS:] for each in (marker.poll_id, marker.rights_poll_id)]
-        self._ids, self._last = [each for each in ids if each is not None], (0, [])
+        self._ids = [each for each in ids if each is not None]
         self._begin_file(state.candles, state.poll_sequence)
 
     def response(self, received: Received) -> None:
@@ -95,57 +96,42 @@ class Capture:
 
     def poll(self, poll_sequence: int, readings: Sequence[Reading], known: Mapping[InstrumentCode, Candle]) -> None:
         """Write the responses, and how they are read; `known` is what they are compared with."""
-        sequence, ids = self._last
-        if sequence < poll_sequence:
-            # The sequence goes on only after a commit.
-            self._ids = [*self._ids, *ids][-2 * LAST_POLLS :]
-        self._last = poll_sequence, [reading.track_id for reading in readings]
-        poll, self._pending = (
-            [*self._pending, _record(Head("poll", poll_sequence=poll_sequence, readings=readings))],
-            [],
-        )
+        poll = _record(Head("poll", poll_sequence=poll_sequence, readings=readings))
+        records, self._pending = [*self._pending, poll], []
         if self._file is None or self._is_full(self._file):
             self._begin_file(known, poll_sequence - 1)
-        self._write(poll)
+        self._write(records)
 
     def _is_full(self, file: Path) -> bool:
         today = f"capture-{datetime.now(UTC):%Y%m%d}"
         return not file.name.startswith(today) or not file.exists() or file.stat().st_size >= self._max_bytes
 
     def _begin_file(self, known: Mapping[InstrumentCode, Candle], poll_sequence: int) -> None:
-        self._file = self._new_file()
+        self._file = self._folder / f"capture-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}.gz"
         body = msgspec.json.encode(list(known.values()))
-        self._write([_record(Head("state", poll_sequence=poll_sequence, poll_ids=self._ids), body)])
+        if self._write([_record(Head("state", poll_sequence=poll_sequence, poll_ids=self._ids), body)]):
+            self._ids = None
 
-    def _new_file(self) -> Path:
-        return self._folder / f"capture-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}.gz"
-
-    def _write(self, records: Sequence[bytes]) -> None:
+    def _write(self, records: Sequence[bytes]) -> bool:
         """Append records as one gzip member; after a failure the next file begins with a state."""
+        if self._file is None:
+            return False
         try:
-            if self._file is not None:
-                self._append(self._file, gzip.compress(b"".join(records), 1))
+            self._file.touch(0o640)
+            with self._file.open("ab") as file:
+                file.write(gzip.compress(b"".join(records), 1))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             self._on_error()
-            self._file = None
             if not self._failed:
                 self._log.error("capture failed", error=error.strerror)
-            self._failed = True
-        else:
-            if self._failed and self._file is not None:
-                self._failed = False
-                self._log.info("capture works again")
-
-    @staticmethod
-    def _append(file: Path, member: bytes) -> None:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-        try:
-            rest = memoryview(member)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            self._file, self._failed = None, True
+            return False
+        if self._failed:
+            self._log.info("capture works again")
+        self._failed = False
+        return True
 
 
 def _record(head: Head, body: bytes = b"") -> bytes:
@@ -155,22 +141,20 @@ def _record(head: Head, body: bytes = b"") -> bytes:
 
 def read_capture(path: Path, notes: Counter[str]) -> Iterator[Record]:
     """Yield the records of a file; a torn end, as a crash leaves it, is counted in `notes` and ends it."""
-    head_of, count = msgspec.json.Decoder(Head), 0
+    decode, count = msgspec.json.Decoder(Head).decode, 0
     try:
         with gzip.open(path) as file:
             while line := file.readline():
-                head = head_of.decode(line)
+                head = decode(line)
                 body = file.read(head.body_bytes)
                 if len(body) < head.body_bytes or file.read(1) != b"\n":
                     raise EOFError
                 yield Record(head, body)
                 count += 1
-    except EOFError:
+    except (OSError, EOFError) as error:
+        # Of the next member one byte may be there, which is not the beginning of one.
+        if not (isinstance(error, EOFError) or (count and isinstance(error, gzip.BadGzipFile))):
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
         notes[f"{path.name}: its end is torn off"] += 1
-    except OSError as error:
-        if count and isinstance(error, gzip.BadGzipFile):  # one byte of the next member
-            notes[f"{path.name}: its end is torn off"] += 1
-            return
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
     except (zlib.error, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not a capture, or is damaged: {error}") from error

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from bourse_schemas.events import Candle
+from bourse_schemas.events import TEHRAN, Candle
 
 __all__ = ["minutes"]
 
 PRICES = ("last_price", "open_price", "high_price", "low_price", "closing_price")
 COLUMNS = ("traded_at", *PRICES, "volume", "value", "trade_count")
+STYLES = click.Choice(["table", "csv", "json"])
 NAMES = ("instrument", "symbol", "company_id", "is_right")
 
 
@@ -37,14 +38,7 @@ def _hhmm(_: click.Context, __: click.Parameter, text: str | None) -> str | None
 @click.option("--rights", is_flag=True, help="The company's subscription right instead of its share.")
 @click.option("--from", "begin", metavar="HHMM", callback=_hhmm, help="First minute. [default: start of the day]")
 @click.option("--to", "end", metavar="HHMM", callback=_hhmm, help="Last minute. [default: now]")
-@click.option(
-    "--format",
-    "style",
-    type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="json prints one object a line.",
-)
+@click.option("--format", "style", type=STYLES, default="table", show_default=True, help="json: one object a line.")
 def minutes(
     exchange: ExchangeOptions, *, company_id: int, rights: bool, begin: str | None, end: str | None, style: str
 ) -> None:
@@ -53,7 +47,6 @@ def minutes(
     Kafka is not needed. Whether the totals of a minute row are the day's so far is not documented.
     """
     from bourse_producer.calendar import Calendar
-    from bourse_producer.finnotech import Finnotech
     from bourse_producer.patience import Call
     from bourse_producer.responses import Reading, parse_minutes
     from bourse_schemas.errors import ExchangeRefused
@@ -63,7 +56,7 @@ def minutes(
     if begin and end and begin > end:
         raise ConfigurationError(f"--from {begin} is after --to {end}")
     with ExitStack() as stack:
-        client: Finnotech = exchange.connect(stack)
+        client = exchange.connect(stack)
         click.echo("making one call, which the exchange charges if it succeeds", err=True)
         try:
             reply = client.fetch(Call.MINUTES, company_id=company_id, period=(begin, end), rights=rights)
@@ -80,37 +73,30 @@ def minutes(
         click.echo(f"{len(rejected)} rows cannot be used. The first: {rejected[0].message}", err=True)
 
 
-def _fields(candle: Candle, names: tuple[str, ...]) -> dict[str, Any]:
-    from bourse_schemas.events import TEHRAN
-
-    fields = {name: getattr(candle, name) for name in names}
+def _row(candle: Candle) -> dict[str, Any]:
+    fields = {name: getattr(candle, name) for name in (*NAMES, *COLUMNS)}
     return fields | {"traded_at": candle.traded_at.astimezone(TEHRAN).isoformat(timespec="seconds")}
 
 
-def _print_table(candles: list[Candle]) -> None:
-    if not candles:
-        return
-    rows = [_fields(candle, COLUMNS) for candle in candles]
-    click.echo(f"{candles[0].symbol} ({candles[0].instrument}) on {candles[0].trading_day}, prices and values in rial")
-    lines = [[name.removesuffix("_price") for name in ("time", *COLUMNS[1:])]]
-    lines += [[row["traded_at"][11:19], *(_number(row[name]) for name in COLUMNS[1:])] for row in rows]
+def _print_table(candles: Sequence[Candle]) -> None:
+    lines = [["time", *(name.removesuffix("_price") for name in COLUMNS[1:])]]
+    for candle in candles:
+        numbers = (getattr(candle, name) for name in COLUMNS[1:])
+        shown = ("-" if number is None else f"{number:,}" for number in numbers)
+        lines.append([f"{candle.traded_at.astimezone(TEHRAN):%H:%M:%S}", *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for candle in candles[:1]:
+        click.echo(f"{candle.symbol} ({candle.instrument}) on {candle.trading_day}, prices and values in rial")
+        for line in lines:
+            click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def _number(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _print_csv(candles: list[Candle]) -> None:
+def _print_csv(candles: Sequence[Candle]) -> None:
     writer = csv.DictWriter(sys.stdout, (*NAMES, *COLUMNS))
     writer.writeheader()
-    writer.writerows(_fields(candle, (*NAMES, *COLUMNS)) for candle in candles)
+    writer.writerows(map(_row, candles))
 
 
-def _print_json(candles: list[Candle]) -> None:
-    from bourse_schemas.codec import to_json
-
+def _print_json(candles: Sequence[Candle]) -> None:
     for candle in candles:
-        click.echo(to_json(_fields(candle, (*NAMES, *COLUMNS))))
+        click.echo(json.dumps(_row(candle), ensure_ascii=False))

@@ -16,7 +16,7 @@ import msgspec
 
 from bourse_cli.options import cluster_options
 from bourse_producer.calendar import Calendar
-from bourse_producer.capture import read_capture
+from bourse_producer.capture import Head, read_capture
 from bourse_producer.derive import Answer, derive
 from bourse_producer.diff import InstrumentCode
 from bourse_producer.responses import Reading
@@ -27,7 +27,7 @@ from bourse_schemas.topics import POLLS, TRADES, Topic
 
 __all__ = ["Replay", "replay"]
 
-SHOWN_DIFFERENCES = 10
+SHOWN = 10
 # Responses that wait for their poll: a poll that is published again comes after its responses.
 KEPT_RESPONSES = 100
 
@@ -69,10 +69,9 @@ class Replay:
                 if len(bodies) > KEPT_RESPONSES:
                     del bodies[next(iter(bodies))]
                 continue
-            if pending is not None:
-                later = head.poll_sequence > pending.sequence
-                self._settle(pending, later if head.kind == "poll" else bool(pending.ids & set(head.poll_ids)))
-                pending = None
+            if pending is not None and self._was_published(pending, head):
+                self._publish(pending)
+            pending = None
             if head.kind == "poll":
                 answers = [(bodies.get(reading.track_id, b""), reading) for reading in head.readings]
                 pending = Poll(head.poll_sequence, answers)
@@ -81,8 +80,8 @@ class Replay:
                 if self._begun and candles != self._known:
                     self.notes[f"before poll {head.poll_sequence + 1} more is known than was captured"] += 1
                 self._known, self._begun = candles, True
-        if pending is not None:
-            self._settle(pending, True)
+        if pending is not None and self._was_published(pending):
+            self._publish(pending)
 
     def day(self, path: Path) -> None:
         """Take a day in the format of the shared data: a line per response, with the rows that changed."""
@@ -101,9 +100,14 @@ class Replay:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not a captured day, or it is damaged: {error}") from error
 
-    def _settle(self, poll: Poll, published: bool) -> None:
-        if published if self._committed is None else poll.ids & self._committed:
-            self._publish(poll)
+    def _was_published(self, poll: Poll, following: Head | None = None) -> bool:
+        """Return whether a poll was published, by the topic or by the record that follows it in the capture."""
+        if self._committed is not None:
+            return bool(poll.ids & self._committed)
+        if following is not None and following.poll_ids is not None:
+            return bool(poll.ids & set(following.poll_ids))
+        # Without a restore between them the sequence goes on only after a commit.
+        return following is None or following.kind == "state" or following.poll_sequence > poll.sequence
 
     def _publish(self, poll: Poll) -> None:
         """Derive a poll's events as the service did, and take its candles for known."""
@@ -135,31 +139,23 @@ def compare(cluster: Cluster, derived: Replay) -> dict[str, int]:
 
     encode = encoder(TradeEvent)
     ours = {event.event_id: event for event in derived.events}
-    counts = Counter(derived=len(derived.events), found=0, equal=0, different=0, missing=0, extra=0)
-    seen: Counter[str] = Counter()
-
-    def differs(kind: str, message: str) -> None:
-        counts[kind] += 1
-        if counts["different"] + counts["missing"] + counts["extra"] <= SHOWN_DIFFERENCES:
-            click.echo(message, err=True)
-
+    missing = dict(ours)
+    found, extra, different = 0, list[str](), list[str]()
     for payload, event in _committed(cluster, TRADES, TradeEvent):
         if event.poll_sequence not in derived.polls:
             continue
-        counts["found"] += 1
-        seen[event.event_id] += 1
-        expected = ours.get(event.event_id)
-        if expected is None or seen[event.event_id] > 1:
-            differs("extra", f"{event.event_id}: on the topic, and not derived" + " again" * (expected is not None))
-        elif encode(expected) == payload:
-            counts["equal"] += 1
-        else:
+        found += 1
+        expected = missing.pop(event.event_id, None)
+        if expected is None:
+            extra.append(f"{event.event_id}: on the topic, and not derived" + " again" * (event.event_id in ours))
+        elif encode(expected) != payload:
             names = [name for name in event.__struct_fields__ if getattr(event, name) != getattr(expected, name)]
             values = [f"{name} is {getattr(event, name)!r}, derived {getattr(expected, name)!r}" for name in names]
-            differs("different", f"{event.event_id}: {'; '.join(values) or 'its bytes differ'}")
-    for event_id in ours.keys() - seen.keys():
-        differs("missing", f"{event_id}: derived, and not on the topic")
-    return dict(counts)
+            different.append(f"{event.event_id}: {'; '.join(values) or 'its bytes differ'}")
+    for message in [*different, *extra, *(f"{each}: derived, and not on the topic" for each in missing)][:SHOWN]:
+        click.echo(message, err=True)
+    counts = {"different": len(different), "missing": len(missing), "extra": len(extra)}
+    return {"derived": len(derived.events), "found": found, "equal": found - len(different) - len(extra), **counts}
 
 
 @click.command

@@ -48,14 +48,14 @@ def test_closures_and_openings() -> None:
         ("closed = [", "not TOML"),
         ("closed = 2026-12-05", "closed must be a list"),
         ("closed = ['soon']", "closed: 'soon' is not a date like 2026-12-05 or 1405-09-14"),
-        ("closed = ['1405-13-01']", "there is no such day"),
+        ("closed = ['1405-13-01']", "closed: '1405-13-01' is not a date like"),
         ("closed = [2026-12-05]\nopen = [2026-12-05]", "2026-12-05 is both closed and open"),
         ("close = []", "unknown key close; did you mean closed?"),
         ("hours = 5", "hours must be a table"),
-        ("[hours]\nopen = '09:00'", "unknown key hours.open; did you mean opens?"),
+        ("[hours]\nopen = '09:00'", "unknown key hours.open; did you mean hours.opens?"),
         ("[hours]\nopens = 'nine'", "hours.opens: 'nine' is not a time like 08:45"),
         ("[hours]\nopens = '13:30'", "hours.closes comes before hours.opens"),
-        ("weekdays = ['Someday']", "weekdays: 'Someday' is none of monday"),
+        ("weekdays = ['Someday']", "weekdays: 'Someday' is not one of monday"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
