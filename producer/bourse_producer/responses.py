@@ -5,7 +5,6 @@ Source: the exchange's documentation and captured trading days; docs/exchange.md
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +82,7 @@ SOURCE = TRADES_REALTIME.source
 
 
 Rial = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Percent = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Signed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 # Brokers refuse records above a megabyte: no text, and no dead letter, may come near it.
 Text = Annotated[str, Meta(max_length=1000)]
@@ -109,7 +109,7 @@ class _Row(Struct):
     TradeQty: Rial
     PreviousClosingPrice: Rial | None
     ClosingPriceChange: Signed | None
-    ClosingPChgPercent: float | None
+    ClosingPChgPercent: Percent | None
     ShareCount: Rial | None
     MarketValue: Rial | None
     Type: Any
@@ -131,7 +131,6 @@ _NAMES = {name.lower(): name for name in _Row.__struct_fields__} | {
 }
 _TEXTS = {"BourseSymbol", "TseSymbolCode", "FullTitle", "TradeDateGre", "TradeDate", "Type", "PrecedencyRight"}
 _CODE = re.compile(r"[A-Z0-9]{12}")
-_NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]*)?([eE][+-]?[0-9]{1,4})?")
 _TIME = re.compile(r"(\d{4})[/-](\d{1,2})[/-](\d{1,2})[ T](\d{1,2}):(\d{1,2}):(\d{1,2})")
 
 
@@ -358,7 +357,8 @@ def _lenient(raw: Raw) -> _Row:
     for name, value in fields.items():
         ours = _NAMES.get(name.lower())
         if ours is not None and (value is not None or row[ours] is None):
-            row[ours] = value if ours in _TEXTS else _number(ours, value)
+            as_it_is = not isinstance(value, str) or ours in _TEXTS
+            row[ours] = value if as_it_is else value.strip().removeprefix("+") or None
     try:
         return msgspec.convert(row, _Row, strict=False)
     except msgspec.ValidationError as error:
@@ -366,27 +366,6 @@ def _lenient(raw: Raw) -> _Row:
         name = found[1] if found else ""
         reason = Reason.MALFORMED_ROW if row.get(name) is None else Reason.INVALID_VALUE
         raise _BadRow(reason, f"{name}: {error}", name) from error
-
-
-def _number(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        text = value.strip()
-        if not text:
-            return None
-        if not _NUMBER.fullmatch(text):
-            raise _invalid(name, f"{value[:40]!r} is not a number")
-        value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise _invalid(name, "is too large")
-        if name == "ClosingPChgPercent":
-            return value
-        if not value.is_integer():
-            raise _invalid(name, f"{value!r} has a fraction")
-        if abs(value) > 2**53:
-            raise _invalid(name, f"{value!r} is too large to be exact")
-        return int(value)
-    return value
 
 
 def _rejected(payload: bytes, bad: _BadRow, track_id: str) -> RejectedRow:
