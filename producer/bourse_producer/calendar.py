@@ -10,7 +10,6 @@ from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 from bourse_schemas.errors import did_you_mean
@@ -34,13 +33,13 @@ def _holidays() -> Mapping[date, str]:
     import holidays
 
     # Asked for one country the package imports all 250: 14 MB more at the peak of the producer's memory.
-    file = Path(holidays.__path__[0], "countries", "iran.py")
-    spec = spec_from_file_location("holidays_iran", file)
-    if not file.is_file() or spec is None or spec.loader is None:  # another version keeps it elsewhere
+    spec = spec_from_file_location("holidays_iran", f"{holidays.__path__[0]}/countries/iran.py")
+    try:
+        module = module_from_spec(spec)  # type: ignore[arg-type]  # a .py file has one, and a loader
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return cast("Mapping[date, str]", module.Iran())
+    except (FileNotFoundError, AttributeError):  # another version keeps it elsewhere
         return holidays.country_holidays("IR")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return cast("Mapping[date, str]", module.Iran())
 
 
 def official_holiday(day: date) -> str | None:

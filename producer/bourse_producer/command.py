@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,24 +188,14 @@ def _run(producer: Producer, stop: threading.Event) -> None:
 
     Nothing is lost with a commit that is not waited for: the next leader settles it and reads back what is committed.
     """
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            producer.run()
-        except BaseException as error:  # raised in the main thread
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="producer", daemon=True)
-    thread.start()
-    while thread.is_alive() and not stop.is_set():
-        thread.join(0.2)
-    thread.join(STOP_SECONDS)
-    if failures:
-        raise failures[0]
-    if thread.is_alive():
+    running = ThreadPoolExecutor(1, "producer").submit(producer.run)
+    running.add_done_callback(lambda _: stop.set())
+    stop.wait()
+    wait([running], STOP_SECONDS)
+    if not running.done():
         get_logger().warning("stopped", reason="a call into Kafka's client did not return")
         os._exit(0)
+    running.result()
 
 
 def _print(trial: Trial) -> PollMarker:
