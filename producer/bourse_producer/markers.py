@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
+from typing import Any
 
 from msgspec import structs
 
-from bourse_producer.beats import Beats, Moment
+from bourse_producer.beats import Beats
 from bourse_producer.derive import Answer, Derived
 from bourse_producer.freshness import GOOD, Freshness
 from bourse_schemas.errors import ExchangeError
@@ -18,7 +19,7 @@ __all__ = ["COUNTS", "ODD", "History", "Poll", "Timing", "Trial", "letters", "ma
 
 COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
 ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
-ZEROS = dict.fromkeys(("rows", "charged_calls", *COUNTS, *ODD), 0)
+ZEROS = dict.fromkeys(("rows", "charged_calls", *COUNTS, *ODD), 0) | {"day_final": False}
 
 
 @dataclass(slots=True)
@@ -114,85 +115,57 @@ def mark(
 ) -> tuple[list[PollMarker], History]:
     """Return the markers of the beats missed and of the poll, in order, and the history after them."""
     beats = timing.beats
-    first = history.poll_sequence + 1
     found = []
-    for sequence, beat in enumerate(timing.missed, first):
+    for beat in timing.missed:
         moment = beats.moment(beat, beat + timedelta(seconds=beats.poll_seconds), history.final_day)
-        bare = _bare(sequence, source, Outcome.SKIPPED, beat, moment, simulated=beats.simulated)
-        found.append(structs.replace(bare, error_kind="internal", error_message=timing.why))
-    found.append(_marker(poll, derived, first + len(found), history, timing, source=source))
+        found.append(moment._asdict() | {"outcome": Outcome.SKIPPED, "requested_at": beat})
+        found[-1] |= {"error_kind": "internal", "error_message": timing.why}
+    found.append(_fields(poll, derived, history, timing))
+    usual: dict[str, Any] = {"source": source, "simulated": beats.simulated, "feed_state": FeedState.UNKNOWN, **ZEROS}
     judged = []
-    for marker in found:
-        state = history.freshness.after(marker).state
-        judged.append(structs.replace(marker, feed_state=state))
+    for fields in found:
+        marker = PollMarker(poll_sequence=history.poll_sequence + 1, **(usual | fields))
+        judged.append(structs.replace(marker, feed_state=history.freshness.after(marker).state))
         history = history.after(judged[-1])
     return judged, history
 
 
-def _marker(
-    poll: Poll, derived: Derived, sequence: int, history: History, timing: Timing, *, source: str
-) -> PollMarker:
+def _fields(poll: Poll, derived: Derived, history: History, timing: Timing) -> dict[str, Any]:
+    """Return the fields of a poll's marker that differ from poll to poll."""
     snapshot, beats = derived.snapshot, timing.beats
     now = snapshot.received_at if snapshot else timing.now
     final = snapshot is not None and beats.final(now, history.final_day, history.polled_day)
     moment = beats.moment(now, timing.next_beat, beats.calendar.session_day(now) if final else history.final_day)
     requested_at = min(poll.requested_at, now)
-    outcome = Outcome.SKIPPED if poll.held else Outcome.FAILED
-    if snapshot is not None:
-        outcome = Outcome.PUBLISHED if derived.changes.events else Outcome.UNCHANGED
     errors = dict(sorted({**poll.errors, **derived.errors}.items()))
     error = next(iter(errors.values()), None)
     named = "; ".join(f"{'rights' if is_right else 'shares'}: {error}" for is_right, error in errors.items())
-    marker = structs.replace(
-        _bare(sequence, source, outcome, requested_at, moment, simulated=beats.simulated),
-        poll_id=poll.track_ids.get(False),
-        rights_poll_id=poll.track_ids.get(True),
-        charged_calls=len(poll.answers),
-        error_kind=error and error.kind,
-        error_code=error and error.code,
-        error_message=error and (named if len(poll.track_ids) > 1 else str(error)),
-    )
+    fields = moment._asdict() | {
+        "outcome": Outcome.SKIPPED if poll.held else Outcome.FAILED,
+        "requested_at": requested_at,
+        "poll_id": poll.track_ids.get(False),
+        "rights_poll_id": poll.track_ids.get(True),
+        "charged_calls": len(poll.answers),
+        "error_kind": error and error.kind,
+        "error_code": error and error.code,
+        "error_message": error and (named if len(poll.track_ids) > 1 else str(error)),
+    }
     if snapshot is None:
-        return marker
-    gap = (
-        timing.dropped
-        or _failed(history.last)
-        or beats.gap(history.last_good_at, requested_at, timing.missed, history.final_day)
-    )
-    return structs.replace(
-        marker,
-        received_at=snapshot.received_at,
-        day_final=final,
-        latest_traded_at=max((candle.traded_at for candle in snapshot.candles.values()), default=None),
-        rows=snapshot.rows,
+        return fields
+    failed = history.last is not None and history.last.outcome not in GOOD
+    gap = beats.gap(history.last_good_at, requested_at, timing.missed, history.final_day)
+    return fields | {
+        "outcome": Outcome.PUBLISHED if derived.changes.events else Outcome.UNCHANGED,
+        "received_at": snapshot.received_at,
+        "day_final": final,
+        "latest_traded_at": max((candle.traded_at for candle in snapshot.candles.values()), default=None),
+        "rows": snapshot.rows,
         **{name: derived.changes.count(op) for name, op in COUNTS.items()},
-        stale_rows=derived.changes.stale_rows,
-        rejected_rows=len(snapshot.rejected),
-        duplicate_rows=snapshot.duplicate_rows,
-        gap_from=history.last_good_at if gap else None,
-    )
-
-
-def _failed(marker: PollMarker | None) -> bool:
-    return marker is not None and marker.outcome not in GOOD
-
-
-def _bare(
-    sequence: int, source: str, outcome: Outcome, requested_at: datetime, moment: Moment, *, simulated: bool
-) -> PollMarker:
-    return PollMarker(
-        poll_sequence=sequence,
-        simulated=simulated,
-        source=source,
-        outcome=outcome,
-        phase=moment.phase,
-        feed_state=FeedState.UNKNOWN,
-        session_day=moment.session_day,
-        requested_at=requested_at,
-        next_poll_at=moment.next_poll_at,
-        day_final=False,
-        **ZEROS,  # type: ignore[arg-type]  # these are numbers
-    )
+        "stale_rows": derived.changes.stale_rows,
+        "rejected_rows": len(snapshot.rejected),
+        "duplicate_rows": snapshot.duplicate_rows,
+        "gap_from": history.last_good_at if timing.dropped or failed or gap else None,
+    }
 
 
 def letters(derived: Derived, marker: PollMarker, known: set[tuple[date | None, str]]) -> list[DeadLetter]:
