@@ -29,20 +29,15 @@ class Concealer:
 
     def text(self, text: str) -> str:
         """Return a text without secrets."""
-        for spelling in self._found():
+        spellings = {*self._account, *(each for token in self._tokens.values() for each in token)}
+        # The longest first: one may contain another.
+        for spelling in sorted(spellings, key=len, reverse=True):
             text = text.replace(spelling, "…")
         return text
 
     def data(self, data: bytes) -> bytes:
         """Return bytes without secrets."""
-        for spelling in self._found():
-            data = data.replace(spelling.encode(), "…".encode())
-        return data
-
-    def _found(self) -> list[str]:
-        # The longest first: one may contain another.
-        spellings = {*self._account, *(each for token in self._tokens.values() for each in token)}
-        return sorted(spellings, key=len, reverse=True)
+        return self.text(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def _spellings(secret: str) -> list[str]:

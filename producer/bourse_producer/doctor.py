@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +25,7 @@ from bourse_cli.topics import plan_topics
 from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
+from bourse_producer.refusals import http_date
 from bourse_schemas.errors import BourseError, ExchangeError
 from bourse_schemas.events import TEHRAN, FeedState, PollMarker
 from bourse_schemas.kafka import Cluster, producer_id
@@ -185,11 +185,10 @@ def _exchange(subject: Subject) -> Finding:
     message = f"{address} answers in {took * 1000:.0f} ms"
     if status >= 500:
         return Finding("exchange", Status.WARNING, f"{message}, with HTTP {status}", "it may be down for a while")
-    try:
-        # Dates are whole seconds: half of one more, and half of the way.
-        ahead = parsedate_to_datetime(dated) + timedelta(seconds=0.5 - took / 2) - asked
-    except (TypeError, ValueError, OverflowError):
+    if (date := http_date(dated)) is None:
         return Finding("exchange", Status.WARNING, f"{message}, without its time", "the clocks cannot be compared")
+    # Dates are whole seconds: half of one more, and half of the way.
+    ahead = date + timedelta(seconds=0.5 - took / 2) - asked
     if abs(ahead) <= SKEW:
         return Finding("exchange", Status.OK, f"{message}, and the clocks agree")
     message += f"; its clock differs from ours by {ahead.total_seconds():+.0f} s"

@@ -10,8 +10,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import datetime, timedelta
 from threading import Event
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +24,7 @@ from bourse_producer.clock import Clock, SystemClock
 from bourse_producer.conceal import Concealer
 from bourse_producer.deadline import MOST_BYTES, Transfer, Transport
 from bourse_producer.patience import Call, Hold, Patience
-from bourse_producer.refusals import UNREADABLE, is_done, refusal, retry_seconds
+from bourse_producer.refusals import UNREADABLE, http_date, is_done, refusal, retry_seconds
 from bourse_producer.responses import TRADES_REALTIME, Profile
 from bourse_schemas.errors import ExchangeError, ExchangeRefused, ExchangeUnavailable
 from bourse_schemas.events import TEHRAN
@@ -158,13 +157,8 @@ class Finnotech:
                 wait = max(pause * random.uniform(0.5, 1.0), hold.until - now if hold else 0.0)  # noqa: S311  # jitter
                 if not pause or now + wait >= until:
                     raise
-                get_logger().warning(
-                    "calling again",
-                    call=call.value,
-                    error_kind=error.kind,
-                    error=str(error),
-                    wait_seconds=round(wait, 1),
-                )
+                details = {"error_kind": error.kind, "error": str(error), "wait_seconds": round(wait, 1)}
+                get_logger().warning("calling again", call=call.value, **details)
                 if self._clock.wait(wait):
                     raise
                 pause *= 2
@@ -180,10 +174,8 @@ class Finnotech:
             # A refresh token may be used up. The credentials are not.
             refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
             self._token = replace(token, refresh=refresh, renew_at=now + RENEW_AGAIN_SECONDS)
-            left = round(token.ends_at - now)
-            get_logger().warning(
-                "the token is not renewed", error_kind=error.kind, error=str(error), good_for_seconds=left
-            )
+            details = {"error_kind": error.kind, "error": str(error), "good_for_seconds": round(token.ends_at - now)}
+            get_logger().warning("the token is not renewed", **details)
 
     def authorise(self) -> tuple[Sequence[str], timedelta]:
         """Get a token unless there is one; return its scopes, if the exchange named them, and how long it is good."""
@@ -262,9 +254,9 @@ class Finnotech:
         client_id = quote(self._credentials.client_id, safe="")
         path = f"/bourse/v2/clients/{client_id}/{self._profile.path}"
         query = {"trackId": track_id, **query}
+        authorization = {"Authorization": f"Bearer {token.value}"}
         transfer, requested_at = Transfer(), self._clock.now()
         try:
-            authorization = {"Authorization": f"Bearer {token.value}"}
             try:
                 self._send(transfer, "GET", path, params=query, headers=authorization)
             finally:
@@ -273,8 +265,9 @@ class Finnotech:
                 if not done:
                     body = self._secrets.data(body)
                 if transfer.status is not None:
+                    kept = {name: self._secrets.text(transfer.headers.get(name, "")) for name in KEPT_HEADERS}
+                    headers = {name: text for name, text in kept.items() if text}
                     times = requested_at, received_at
-                    headers = self._kept_headers(transfer.headers)
                     self._on_response(Received(track_id, path, query, transfer.status, headers, body, *times))
             if not done:
                 raise self._refusal(transfer, body)
@@ -283,7 +276,10 @@ class Finnotech:
             self._note(call, error)
             raise
         self._note(call, None)
-        return Reply(track_id, body, requested_at, received_at, _dated(transfer.headers))
+        dated = http_date(transfer.headers.get("date", ""))
+        if dated is not None and dated.year >= 2200:  # it would only break the arithmetic
+            dated = None
+        return Reply(track_id, body, requested_at, received_at, dated)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -327,11 +323,8 @@ class Finnotech:
 
     def _refusal(self, transfer: Transfer, body: bytes) -> ExchangeError:
         """Return the error of an answer that is not DONE, without secrets."""
-        retry_after = retry_seconds(transfer.headers.get("retry-after"), self._clock.now())
+        retry_after = retry_seconds(transfer.headers.get("retry-after", ""), self._clock.now())
         return refusal(transfer.status or 0, body, None, retry_after)
-
-    def _kept_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
-        return {name: self._secrets.text(headers[name]) for name in KEPT_HEADERS if name in headers}
 
     def _note(self, call: Call, error: ExchangeError | None) -> None:
         """Report how a call ended; what is reported has no secret in it."""
@@ -341,15 +334,6 @@ class Finnotech:
         outcome = "done" if error is None else error.kind
         self._on_call(f"token_{outcome}" if call is Call.TOKEN else outcome)
         self._patience.after(call, error, self._clock.monotonic())
-
-
-def _dated(headers: Mapping[str, str]) -> datetime | None:
-    try:
-        dated = parsedate_to_datetime(headers["date"])
-        # Beyond reason it would only break the arithmetic.
-        return (dated if dated.tzinfo else dated.replace(tzinfo=UTC)).astimezone(UTC) if dated.year < 2200 else None
-    except (KeyError, ValueError, OverflowError):
-        return None
 
 
 def _result_in(body: bytes) -> Mapping[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
@@ -30,8 +31,7 @@ POLL_SECONDS = 1.0
 # Offsets of the polls topic, of which a marker's transaction takes two: a day at a beat of five seconds.
 TAIL = 20_000
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
-OLD, AHEAD = timedelta(days=1), timedelta(minutes=30)
-FOREVER = timedelta(days=365 * 1000)
+OLD_SECONDS, AHEAD_SECONDS = 86_400.0, 1800.0
 ADMIN_SECONDS = 2.0
 # The brokers abort a transaction after 20 s; without a limit of its own the client may go on asking for minutes after
 # they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back. The process
@@ -120,14 +120,13 @@ class Publisher:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._room: tuple[timedelta, timedelta] | None = None
+        self._room: tuple[float, float] | None = None
         registry = cluster.registry()
-        self._trades = registry.serializer(TRADES, cluster.prefix)
-        self._candles = registry.serializer(CANDLES, cluster.prefix)
-        self._polls = registry.serializer(POLLS, cluster.prefix)
-        self._letters = registry.serializer(DEAD_LETTERS, cluster.prefix)
-        writes = [topic.full_name(cluster.prefix) for topic in (TRADES, CANDLES, POLLS, DEAD_LETTERS)]
-        cluster.require_topics([topic.full_name(cluster.prefix) for topic in (CANDLES, POLLS)], writes)
+        topics = CANDLES, POLLS, TRADES, DEAD_LETTERS
+        serializers = (registry.serializer(topic, cluster.prefix) for topic in topics)
+        self._candles, self._polls, self._trades, self._letters = serializers
+        writes = [topic.full_name(cluster.prefix) for topic in topics]
+        cluster.require_topics(writes[:2], writes)
         cluster.require_sizes(writes)
         self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
@@ -187,15 +186,14 @@ class Publisher:
 
     def require_room_for(self, instant: datetime) -> None:
         """Raise NoRoom if records of this time would be deleted at once or refused by the brokers."""
-        now = datetime.now(UTC)
-        if now - OLD < instant < now + AHEAD:
+        age = (datetime.now(UTC) - instant).total_seconds()
+        if -AHEAD_SECONDS < age < OLD_SECONDS:
             return
-        if self._room is None:
-            self._room = _room(self._cluster)
+        self._room = self._room or _room(self._cluster)
         retention, ahead = self._room
-        if instant < now - retention or instant > now + ahead:
+        if not -ahead <= age <= retention:
             name = TRADES.full_name(self._cluster.prefix)
-            why = f"keeps {retention.days} days" if instant < now else "takes nothing so far in the future"
+            why = f"keeps {retention / 86400:.0f} days" if age > 0 else "takes nothing so far in the future"
             raise NoRoom(
                 f"records of {instant:%Y-%m-%d} would not stay: {name} {why}; for a day of another time run "
                 "`bourse topics apply --any-time`"
@@ -234,23 +232,16 @@ class Publisher:
         return PublishError(str(refusal or error.str()))
 
 
-def _room(cluster: Cluster) -> tuple[timedelta, timedelta]:
-    """Return how far into the past and the future a record's time may be, by the topic's settings."""
+def _room(cluster: Cluster) -> tuple[float, float]:
+    """Return how many seconds in the past and in the future a record's time may be, by the topic's settings."""
     from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
-    admin = cluster.admin()
     resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
     try:
-        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result(ADMIN_SECONDS)
+        asked = cluster.admin().describe_configs([resource], request_timeout=ADMIN_SECONDS)
+        settings = asked[resource].result(ADMIN_SECONDS)
     except (KafkaException, TimeoutError):
-        # If settings may not be read, or are not known (the mock cluster), nothing is known against it.
-        return FOREVER, FOREVER
-    past, future = (
-        int(settings[key].value) if key in settings else -1
-        for key in ("retention.ms", "message.timestamp.after.max.ms")
-    )
-    return _span(past), _span(future)
-
-
-def _span(millis: int) -> timedelta:
-    return FOREVER if millis < 0 else min(FOREVER, timedelta(milliseconds=min(millis, 10**14)))
+        settings = {}  # they may not be read, or the mock cluster has none: nothing is known against it
+    names = "retention.ms", "message.timestamp.after.max.ms"
+    past, future = (int(settings[name].value) / 1000 if name in settings else -1.0 for name in names)
+    return past if past >= 0 else math.inf, future if future >= 0 else math.inf

@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
 
-__all__ = ["UNREADABLE", "Envelope", "is_done", "refusal", "retry_seconds"]
+__all__ = ["UNREADABLE", "Envelope", "http_date", "is_done", "refusal", "retry_seconds"]
 
 # What a decoder raises for bytes that are not JSON, not UTF-8, or nested beyond reason.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -59,18 +59,21 @@ def is_done(body: bytes) -> bool:
         return False
 
 
-def retry_seconds(header: str | None, now: datetime) -> float | None:
-    """Return for how long a Retry-After, in seconds or as a date, asks us to wait: a day at most."""
-    if not header:
-        return None
-    if header.isdecimal():
-        return min(float(header[:9]), DAY_SECONDS)
+def http_date(header: str) -> datetime | None:
+    """Return the time in a header, None if it is not one."""
     try:
         at = parsedate_to_datetime(header)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
-    until = (at if at.tzinfo else at.replace(tzinfo=UTC)) - now
-    return min(max(until.total_seconds(), 0.0), DAY_SECONDS)
+
+
+def retry_seconds(header: str, now: datetime) -> float | None:
+    """Return for how long a Retry-After, in seconds or as a date, asks us to wait: a day at most."""
+    if header.isdecimal():
+        return min(float(header[:9]), DAY_SECONDS)
+    at = http_date(header)
+    return None if at is None else min(max((at - now).total_seconds(), 0.0), DAY_SECONDS)
 
 
 def refusal(status: int, body: bytes, track_id: str | None, retry_after: float | None = None) -> ExchangeError:

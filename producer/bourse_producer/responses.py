@@ -178,17 +178,9 @@ def parse_next(body: bytes, reading: Reading, memo: Memo) -> tuple[Snapshot, Mem
     """
     candles, rejected, oddities, memo = _read(body, reading, memo)
     best, duplicates = _best(candles)
-    snapshot = Snapshot(
-        best,
-        reading.received_at,
-        reading.session_day,
-        rejected,
-        len(candles) + len(rejected),
-        duplicates,
-        oddities,
-        dict.fromkeys({candle.is_right for candle in best.values()}, (reading.poll_sequence, reading.received_at)),
-    )
-    return snapshot, memo
+    rows, at = len(candles) + len(rejected), reading.received_at
+    seen = dict.fromkeys({candle.is_right for candle in best.values()}, (reading.poll_sequence, at))
+    return Snapshot(best, at, reading.session_day, rejected, rows, duplicates, oddities, seen), memo
 
 
 def parse_minutes(body: bytes, reading: Reading) -> tuple[list[Candle], Sequence[RejectedRow]]:
