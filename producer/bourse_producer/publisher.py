@@ -122,11 +122,11 @@ class Publisher:
         self._cluster = cluster
         self._room: tuple[float, float] | None = None
         registry = cluster.registry()
-        topics = CANDLES, POLLS, TRADES, DEAD_LETTERS
+        topics = TRADES, CANDLES, POLLS, DEAD_LETTERS
         serializers = (registry.serializer(topic, cluster.prefix) for topic in topics)
-        self._candles, self._polls, self._trades, self._letters = serializers
+        self._trades, self._candles, self._polls, self._letters = serializers
         writes = [topic.full_name(cluster.prefix) for topic in topics]
-        cluster.require_topics(writes[:2], writes)
+        cluster.require_topics(writes[1:3], writes)
         cluster.require_sizes(writes)
         self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
