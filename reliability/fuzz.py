@@ -36,7 +36,7 @@ from starlette.routing import Route
 from bourse_producer.clock import PracticeClock
 from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
-from bourse_producer.finnotech import Credentials, Finnotech, Received
+from bourse_producer.finnotech import Credentials, Finnotech, Reply
 from bourse_producer.patience import Patience
 from bourse_producer.publisher import State
 from bourse_producer.responses import Reading
@@ -123,7 +123,7 @@ class Fuzz:
         self._at = 0
         self._known: dict[str, Candle] = {}
         self._last: PollMarker | None = None
-        self._delivered: list[Received] = []
+        self._delivered: list[Reply] = []
         self._readings: list[Reading] = []
         self._tokens: list[str] = []
         self._shown: list[str] = []

@@ -26,7 +26,7 @@ import msgspec
 
 from bourse_cli.logs import get_logger
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.finnotech import Received
+from bourse_producer.finnotech import Reply
 from bourse_producer.publisher import State
 from bourse_producer.responses import Reading
 from bourse_schemas.errors import ConfigurationError
@@ -89,10 +89,10 @@ class Capture:
         self._ids = [each for each in ids if each is not None]
         self._begin_file(state.candles, state.poll_sequence)
 
-    def response(self, received: Received) -> None:
+    def response(self, reply: Reply) -> None:
         """Keep an answer of the exchange; it is written with the poll it belongs to."""
-        fields = {name: getattr(received, name) for name in received.__dataclass_fields__ if name != "body"}
-        self._pending.append(_record(Head("response", **fields), received.body))
+        fields = {name: getattr(reply, name) for name in Head.__struct_fields__ if hasattr(reply, name)}
+        self._pending.append(_record(Head("response", **fields), reply.body))
 
     def poll(self, poll_sequence: int, readings: Sequence[Reading], known: Mapping[InstrumentCode, Candle]) -> None:
         """Write the responses, and how they are read; `known` is what they are compared with."""

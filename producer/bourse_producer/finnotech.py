@@ -29,7 +29,7 @@ from bourse_producer.responses import TRADES_REALTIME, Profile
 from bourse_schemas.errors import ExchangeError, ExchangeRefused, ExchangeUnavailable
 from bourse_schemas.events import TEHRAN
 
-__all__ = ["Credentials", "Finnotech", "Received", "Reply"]
+__all__ = ["Credentials", "Finnotech", "Reply"]
 
 DEADLINE_SECONDS = 55.0
 # A token is renewed in the last tenth of its life, while it is good: nothing waits for a slow answer.
@@ -50,36 +50,28 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A DONE response, a charged call: its times by our clock, and `dated`, its Date header."""
+    """An answer to a call for data, as far as it came: its times by our clock, and `dated`, its Date header.
+
+    Only that of a call which is DONE, and charged, is returned. Nothing in it is secret.
+    """
 
     track_id: str
     body: bytes = field(repr=False)
     requested_at: datetime
     received_at: datetime
     dated: datetime | None
+    path: str = ""
+    query: Mapping[str, str] = field(default_factory=dict)
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
 
-    def clock_difference(self) -> tuple[timedelta, timedelta] | None:
-        """Return between which limits the exchange's clock is ahead of ours.
+    def clock_skew(self, dated: datetime) -> float:
+        """Return by how many seconds at least the exchange's clock is ahead of ours, below 0 if it is behind.
 
-        The Date header is a time between request and receipt, cut to the second: the clocks agree if 0 is within.
+        The Date header is a time between request and receipt, cut to the second: 0 if the clocks may agree.
         """
-        if self.dated is None:
-            return None
-        return self.dated - self.received_at, self.dated + timedelta(seconds=1) - self.requested_at
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """An answer to a call for data, as far as it came. Nothing in it is secret."""
-
-    track_id: str
-    path: str
-    query: Mapping[str, str]
-    status: int
-    headers: Mapping[str, str]
-    body: bytes = field(repr=False)
-    requested_at: datetime
-    received_at: datetime
+        least, most = (dated - self.received_at).total_seconds(), (dated - self.requested_at).total_seconds() + 1
+        return max(least, 0.0) + min(most, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +103,7 @@ class Finnotech:
         clock: Clock | None = None,
         patience: Patience | None = None,
         on_call: Callable[[str], None] | None = None,
-        on_response: Callable[[Received], None] | None = None,
+        on_response: Callable[[Reply], None] | None = None,
         retry_seconds: float = 0.0,
         deadline_seconds: float = DEADLINE_SECONDS,
         most_bytes: int = MOST_BYTES,
@@ -260,26 +252,30 @@ class Finnotech:
             try:
                 self._send(transfer, "GET", path, params=query, headers=authorization)
             finally:
-                received_at, body = self._clock.now(), transfer.body
-                done = transfer.status == 200 and is_done(body)
-                if not done:
-                    body = self._secrets.data(body)
+                done = transfer.status == 200 and is_done(transfer.body)
+                reply = self._reply(transfer, requested_at, path, query, done=done)
                 if transfer.status is not None:
-                    kept = {name: self._secrets.text(transfer.headers.get(name, "")) for name in KEPT_HEADERS}
-                    headers = {name: text for name, text in kept.items() if text}
-                    times = requested_at, received_at
-                    self._on_response(Received(track_id, path, query, transfer.status, headers, body, *times))
+                    self._on_response(reply)
             if not done:
-                raise self._refusal(transfer, body)
+                raise self._refusal(transfer, reply.body)
         except ExchangeError as error:
             error.track_id = track_id
             self._note(call, error)
             raise
         self._note(call, None)
-        dated = http_date(transfer.headers.get("date", ""))
+        return reply
+
+    def _reply(
+        self, transfer: Transfer, requested_at: datetime, path: str, query: Mapping[str, str], *, done: bool
+    ) -> Reply:
+        body = transfer.body if done else self._secrets.data(transfer.body)
+        headers = {name: transfer.headers[name] for name in KEPT_HEADERS if name in transfer.headers}
+        dated = http_date(headers.get("date", ""))
         if dated is not None and dated.year >= 2200:  # it would only break the arithmetic
             dated = None
-        return Reply(track_id, body, requested_at, received_at, dated)
+        shown = {name: self._secrets.text(text) for name, text in headers.items()}
+        now, status = self._clock.now(), transfer.status or 0
+        return Reply(query["trackId"], body, requested_at, now, dated, path, query, status, shown)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 

@@ -37,9 +37,8 @@ class Reporter:
         if days <= KNOWN_DAYS:
             self._warn_daily("calendar ends soon", days=days, advice="add the next holidays to --calendar")
 
-    def clocks(self, low: float, high: float) -> None:
-        """Report by how many seconds the exchange's clock is ahead of ours: between these; they agree if 0 is, too."""
-        skew = max(low, 0.0) + min(high, 0.0)
+    def clocks(self, skew: float) -> None:
+        """Report by how many seconds at least the exchange's clock is ahead of ours."""
         self.metrics.clock_skew.set(skew)
         if abs(skew) > SKEW_SECONDS:
             self._warn_daily("clocks differ", seconds=round(skew), advice="synchronise this machine's clock by NTP")

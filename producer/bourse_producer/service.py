@@ -75,26 +75,40 @@ class Publication(Protocol):
 
 
 class Leadership(Protocol):
-    """Which of several instances polls."""
+    """Which of several instances polls; the methods given here are those of an only instance."""
 
     @property
     def leads(self) -> bool:
         """Return whether this instance leads."""
+        return True
 
-    def term(self, wait_seconds: float = 0.0) -> int | None:
+    def term(self, wait_seconds: float = 0.0) -> int | None:  # noqa: ARG002  # an only instance does not wait
         """Return the term in which this instance leads, None if it does not."""
+        return 1
 
     def owe(self, in_seconds: float | None) -> None:
         """Set when the next poll is due; None while no poll is."""
 
     def overdue(self) -> bool:
         """Return whether a poll has been owed for too long."""
+        return False
 
     def resign(self) -> None:
         """Give the term up and stand for election again."""
+        raise Fenced("another instance took over")
 
     def close(self) -> None:
         """Leave it to others."""
+
+
+class _Alone(Leadership):
+    """Leadership without an election."""
+
+    def owe(self, in_seconds: float | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Capture(Protocol):
@@ -123,27 +137,6 @@ class Settings:
     freshness: Freshness = field(default_factory=Freshness)
     max_rejected_share: float = 0.2
     max_calls_per_day: int | None = None
-
-
-class _Alone:
-    """Leadership without an election."""
-
-    leads = True
-
-    def term(self, wait_seconds: float = 0.0) -> int:  # noqa: ARG002  # the protocol's
-        return 1
-
-    def owe(self, in_seconds: float | None) -> None:
-        pass
-
-    def overdue(self) -> bool:
-        return False
-
-    def resign(self) -> None:
-        raise Fenced("another instance took over")
-
-    def close(self) -> None:
-        pass
 
 
 class Producer:
@@ -218,10 +211,8 @@ class Producer:
         try:
             self._connect()
             if (term := self._leadership.term(ONCE_SECONDS)) is None:
-                raise ConfigurationError(
-                    "another instance leads this prefix (or was killed a moment ago): leave the polling to it, or stop "
-                    "it first"
-                )
+                reason = "another instance leads this prefix (or was killed a moment ago)"
+                raise ConfigurationError(f"{reason}: leave the polling to it, or stop it first")
             self._take_over(term)
             return self.poll()
         finally:
@@ -302,13 +293,8 @@ class Producer:
         self._monitor.unready("starting", None)
         seconds = self._clock.monotonic() - began
         self._metrics.restore_seconds.set(seconds)
-        self._log.info(
-            "leadership acquired",
-            term=term,
-            instruments=len(self._known),
-            poll_sequence=state.poll_sequence,
-            restore_seconds=round(seconds, 2),
-        )
+        counts = {"instruments": len(self._known), "poll_sequence": state.poll_sequence}
+        self._log.info("leadership acquired", term=term, restore_seconds=round(seconds, 2), **counts)
 
     def _know(self, state: State) -> None:
         self._known, self._history = state.candles, History(self._settings.freshness)
@@ -437,8 +423,8 @@ class Producer:
         return poll
 
     def _answer(self, reply: Reply, is_right: bool) -> Answer:
-        if (limits := reply.clock_difference()) and not self._clock.simulated:
-            self._reporter.clocks(*(limit.total_seconds() for limit in limits))
+        if reply.dated is not None and not self._clock.simulated:
+            self._reporter.clocks(reply.clock_skew(reply.dated))
         received_at = self._clock.arrived(reply.received_at, reply.dated)
         reading = Reading(
             poll_sequence=0,

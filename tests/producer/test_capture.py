@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from bourse_producer.capture import Capture, Record, read_capture
 from bourse_producer.derive import derive
-from bourse_producer.finnotech import Received
+from bourse_producer.finnotech import Reply
 from bourse_producer.publisher import State
 from bourse_producer.replay import Replay, replay
 from bourse_producer.responses import Reading
@@ -36,10 +36,10 @@ def body(volume: int, track_id: str = "t") -> bytes:
     return json.dumps({"trackId": track_id, "result": [row], "state": "DONE"}, indent=1).encode()
 
 
-def received(text: bytes, track_id: str) -> Received:
+def received(text: bytes, track_id: str) -> Reply:
     """Return an answer as the exchange's client tells it."""
     headers = {"content-type": "application/json"}
-    return Received(track_id, "/p", {"trackId": track_id}, 200, headers, text, OPENS, OPENS + timedelta(seconds=1))
+    return Reply(track_id, text, OPENS, OPENS + timedelta(seconds=1), None, headers=headers)
 
 
 def reading(sequence: int, track_id: str) -> Reading:

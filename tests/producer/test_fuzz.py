@@ -43,7 +43,7 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz.run(400)
     assert fuzz.counts["leaks"] > 10
     shown = " ".join(fuzz.first)
-    assert all(place in shown for place in ("'event': 'poll published'", "'poll_sequence'", "Received("))
+    assert all(place in shown for place in ("'event': 'poll published'", "'poll_sequence'", "Reply("))
 
 
 def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
