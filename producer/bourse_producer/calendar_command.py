@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -61,16 +60,15 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def calendar_option(command: Any) -> Any:
-    """Add `--calendar FILE`; the command gets `calendar_file: CalendarFile`."""
-    return click.option(
-        "--calendar",
-        "calendar_file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        envvar="BOURSE_CALENDAR",
-        callback=lambda _, __, path: CalendarFile(path),
-        help="Closures, extra openings and hours, in TOML; read again when it changes.",
-    )(command)
+# Adds `--calendar FILE`; the command gets `calendar_file: CalendarFile`.
+calendar_option = click.option(
+    "--calendar",
+    "calendar_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="BOURSE_CALENDAR",
+    callback=lambda _, __, path: CalendarFile(path),
+    help="Closures, extra openings and hours, in TOML; read again when it changes.",
+)
 
 
 @click.command

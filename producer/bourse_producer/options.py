@@ -99,14 +99,14 @@ class ExchangeOptions:
         """Return the address; raise ConfigurationError if it is not one."""
         import httpx2
 
-        address = self.address or self.service.addresses[self.environment]
+        service = self.service
+        address = self.address or (service.sandbox if self.environment == "sandbox" else service.production)
         try:
             url = httpx2.URL(address)
         except httpx2.InvalidURL:
             url = httpx2.URL()
         if url.scheme not in {"http", "https"} or not url.host or url.userinfo or (url.port or 1) > 65535:
-            usual = self.service.addresses["production"]
-            raise ConfigurationError(f"--address is not an address like {usual}, without a password")
+            raise ConfigurationError(f"--address is not an address like {service.production}, without a password")
         return address
 
     def credentials(self) -> Credentials:

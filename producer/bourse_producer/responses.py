@@ -41,7 +41,7 @@ FUTURE = timedelta(minutes=5)
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One of the exchange's services: its address, its scope, and how its rows differ.
+    """One of the exchange's services: its addresses, its scope, and how its rows differ.
 
     With `one_call` shares and rights come together, and each row's own flag tells them apart; with `dates_only` a trade
     time at midnight is a date and nothing more.
@@ -51,7 +51,8 @@ class Profile:
     source: str
     path: str
     scope: str
-    addresses: Mapping[str, str]
+    production: str
+    sandbox: str = "https://sandboxapi.finnotech.ir"
     one_call: bool = False
     dates_only: bool = False
 
@@ -61,23 +62,18 @@ TRADES_REALTIME = Profile(
     source="finnotech/trades-realtime",
     path="trades/realtime",
     scope="bourse:trades-realtime:get",
-    addresses={"production": "https://apibeta.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"},
+    production="https://apibeta.finnotech.ir",
 )
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        TRADES_REALTIME,
-        Profile(
-            name="realTimeTrades",
-            source="finnotech/real-time-trades",
-            path="realTimeTrades",
-            scope="bourse:realTime-trades:get",
-            addresses={"production": "https://api.finnotech.ir", "sandbox": "https://sandboxapi.finnotech.ir"},
-            one_call=True,
-            dates_only=True,
-        ),
-    )
-}
+SUCCESSOR = Profile(
+    name="realTimeTrades",
+    source="finnotech/real-time-trades",
+    path="realTimeTrades",
+    scope="bourse:realTime-trades:get",
+    production="https://api.finnotech.ir",
+    one_call=True,
+    dates_only=True,
+)
+PROFILES = {profile.name: profile for profile in (TRADES_REALTIME, SUCCESSOR)}
 SOURCE = TRADES_REALTIME.source
 
 
