@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct
 
+from bourse_producer.calendar import parse_day
 from bourse_producer.diff import RejectedRow, Snapshot
 from bourse_producer.refusals import UNREADABLE, Envelope, refusal
 from bourse_schemas.errors import ExchangeNonsense
@@ -390,11 +391,8 @@ def _text(value: Any) -> str:
 
 
 @lru_cache(256)
-def _names_day(jalali: str, day: date) -> bool:
-    from persiantools.jdatetime import JalaliDate
-
+def _names_day(text: str, day: date) -> bool:
     try:
-        named = JalaliDate(*map(int, re.findall(r"\d+", jalali)))  # type: ignore[no-untyped-call]
-        return bool(named.to_gregorian() == day)
-    except (ValueError, TypeError, OverflowError):
+        return parse_day(text) == day
+    except ValueError:
         return False
