@@ -31,7 +31,8 @@ __all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Leadership", "Producer", "Pu
 LONGEST_WAIT_SECONDS = 60.0
 # Longer than any step without a sign of life: a wait, a call, a commit, the restore of a large state.
 ALIVE_SECONDS = 180.0
-STANDBY_SECONDS = 1.0
+# After this many turns without a term it is another instance that leads.
+STANDBY_SECONDS, STANDBY_TURNS = 1.0, 7
 # One-shot commands give up within 10 seconds, their own start included.
 ONCE_SECONDS = 7.0
 MAX_PAUSE_SECONDS = 30.0
@@ -264,7 +265,7 @@ class Producer:
     def _stand_by(self) -> None:
         self._leadership.owe(None)
         self._standby_turns += 1
-        if self._standby_turns * STANDBY_SECONDS == ONCE_SECONDS:
+        if self._standby_turns == STANDBY_TURNS:
             self._log.info("standing by", reason="another instance of this prefix leads")
             self._started = True
         if self._started:
@@ -274,7 +275,7 @@ class Producer:
 
     def _take_over(self, term: int) -> None:
         """Fence whichever instance led before, and make what is committed what is known."""
-        began = self._clock.monotonic()
+        began, self._standby_turns = self._clock.monotonic(), 0
         publication = self._connect()
         state = publication.restore()
         if self._in_hand is not None:
@@ -285,11 +286,13 @@ class Producer:
             self._reason = NEVER_RAN if self._reason == IN_FLIGHT else self._reason
         self._know(state)
         last, now = self._history.last, self._clock.now()
-        served = last is not None and self._beats.served(last.requested_at, now)
-        self._not_before = self._next_beat() if served and not self._in_hand else 0.0
+        self._not_before = 0.0
+        if last is not None and self._beats.served(last.requested_at, now) and not self._in_hand:
+            self._not_before = self._next_beat()
+            self._leadership.owe(self._not_before - self._clock.monotonic())
         if self._capture is not None:
             self._capture.restored(state)
-        self._term, self._started, self._standby_turns = term, True, 0
+        self._term, self._started = term, True
         self._monitor.unready("starting", None)
         seconds = self._clock.monotonic() - began
         self._metrics.restore_seconds.set(seconds)
@@ -353,8 +356,10 @@ class Producer:
             self._clock.wait(self._pause)
             self._pause = min(self._pause * 2, MAX_PAUSE_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311  # jitter
         else:
-            self._monitor.unready("kafka", None)
-            self._pause = 1.0
+            # If the restore fails until the term is given up, waiting for the next term is not success.
+            if self._term is not None or self._standby_turns >= STANDBY_TURNS:
+                self._monitor.unready("kafka", None)
+                self._pause = 1.0
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -369,13 +374,15 @@ class Producer:
                 # A transactional id that rests for a week expires, and closed days can be that many.
                 self._resting = False
                 self._close()
+                self._leadership.owe(0.0)
                 return MOMENT_SECONDS
             return max(0.0, self._not_before - self._clock.monotonic())
+        # Each new term owes a poll at first.
+        self._leadership.owe(None)
         begins = self._beats.calendar.next_session(now)
         if not self._resting:
             self._resting = True
             self._log.info("session closed", next_session=begins.isoformat())
-            self._leadership.owe(None)
             for subject in ("exchange", "feed"):
                 self._monitor.unready(subject, None)
         return max(MOMENT_SECONDS, (begins - now).total_seconds())

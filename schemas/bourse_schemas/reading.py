@@ -119,7 +119,7 @@ def read(
     ends = offsets(cluster, dict.fromkeys(partitions, LAST), pending=pending, timeout=timeout)
     starts = _starts(ends, {name: tail}) if start is None else start
     ends = {place: min(at, (end or ends).get(place, at)) for place, at in ends.items()}
-    with _Reader(cluster, starts, ends, timeout, reset) as reader:
+    with _Reader(cluster, starts, ends, timeout, reset, pending=pending) as reader:
         while reader.behind:
             if stopped():
                 raise Unreachable(f"reading {name} was stopped")
@@ -157,9 +157,16 @@ class _Reader:
     """A read_committed consumer of some partitions, and which of them are behind their ends."""
 
     def __init__(
-        self, cluster: Cluster, starts: Offsets, ends: Offsets, timeout: float, reset: str = "earliest"
+        self,
+        cluster: Cluster,
+        starts: Offsets,
+        ends: Offsets,
+        timeout: float,
+        reset: str = "earliest",
+        *,
+        pending: bool = False,
     ) -> None:
-        self._cluster = cluster
+        self._cluster, self._pending = cluster, pending
         self.behind = {place: end for place, end in ends.items() if starts[place] < end}
         self.trouble: str | None = None
         self._at = dict(starts)
@@ -192,11 +199,23 @@ class _Reader:
                 self._note((message.topic() or "", message.partition() or 0), message.offset() or 0, error)
         if self.behind and self._waited >= self._timeout:
             (name, number), end = next(iter(self.behind.items()))
+            at = self._at[name, number]
+            reason = "its broker is unreachable" + self._open_transaction(name, number) * self._pending
             raise Unreachable(
-                f"{name}-{number}: no progress from offset {self._at[name, number]} to {end} within "
-                f"{self._timeout:.0f} s: {self.trouble or 'its broker is unreachable, or a transaction is open there'}"
+                f"{name}-{number}: no progress from offset {at} to {end} within {self._timeout:.0f} s: "
+                f"{self.trouble or reason}"
             )
         return records
+
+    def _open_transaction(self, name: str, number: int) -> str:
+        """Return how to end a transaction that its coordinator lost, as a broker that was killed can leave it."""
+        tool = f"kafka-transactions.sh --bootstrap-server {self._cluster.bootstrap_servers}"
+        place = f"--topic {name} --partition {number}"
+        return (
+            ", or a transaction is open there\n"
+            f"if this repeats, `{tool} describe-producers {place}` prints where the transaction starts, "
+            f"and `{tool} abort {place} --start-offset OFFSET` ends it"
+        )
 
     def refresh(self, names: Iterable[str]) -> None:
         """Read partitions that were added to these topics too; raise ConfigurationError if a topic was deleted."""

@@ -646,6 +646,46 @@ def test_who_no_longer_leads_reports_nothing_of_the_feed(clock: FakeClock) -> No
     assert monitor.reasons() == {}
 
 
+def test_a_term_that_begins_when_no_poll_is_due_owes_none(clock: FakeClock) -> None:
+    """Elected in a closed session, or between two beats: it does not give its term up before the next poll."""
+    log, office = Log(), Office(1)
+    producer = service(clock, log, leadership=office)
+    clock.until("14:00:00")
+    run_until(producer, clock, "14:00:10")
+
+    def elected(term: int) -> None:
+        office.terms[0] = term
+        office.owe(0.0)  # as the election does
+
+    elected(2)
+    run_until(producer, clock, "14:00:20")
+    assert office.owed[-1] == pytest.approx(290.0)
+    run_until(producer, clock, "17:10:00")
+    elected(3)
+    run_until(producer, clock, "17:20:00")
+    assert office.owed[-1] is None
+    clock.until("08:45:00", TOMORROW)
+    log.failures = [PublishError("away")] * 100
+    run_until(producer, clock, "08:50:00", TOMORROW)
+    assert office.owed[-1] == 0.0, "whoever does not publish the first poll of a day leaves, too"
+
+
+def test_a_restore_that_fails_for_ever_is_tried_for_ever_and_never_ready(clock: FakeClock) -> None:
+    """Also between two terms; once it succeeds the service is ready and polls."""
+    monitor, office = Monitor("producer"), Office(1, clock=clock)
+    open_transaction = Unreachable("bourse.candles-0: a transaction is open there")
+    log = Log(opening=[open_transaction] * 3)
+    producer = service(clock, log, monitor=monitor, leadership=office)
+    run_until(producer, clock, "10:00:02")
+    office.terms = [None, None, None, 2]
+    run_until(producer, clock, "10:00:04")
+    assert not office.leads
+    assert monitor.reasons()["kafka"] == f"restore failed: {open_transaction}"
+    run_until(producer, clock, "10:01:30")
+    assert monitor.registry.get_sample_value("bourse_publication_failures_total", {"step": "restore"}) == 3
+    assert (monitor.reasons(), log.outcomes()) == ({}, "PP")
+
+
 def test_readiness_and_session_do_not_depend_on_a_service_that_is_stuck(clock: FakeClock) -> None:
     """Both are computed at the request: a registry away since before the open does not hide the open session."""
     monitor, office = Monitor("producer"), Office(1)
