@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar, cast
 
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
@@ -89,13 +89,11 @@ class Registry:
         except _NotFound as error:
             self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
             raise Undecodable(unknown) from error
-        try:
+        with suppress(ValueError):
             schema = json.loads(text or "")
-        except ValueError as error:
-            raise Undecodable(f"schema id {schema_id} is not Avro") from error
-        if not isinstance(schema, dict):
-            raise Undecodable(f"schema id {schema_id} is not an Avro record")
-        return schema
+            if isinstance(schema, dict):
+                return schema
+        raise Undecodable(f"schema id {schema_id} is not an Avro record")
 
     def register(self, topic: Topic, prefix: str) -> int:
         """Set the subject's compatibility, register the topic's schema, return its id. Repeating it changes nothing.

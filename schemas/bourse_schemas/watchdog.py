@@ -40,7 +40,8 @@ _calls: dict[_Call, None] = {}
 
 
 def _arm(name: str, seconds: float) -> _Call:
-    _calls[call := _Call(name, seconds, seconds)] = None
+    call = _Call(name, seconds, seconds)
+    _calls[call] = None
     _start()
     return call
 
