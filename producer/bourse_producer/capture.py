@@ -104,7 +104,10 @@ class Capture:
 
     def _is_full(self, file: Path) -> bool:
         today = f"capture-{datetime.now(UTC):%Y%m%d}"
-        return not file.name.startswith(today) or not file.exists() or file.stat().st_size >= self._max_bytes
+        try:
+            return not file.name.startswith(today) or file.stat().st_size >= self._max_bytes
+        except OSError:  # it is gone, or the folder is
+            return True
 
     def _begin_file(self, known: Mapping[InstrumentCode, Candle], poll_sequence: int) -> None:
         self._file = self._folder / f"capture-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}.gz"

@@ -59,6 +59,8 @@ class Transport:
 
         Raises Stuck if it is the third whose thread does not end: the process cannot be trusted any more.
         """
+        if self._stopping():
+            raise ExchangeUnavailable("internal", "stopped before the call")
         thread = threading.Thread(target=self._run, args=[transfer, method, url, request], daemon=True)
         thread.start()
         slices = math.ceil(seconds / STOP_SECONDS)

@@ -26,6 +26,7 @@ from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_producer.refusals import http_date
+from bourse_producer.reporting import KNOWN_DAYS
 from bourse_schemas.errors import BourseError, ExchangeError
 from bourse_schemas.events import TEHRAN, FeedState, PollMarker
 from bourse_schemas.kafka import Cluster, producer_id
@@ -45,7 +46,6 @@ LATE = timedelta(minutes=2)
 BEHIND = RECENT = timedelta(minutes=10)
 # In offsets: transaction markers and aborted records are among them.
 MARKERS_TAIL = 1_000
-KNOWN_DAYS = 30
 REMEDIES = {
     "token": "check --client-id, the client secret, the national id, and that they belong together",
     "scope": "ask the exchange's provider for the scope, and whitelist your address",

@@ -10,7 +10,7 @@ from bourse_cli.logs import get_logger
 from bourse_producer.markers import COUNTS, ODD, Trial
 from bourse_schemas.events import FeedState, Outcome, PollMarker
 
-__all__ = ["Reporter"]
+__all__ = ["KNOWN_DAYS", "Reporter"]
 
 KNOWN_DAYS = 30
 # Two clocks kept by NTP may differ by this much.
@@ -34,7 +34,7 @@ class Reporter:
     def known_days(self, days: int) -> None:
         """Report for how many days holidays are known."""
         self.metrics.calendar_days_known.set(days)
-        if days <= KNOWN_DAYS:
+        if days < KNOWN_DAYS:
             self._warn_daily("calendar ends soon", days=days, advice="add the next holidays to --calendar")
 
     def clocks(self, skew: float) -> None:

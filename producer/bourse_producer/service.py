@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -170,6 +171,7 @@ class Producer:
         self._known: dict[InstrumentCode, Candle] = {}
         self._history = History(settings.freshness)
         self._in_hand: Poll | None = None
+        self._unpublished: Counter[date] = Counter()
         self._last_started: float | None = None
         self._not_before = 0.0
         # Why beats are missed, and what has been reported already.
@@ -226,7 +228,7 @@ class Producer:
             self._take_over(0)
         repeated = self._in_hand is not None
         poll = self._in_hand = self._in_hand or self._fetch(self._term or 0)
-        if poll.errors and self._clock.wait(0.0):
+        if not poll.answers and self._clock.wait(0.0):
             return None
         marker = self._publish(poll)
         if not repeated:
@@ -318,6 +320,8 @@ class Producer:
         self._in_hand = None
         if reason is not None:
             self._dropped = True
+            # These calls are billed, although no marker counts them.
+            self._unpublished[_day(poll.requested_at)] += len(poll.answers)
             self._log.warning("poll dropped", reason=reason, poll_id=poll.track_ids.get(False))
 
     def _connect(self) -> Publication:
@@ -368,7 +372,7 @@ class Producer:
         if self._in_hand is not None:
             return 0.0
         self._beats, now = replace(self._beats, calendar=self._settings.calendar()), self._clock.now()
-        self._reporter.known_days(self._beats.calendar.days_known(now.astimezone(TEHRAN).date()))
+        self._reporter.known_days(self._beats.calendar.days_known(_day(now)))
         if self._beats.due(now, self._history.final_day):
             if self._resting:
                 # A transactional id that rests for a week expires, and closed days can be that many.
@@ -415,7 +419,7 @@ class Producer:
         """Call the exchange, and again while the beat lasts if that may help."""
         poll = Poll(term, self._clock.now(), self._clock.monotonic())
         history, now = self._history, poll.requested_at
-        self._exchange.begin(history.charged(now), self._beats.final(now, history.final_day, history.polled_day))
+        self._exchange.begin(self._charged(now), self._beats.final(now, history.final_day, history.polled_day))
         until = self._next_beat()
         for call in (Call.SHARES, Call.RIGHTS) if self._settings.rights else (Call.SHARES,):
             is_right = call is Call.RIGHTS
@@ -428,6 +432,10 @@ class Producer:
                 poll.track_ids[is_right] = reply.track_id
                 poll.answers.append(self._answer(reply, is_right))
         return poll
+
+    def _charged(self, now: datetime) -> int:
+        """Return how many calls of this Tehran day were charged, as far as this instance knows."""
+        return self._history.charged(now) + self._unpublished[_day(now)]
 
     def _answer(self, reply: Reply, is_right: bool) -> Answer:
         if reply.dated is not None and not self._clock.simulated:
@@ -480,5 +488,9 @@ class Producer:
         self._leadership.owe(max(0.0, self._not_before - self._clock.monotonic()))
         self._reporter.poll(trial, began - poll.started, self._clock.monotonic() - began)
         if (budget := self._settings.max_calls_per_day) is not None:
-            self._metrics.calls_left.set(max(0, budget - self._history.charged(self._clock.now())))
+            self._metrics.calls_left.set(max(0, budget - self._charged(self._clock.now())))
         return marker
+
+
+def _day(now: datetime) -> date:
+    return now.astimezone(TEHRAN).date()

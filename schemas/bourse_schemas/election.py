@@ -16,6 +16,7 @@ from confluent_kafka import OFFSET_END, KafkaException
 
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS
+from bourse_schemas.watchdog import deadline
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, TopicPartition
@@ -25,7 +26,7 @@ __all__ = ["Election"]
 # The least a broker allows (group.min.session.timeout.ms): a dead leader is noticed after this time.
 SESSION_MS, HEARTBEAT_MS = 6_000, 1_500
 POLL_SECONDS = 0.1
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS, STUCK_SECONDS = 2.0, 60.0
 RETRY_SECONDS = 1.0
 
 
@@ -141,7 +142,9 @@ class Election:
                     raise KafkaException(error)
         finally:
             self._set(None)
-            consumer.close()
+            # A member that never leaves would look like a standby for ever.
+            with deadline("closing the election's consumer", STUCK_SECONDS):
+                consumer.close()
 
     def _elected(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         for partition in partitions:

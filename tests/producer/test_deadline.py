@@ -190,4 +190,6 @@ def test_a_stop_ends_the_call(pem: Path) -> None:
         with pytest.raises(ExchangeUnavailable, match="stopped"):
             calls.call(Transfer(), 30, "GET", url)
         assert time.monotonic() - began < 3
+        with pytest.raises(ExchangeUnavailable, match="stopped before the call"):
+            calls.call(Transfer(), 30, "GET", url)
         assert len(requests) == 1

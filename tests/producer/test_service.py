@@ -494,6 +494,7 @@ def test_bytes_in_hand_do_not_outlive_their_term(clock: FakeClock) -> None:
         run_until(producer, clock, "10:01:30")
     assert [line["reason"] for line in lines if line["event"] == "poll dropped"] == ["another term began"]
     assert (log.outcomes(), len(exchange.asked)) == ("PP", 3)
+    assert [charged for charged, _ in exchange.begun] == [0, 1, 2], "what was dropped is billed all the same"
     assert log.markers[1].gap_from == at("10:00:00")
 
 
@@ -591,6 +592,15 @@ def test_a_stop_while_the_exchange_fails_publishes_nothing_more(clock: FakeClock
         service(clock, log, exchange, leadership=Office(1)).run()
         assert log.outcomes() == expected
         clock.stop_at = float("inf")
+
+
+def test_a_stop_during_the_second_call_publishes_the_first_ones_answer(clock: FakeClock) -> None:
+    """It is paid for: PARTIAL, and counted."""
+    log, exchange = Log(), ByTheClock(clock, None, ExchangeUnavailable("internal", "stopped during the call"))
+    exchange.slow = {2: 30.0}
+    clock.stop_at = clock.steady + 20
+    service(clock, log, exchange, rights=True, leadership=Office(1)).run()
+    assert [(m.feed_state, m.charged_calls) for m in log.markers] == [(FeedState.PARTIAL, 1)]
 
 
 # --- several instances ------------------------------------------------------------------------------------------------
