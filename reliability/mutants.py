@@ -94,8 +94,8 @@ MUTANTS = [
     ),
     Mutant(
         "a hold of the account stops one call only",
-        "            if error.kind in OF_THE_ACCOUNT:\n",
-        "            if False:\n",
+        "            held = None if error.kind in OF_THE_ACCOUNT else call\n",
+        "            held = call\n",
         f"{UNIT}/test_finnotech.py::test_a_hold_of_the_account_stops_both",
     ),
     Mutant(

@@ -64,8 +64,8 @@ class Patience:
         self._token_seconds, self._refused_token_seconds = token_seconds, refused_token_seconds
         self._longest_seconds = longest_seconds
         self._calls_left = math.inf
-        self._holds: dict[Call, Hold] = {}
-        self._account: Hold | None = None
+        # By the call that they stop; those of the account, by None, stop every call for data.
+        self._holds: dict[Call | None, Hold] = {}
         self._refusals = self._token_refusals = 0
         self._minted_at = -math.inf
         self._token_accepted = True
@@ -78,7 +78,7 @@ class Patience:
 
     def may_call(self, call: Call, now: float) -> Hold | None:
         """Return what forbids this call now, the longest hold of several; None if it may be made."""
-        holds = [self._holds.get(call), self._new_token_hold() if call is Call.TOKEN else self._account]
+        holds = [self._holds.get(call), self._new_token_hold() if call is Call.TOKEN else self._holds.get(None)]
         if call is not Call.TOKEN and self._calls_left < 1:
             message = f"the budget of {self._max_calls} charged calls a day is spent"
             holds.append(Hold(math.inf, ExchangeRefused("budget", message)))
@@ -95,20 +95,17 @@ class Patience:
             self._refusals += error.kind in REFUSED
             if error.kind in {"token", "scope"} and not self._token_accepted:
                 self._new_token_refused = error
-            hold = self._hold(error, self._refusals, now)
-            if error.kind in OF_THE_ACCOUNT:
-                self._account = hold
-            else:
-                self._holds[call] = hold
+            held = None if error.kind in OF_THE_ACCOUNT else call
+            self._holds[held] = self._hold(error, self._refusals, now)
 
     def _after_token(self, error: ExchangeError | None, now: float) -> None:
         if error is None:
             self._minted_at, self._token_accepted, self._new_token_refused = now, False, None
             self._token_refusals = 0
             self._holds.pop(Call.TOKEN, None)
-            if self._account is not None and self._account.error.kind in {"token", "scope"}:
+            if None in self._holds and self._holds[None].error.kind in {"token", "scope"}:
                 # What was refused was the token before.
-                self._account = None
+                del self._holds[None]
         else:
             self._token_refusals += error.kind in REFUSED
             hold = self._hold(error, self._token_refusals, now)
