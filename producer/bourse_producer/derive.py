@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot, diff
-from bourse_producer.responses import Memo, Reading, merge, parse_next
+from bourse_producer.responses import Memo, Reading, merge, parse
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense
 from bourse_schemas.events import Candle
 
@@ -46,10 +46,11 @@ def derive(
     memos = dict(memos or {})
     for body, reading in answers:
         try:
-            part, memos[reading.is_right] = parse_next(body, reading, memos.get(reading.is_right, {}))
+            part = parse(body, reading, memos.get(reading.is_right))
         except ExchangeError as error:
             errors[reading.is_right] = error
             continue
+        memos[reading.is_right] = part.memo
         bad = len(part.rejected)
         if bad >= FEW_REJECTED and bad > max_rejected_share * part.rows:
             # A changed API must not pour the market into dead letters.

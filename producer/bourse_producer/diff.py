@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from operator import attrgetter
+from typing import Any
 
 from msgspec import structs
 
@@ -50,7 +51,7 @@ class Snapshot:
     `session_day` is the latest trading day whose continuous session had begun at `received_at`. `rows` counts what the
     response held, `duplicate_rows` those beside a better one of the same instrument; `oddities` counts what was
     unusual and still used, by name. `seen` is the poll and the receipt of shares and of rights: an unchanged row
-    may have the candle of an earlier poll.
+    may have the candle of an earlier poll. `memo` makes parsing the same call's next response faster.
     """
 
     candles: Mapping[InstrumentCode, Candle]
@@ -61,6 +62,7 @@ class Snapshot:
     duplicate_rows: int = 0
     oddities: Mapping[str, int] = field(default_factory=dict)
     seen: Mapping[bool, tuple[int, datetime]] = field(default_factory=dict)
+    memo: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,6 @@ __all__ = [
     "merge",
     "parse",
     "parse_minutes",
-    "parse_next",
 ]
 
 FUTURE = timedelta(minutes=5)
@@ -159,25 +158,18 @@ class _BadRow(Exception):
 Memo = Mapping[str, tuple[_Row, Candle, Sequence[str]]]
 
 
-def parse(body: bytes, reading: Reading) -> Snapshot:
-    """Return what a response contains.
+def parse(body: bytes, reading: Reading, memo: Memo | None = None) -> Snapshot:
+    """Return what a response contains, faster if `memo` is that of the same call's last snapshot.
 
     Raises ExchangeNonsense if the body is not a response, and the matching ExchangeError if it reports that the call
-    failed. A row that cannot be used is in `rejected`; the others count.
+    failed. A row that cannot be used is in `rejected`; the others count. The candle of a row that has not changed is
+    the last response's, with its receipt: `diff` corrects it in an event.
     """
-    return parse_next(body, reading, {})[0]
-
-
-def parse_next(body: bytes, reading: Reading, memo: Memo) -> tuple[Snapshot, Memo]:
-    """Parse a response as `parse` does, faster if `memo` is that of the same call's last response.
-
-    The candle of a row that has not changed is the last response's, with its receipt: `diff` corrects it in an event.
-    """
-    candles, rejected, oddities, memo = _read(body, reading, memo)
+    candles, rejected, oddities, memo = _read(body, reading, memo or {})
     best, duplicates = _best(candles)
     rows, at = len(candles) + len(rejected), reading.received_at
     seen = dict.fromkeys({candle.is_right for candle in best.values()}, (reading.poll_sequence, at))
-    return Snapshot(best, at, reading.session_day, rejected, rows, duplicates, oddities, seen), memo
+    return Snapshot(best, at, reading.session_day, rejected, rows, duplicates, oddities, seen, memo)
 
 
 def parse_minutes(body: bytes, reading: Reading) -> tuple[list[Candle], Sequence[RejectedRow]]:

@@ -77,7 +77,7 @@ def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(body: bytes, reading: Reading, memo: Memo) -> Snapshot:
         raise KeyError("state")
 
-    monkeypatch.setattr(derive, "parse_next", broken)
+    monkeypatch.setattr(derive, "parse", broken)
     fuzz = Fuzz(1)
     fuzz.run(20)
     assert fuzz.counts["crashes"] > 10

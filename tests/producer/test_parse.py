@@ -18,7 +18,7 @@ from msgspec import structs
 from bourse_producer.derive import derive
 from bourse_producer.diff import Snapshot, diff
 from bourse_producer.refusals import is_done, refusal, retry_seconds
-from bourse_producer.responses import PROFILES, SOURCE, Memo, Reading, merge, parse, parse_minutes, parse_next
+from bourse_producer.responses import PROFILES, SOURCE, Memo, Reading, merge, parse, parse_minutes
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
@@ -655,12 +655,12 @@ def test_a_memo_changes_nothing(polls: list[tuple[list[Any], list[Any], bool, bo
 
 def test_an_unchanged_row_is_not_read_again() -> None:
     """Its candle is that of the poll before, unless its time is now in the future; an event has its own poll."""
-    first, memo = parse_next(body(ROW), context(), {})
-    second, _ = parse_next(body(ROW), context(poll_sequence=8, received_at=NOW + timedelta(seconds=60)), memo)
+    first = parse(body(ROW), context())
+    second = parse(body(ROW), context(poll_sequence=8, received_at=NOW + timedelta(seconds=60)), first.memo)
     assert only(second) is only(first)
     (candle,) = diff({}, second).candles
     assert (candle.poll_sequence, candle.observed_at) == (8, NOW + timedelta(seconds=60))
-    early, _ = parse_next(body(ROW), context(dated=NOW - timedelta(minutes=10)), memo)
+    early = parse(body(ROW), context(dated=NOW - timedelta(minutes=10)), first.memo)
     assert [bad.reason for bad in early.rejected] == [Reason.FUTURE_ROW]
 
 
