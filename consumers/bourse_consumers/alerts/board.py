@@ -181,7 +181,7 @@ class View:
     numbers: Any = None
 
     def __init__(self, board: Board, a: int, b: int, at: Any = None, *, market: bool = False) -> None:
-        self.board, self.a, self.b, self.at = board, a, b, at
+        self.board, self.a, self.b, self.at, self.market = board, a, b, at, market
         self.first = np.zeros(1, np.int64) if market else board.first[: len(board.codes)]
         self.rows = np.arange(a, b)[:, None]
 
@@ -221,12 +221,19 @@ class View:
         known = place <= self.rows
         return np.where(known, matrix[np.where(known, place, 0), np.arange(len(self.first))], np.nan)
 
-    def before(self, matrix: Any, opening: Node | None = None) -> Any:
-        """Return the values of the rows before; at an instrument's first row those of the day before, if `opening`."""
-        value = np.where(self.rows > self.first, matrix[np.maximum(self.rows - 1, 0)[:, 0]], np.nan)
-        if opening is not None and len(self.first) == len(self.board.codes):
-            then = np.broadcast_to(opening.run(_Opening(self)), value.shape)
-            value = np.where(self.rows == self.first, then, value)
+    def before(self, x: Node, *, opening: bool) -> Any:
+        """Return the values of x at the rows before.
+
+        With `opening` the value before an instrument's first row is what x would have been the day before.
+        """
+        board, n = self.board, len(self.first)
+        earlier = View(board, max(self.a - 1, 0), self.b - 1, market=self.market)
+        value = np.full((self.b - self.a, n), np.nan)
+        if earlier.b > earlier.a:
+            value[earlier.a - earlier.b :] = x.run(earlier)
+        value = np.where(self.rows > self.first, value, np.nan)
+        if opening and not self.market:
+            value = np.where(self.rows == self.first, x.run(_Opening(self)), value)
         return value
 
     def _begin(self, ms: int) -> tuple[Any, Any]:

@@ -118,7 +118,11 @@ class _Pairs:
         for name, (kind, value) in self.KINDS.items():
             setattr(self, name, np.full(0, value, kind))
 
-    def add(self, rules: Sequence[int], who: Sequence[int], row: int) -> None:
+    def of(self, rule: int, span: slice) -> list[int]:
+        """Return the pairs of a rule among those of an instrument."""
+        return [span.start + int(n) for n in np.flatnonzero(self.rule[span] == rule)]
+
+    def add(self, rules: Sequence[int], who: int, row: int) -> None:
         end = self.count + len(rules)
         if end > len(self.rule):
             for name, (kind, value) in self.KINDS.items():
@@ -191,7 +195,8 @@ class Engine:
     def _clear(self, day: date | None) -> None:
         opened = self._opened[1] if self._opened and self._opened[0] == day else None
         self.board.clear(day, opened)
-        self._pairs, self._pair = _Pairs(), dict[tuple[int, int], int]()
+        self._pairs = _Pairs()
+        self._spans: dict[int, list[slice]] = {}  # per instrument where its pairs are
         self._order: Any = None  # where the pairs are in the groups' results
         self._episodes: dict[int, Episode] = {}
         self._judged, self._begins = list[bool](), list[bool]()
@@ -204,7 +209,7 @@ class Engine:
             for rule in self.rules if rule.scope == "market"
         }  # fmt: skip
         if day is not None:
-            self._add([(n, -1) for n, rule in enumerate(self.rules) if rule.scope == "market"])
+            self._add([n for n, rule in enumerate(self.rules) if rule.scope == "market"], -1)
             self._foresee()
 
     # --- polls --------------------------------------------------------------------------------------------------------
@@ -313,7 +318,9 @@ class Engine:
             if alert.scope is Scope.FEED:
                 self._feed.adopt(rule, alert)
             elif rule is not None and alert.trading_day == self.board.day:
-                pair = self._pair.get((rule, self.board.index.get(alert.instrument or "", -1)))
+                place = self.board.index.get(alert.instrument or "", -1)
+                spans = self._spans.get(place, ())
+                pair = next((pair for span in spans for pair in self._pairs.of(rule, span)), None)
                 if pair is None:
                     continue
                 self._pairs.firing[pair] = alert.state is AlertState.FIRING
@@ -360,30 +367,32 @@ class Engine:
 
     def _add_covered(self, rules: Iterable[int], place: int) -> None:
         code, named = self.board.codes[place], self.board.names[place][-1]
-        symbol = form(named.symbol or "")
+        symbol, row = form(named.symbol or ""), max(self.board.rows - 1, 0)
+        covered = {int(n) for span in self._spans.get(place, ()) for n in self._pairs.rule[span]}
         new = []
         for n in rules:
-            if (n, place) in self._pair or not self.rules[n].covers(code, symbol, is_right=named.is_right):
+            if n in covered or not self.rules[n].covers(code, symbol, is_right=named.is_right):
                 continue
-            new.append((n, place))
-            if self.rules[n].scope == "market":
-                at, since = self.board.members[self.rules[n].members]
-                if place not in at:
-                    row = max(self.board.rows - 1, 0)
-                    self.board.members[self.rules[n].members] = np.append(at, place), np.append(since, row)
-        self._add([(n, place) for n, place in new if self.rules[n].scope == "instrument"])
+            if self.rules[n].scope == "instrument":
+                new.append(n)
+                continue
+            at, since = self.board.members[self.rules[n].members]
+            if place not in at:
+                self.board.members[self.rules[n].members] = np.append(at, place), np.append(since, row)
+        self._add(new, place)
 
-    def _add(self, pairs: Sequence[tuple[int, int]]) -> None:
-        if not pairs:
+    def _add(self, rules: Sequence[int], place: int) -> None:
+        if not rules:
             return
         first = self._pairs.count
-        self._pairs.add([n for n, _ in pairs], [place for _, place in pairs], max(self.board.rows - 1, 0))
-        for pair, (n, place) in enumerate(pairs, first):
-            self._pair[n, place] = pair
+        self._pairs.add(rules, place, max(self.board.rows - 1, 0))
+        self._spans.setdefault(place, []).append(slice(first, self._pairs.count))
+        self._order = None
+        for pair, n in enumerate(rules, first):
             group = self._groups[n]
             assert group is not None  # noqa: S101  # feed rules have no pairs
-            group.new.append((pair, numbers_of(self.rules[n], self.board, place)[: self.rules[n].places]))
-            self._order = None
+            rule = self.rules[n]
+            group.new.append((pair, rule.fixed or numbers_of(rule, self.board, place)[: rule.places]))
 
     # --- judging ------------------------------------------------------------------------------------------------------
 

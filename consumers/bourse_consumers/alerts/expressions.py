@@ -493,9 +493,9 @@ class Compiler:
             return Node("number", f"percent({x.key}, {y.key})", lambda v: percent(x.run(v), y.run(v)))
         x = self._past(args[0])
         if name == "before":
-            return self._history(f"before({x.key})", x, lambda v, m: v.before(m))
+            return self._before(x)
         if name == "annulled":
-            before = self._history(f"before({x.key})", x, lambda v, m: v.before(m))
+            before = self._before(x)
             key = f"annulled({x.key})"
             return Node("number", key, lambda v: np.maximum(before.run(v) - x.run(v), 0), momentary=True)
         if name == "stepped":
@@ -565,11 +565,19 @@ class Compiler:
             return x
         if self._scope == "instrument":
             self._needs.columns.add("previous_close")
-        return self._history(f"earlier({x.key})", x, lambda v, m: v.before(m, x))
+        return self._before(x, opening=True)
+
+    def _before(self, x: Node, *, opening: bool = False) -> Node:
+        """Return a node with the value at the poll before."""
+        key, members = f"{'earlier' if opening else 'before'}({x.key})", self._members_of()
+        return Node("number", key, lambda v: v.shared(key, members, lambda w: w.before(x, opening=opening)))
+
+    def _members_of(self) -> str | None:
+        return self._members if self._scope == "market" and not self._inside else None
 
     def _history(self, key: str, x: Node, f: Callable[[Any, Any], Any]) -> Node:
         """Return a node that reads the past of x, which the board keeps; shared by all rules."""
-        members = self._members if self._scope == "market" and not self._inside else None
+        members = self._members_of()
         if x.key not in COLUMNS:
             self._needs.past.setdefault(x.key, Past(x, members))
         return Node("number", key, lambda v: v.shared(key, members, lambda w: f(w, w.matrix(x.key))))

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from bourse_consumers.alerts.expressions import Expression, Needs, Scope
@@ -87,7 +87,7 @@ class Table:
         return dict(zip(self.columns, found, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """A rule, read and checked. Times are milliseconds; `active` are those of the Tehran day, the end excluded.
 
@@ -114,6 +114,11 @@ class Rule:
     places: int = 0
     needs: Needs = field(default_factory=Needs)
     members: str = ""
+
+    @cached_property
+    def fixed(self) -> tuple[float, ...]:
+        """Return the numbers of its conditions if they are the same for every instrument."""
+        return () if self.table.columns else tuple(self.numbers[: self.places])  # type: ignore[arg-type]
 
     @property
     def momentary(self) -> bool:
