@@ -252,8 +252,9 @@ class Finnotech:
             try:
                 self._send(transfer, "GET", path, params=query, headers=authorization)
             finally:
-                done = transfer.status == 200 and is_done(transfer.body)
-                reply = self._reply(transfer, requested_at, path, query, done=done)
+                times, body = (requested_at, self._clock.now()), transfer.body
+                done = transfer.status == 200 and is_done(body)
+                reply = self._reply(transfer, body if done else self._secrets.data(body), times, path, query)
                 if transfer.status is not None:
                     self._on_response(reply)
             if not done:
@@ -266,16 +267,14 @@ class Finnotech:
         return reply
 
     def _reply(
-        self, transfer: Transfer, requested_at: datetime, path: str, query: Mapping[str, str], *, done: bool
+        self, transfer: Transfer, body: bytes, times: tuple[datetime, datetime], path: str, query: Mapping[str, str]
     ) -> Reply:
-        body = transfer.body if done else self._secrets.data(transfer.body)
         headers = {name: transfer.headers[name] for name in KEPT_HEADERS if name in transfer.headers}
         dated = http_date(headers.get("date", ""))
         if dated is not None and dated.year >= 2200:  # it would only break the arithmetic
             dated = None
         shown = {name: self._secrets.text(text) for name, text in headers.items()}
-        now, status = self._clock.now(), transfer.status or 0
-        return Reply(query["trackId"], body, requested_at, now, dated, path, query, status, shown)
+        return Reply(query["trackId"], body, *times, dated, path, query, transfer.status or 0, shown)
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
