@@ -34,6 +34,8 @@ __all__ = ["Credentials", "Finnotech", "Reply"]
 DEADLINE_SECONDS = 55.0
 # A token is renewed in the last tenth of its life, while it is good: nothing waits for a slow answer.
 RENEW_DEADLINE_SECONDS, RENEW_AGAIN_SECONDS = 5.0, 3600.0
+# A longer life is a mistake, and beyond reason no date.
+MOST_LIFE_SECONDS = 366 * 86_400.0
 # A hold that ends in a moment is waited for, so that a beat a little too early is not lost.
 MOMENT_SECONDS = 5.0
 KEPT_HEADERS = ("date", "content-type", "content-length", "content-encoding", "retry-after")
@@ -351,5 +353,5 @@ def _token_of(result: Mapping[str, Any], requested_at: float) -> _Token | None:
     # The client would show a value that no header can hold in its own error message.
     if not (isinstance(value, str) and re.fullmatch("[!-~]+", value) and math.isfinite(life)):
         return None
-    refresh = refresh if isinstance(refresh, str) else None
+    refresh, life = refresh if isinstance(refresh, str) else None, min(max(life, 0.0), MOST_LIFE_SECONDS)
     return _Token(value, refresh, requested_at + life * 0.9, requested_at + life, scopes)

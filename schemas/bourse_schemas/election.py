@@ -80,7 +80,8 @@ class Election:
 
     def overdue(self) -> bool:
         """Return whether work has been owed for too long; may be asked from any thread."""
-        return self._owed_until is not None and self._monotonic() > self._owed_until
+        owed_until = self._owed_until  # which the service's thread may set meanwhile
+        return owed_until is not None and self._monotonic() > owed_until
 
     def resign(self) -> None:
         """Leave the group and join it again: a fenced leader must not own the partition without publishing."""

@@ -276,6 +276,16 @@ def test_a_poll_whose_token_call_fails_was_tried() -> None:
     assert (len(script.grants), len(script.calls)) == (3, 1)
 
 
+@pytest.mark.parametrize(("life", "days"), [(1e300, 366), (-1e300, 0)])
+def test_a_life_beyond_reason(life: float, days: int) -> None:
+    """The end of the token is a date all the same: it is a metric."""
+    granted = json.dumps({"result": {"value": "tok3n-value", "lifeTime": life}, "status": "DONE"}).encode()
+    clock = ManualClock()
+    with against(Script((200, DONE), tokens=[(200, granted)]), clock=clock) as exchange:
+        exchange.fetch(Call.SHARES)
+        assert exchange.token_ends_at() == clock.now() + timedelta(days=days)
+
+
 REFUSALS = [
     (401, b""),
     (403, b'{"error":{"code":"FORBIDDEN","message":"no"}}'),
