@@ -30,6 +30,7 @@ from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import to_json
+from bourse_schemas.errors import Unreachable
 from bourse_schemas.events import PriceAlert
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import group_lag, read
@@ -130,7 +131,10 @@ def feed(cluster: Cluster, polls: Sequence[Past], seconds: float, fed: threading
 
 def _behind(cluster: Cluster) -> bool:
     """Return whether the group has not committed all there is."""
-    return group_lag(cluster, ["common"])[0].lag != 0
+    try:
+        return group_lag(cluster, ["common"])[0].lag != 0
+    except Unreachable:  # a broker that has just started
+        return True
 
 
 def main() -> int:

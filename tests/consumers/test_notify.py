@@ -215,6 +215,7 @@ def test_quiet_hours_are_those_of_tehran(start: time, end: time, hours: float) -
         ({"labels": {"team": frozenset({"a", "b"})}}, {}, False),
         ({"resolved": False}, {"state": AlertState.RESOLVED}, False),
         ({}, {"state": AlertState.RESOLVED}, True),
+        ({}, {"state": AlertState.RESOLVED, "message": None}, False),
     ],
 )
 def test_who_is_told(policy: dict[str, Any], fields: dict[str, Any], wanted: bool) -> None:

@@ -54,7 +54,8 @@ class Policy:
 
     def wants(self, alert: PriceAlert, channels: frozenset[str]) -> bool:
         """Return whether the channel gets an alert; `channels` are the names of all."""
-        if alert.state is AlertState.RESOLVED and not self.resolved:
+        # The end of an alert that holds for one poll only has no message.
+        if alert.state is AlertState.RESOLVED and (not self.resolved or alert.message is None):
             return False
         if alert.severity is not Severity.UNKNOWN and alert.severity not in self.severities:
             return False
