@@ -77,7 +77,7 @@ class Document:
             raise self.error() from error
 
         if self.root is None:
-            raise ConfigurationError(f"{path}: the file is empty")
+            raise ConfigurationError(f"{path}: this is not {what}: the file is empty")
 
     def mistake(
         self, node: Any, message: str, at: int = 0, end: int | None = None, *, fix: str | None = None,

@@ -480,7 +480,7 @@ channels:
     ("text", "said"),
     [
         (None, "the channels: cannot read"),
-        ("", "this is not the channels: such a file has the keys version and channels"),
+        ("", "this is not the channels: the file is empty"),
         ("a: [", "not YAML"),
         ("version: 2\nchannels: {}", "version: Input should be 1"),
         ("version: 1\nchannels: {}", "at least 1"),
