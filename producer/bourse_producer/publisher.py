@@ -236,10 +236,10 @@ def _room(cluster: Cluster) -> tuple[float, float]:
     """Return how many seconds in the past and in the future a record's time may be, by the topic's settings."""
     from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
+    admin = cluster.admin()  # it must outlive its answer
     resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
     try:
-        asked = cluster.admin().describe_configs([resource], request_timeout=ADMIN_SECONDS)
-        settings = asked[resource].result(ADMIN_SECONDS)
+        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result(ADMIN_SECONDS)
     except (KafkaException, TimeoutError):
         settings = {}  # they may not be read, or the mock cluster has none: nothing is known against it
     names = "retention.ms", "message.timestamp.after.max.ms"
