@@ -71,7 +71,7 @@ class SystemClock:
 
 
 class PracticeClock(SystemClock):
-    """The time of a simulated market: this machine's, moved by what the Date header of the last response told."""
+    """The time of a simulated market: this machine's, moved to the Date header of the last response."""
 
     simulated = True
 

@@ -55,7 +55,7 @@ class Transport:
         self._abandoned: list[threading.Thread] = []
 
     def call(self, transfer: Transfer, seconds: float, method: str, url: str, **request: Any) -> None:
-        """Make a call within this time; raise ExchangeError if it did not end well.
+        """Make a call within this time; raise ExchangeError if it failed.
 
         Raises Stuck if it is the third whose thread does not end: the process cannot be trusted any more.
         """

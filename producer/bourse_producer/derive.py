@@ -22,7 +22,7 @@ FEW_REJECTED, SAMPLE = 20, 3
 class Derived:
     """What a poll's responses amount to; `snapshot` is None if none of them can be used.
 
-    `rejected` are the rows that could not be used, `errors` what is wrong with a whole response, by whether it is that
+    `rejected` are the rows that could not be used, `errors` why a whole response is not used, by whether it is that
     of the rights. `memos` make the next poll faster.
     """
 

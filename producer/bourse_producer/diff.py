@@ -49,7 +49,7 @@ class Snapshot:
     """A response of the exchange: per instrument its candle, with no sequence yet.
 
     `session_day` is the latest trading day whose continuous session had begun at `received_at`. `rows` counts what the
-    response held, `duplicate_rows` those beside a better one of the same instrument; `oddities` counts what was
+    response held, `duplicate_rows` those with a better one of the same instrument; `oddities` counts what was
     unusual and still used, by name. `seen` is the poll and the receipt of shares and of rights: an unchanged row
     may have the candle of an earlier poll. `memo` makes parsing the same call's next response faster.
     """

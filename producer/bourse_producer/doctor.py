@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Status", "doctor", "judge_groups", "judge_poll", "judge_sources"]
 
-# No step takes longer, whatever is down.
+# No step takes longer, also if a server is down.
 STEP_SECONDS = 6.0
 SKEW = timedelta(seconds=5)
 # The beat, the exchange's own 40 s, and some air.

@@ -310,7 +310,8 @@ class Finnotech:
     def _token_refusal(self, transfer: Transfer) -> ExchangeError:
         error = self._refusal(transfer, self._secrets.data(transfer.body))
         if transfer.status in {400, 401, 403} and error.kind in {"token", "scope", "internal", "provider", "nonsense"}:
-            return ExchangeRefused("token", f"the exchange gives no token: {error}", code=error.code)
+            message = f"the exchange gives no token: {error}"
+            return ExchangeRefused("token", message, code=error.code, retry_after=error.retry_after)
         return error
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ class Finnotech:
 
 
 def _result_in(body: bytes) -> Mapping[str, Any]:
-    """Return the result in a token's answer; empty if there is none."""
+    """Return the result in a token's answer; empty without one."""
     try:
         result = msgspec.json.decode(body)["result"]
     except (*UNREADABLE, KeyError, TypeError):

@@ -47,7 +47,7 @@ class Freshness:
         # Beats are whole seconds apart, but for the moment it takes to act on them.
         elif moved_at and round((marker.requested_at - moved_at).total_seconds()) >= self.frozen_after.total_seconds():
             state = FeedState.FROZEN
-        # What is stale is no measure of what a whole response is.
+        # Stale rows do not show how many rows a whole response has.
         rows = max(marker.rows - marker.stale_rows, self.rows if short else 0)
         if state is FeedState.STALE:
             rows = self.rows if same_day else 0

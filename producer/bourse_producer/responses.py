@@ -43,7 +43,7 @@ FUTURE = timedelta(minutes=5)
 class Profile:
     """One of the exchange's services: its addresses, its scope, and how its rows differ.
 
-    With `one_call` shares and rights come together, and each row's own flag tells them apart; with `dates_only` a trade
+    With `one_call` shares and rights come together, and each row's own flag names its kind; with `dates_only` a trade
     time at midnight is a date and nothing more.
     """
 

@@ -276,14 +276,14 @@ class Producer:
                 self._monitor.unready(subject, None)
 
     def _take_over(self, term: int) -> None:
-        """Fence whichever instance led before, and make what is committed what is known."""
+        """Fence the instance that led before, and read what is committed."""
         began, self._standby_turns = self._clock.monotonic(), 0
         publication = self._connect()
         state = publication.restore()
         if self._in_hand is not None:
             self._keep_or_drop(self._in_hand, term, state)
         if state.poll_sequence != self._history.poll_sequence:
-            # Another instance polled meanwhile: its last marker tells since when nothing was asked, not our own poll.
+            # Another instance polled meanwhile: no call was made since its last marker, not since our poll.
             self._last_started = None
             self._reason = NEVER_RAN if self._reason == IN_FLIGHT else self._reason
         self._know(state)

@@ -214,6 +214,8 @@ class Cluster:
                     states[name] = TopicState(0, 0, frozenset())
                 elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
+            except TimeoutError as error:
+                raise Unreachable(f"cannot describe {name}: no answer within {ANSWER_SECONDS:.0f} s") from error
             else:
                 replicas = min(len(partition.replicas) for partition in topic.partitions)
                 operations = topic.authorized_operations
@@ -321,14 +323,17 @@ class Cluster:
         return f" The port may expect {expected}: -X security.protocol is {protocol}" * ("Disconnected" in reason)
 
     def _require_brokers(self, admin: AdminClient, failures: _Failures, metadata: ClusterMetadata) -> None:
-        from confluent_kafka import KafkaError
+        from confluent_kafka import KafkaError, KafkaException
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
         # Sent to the broker itself; a refusal is an answer, too.
         resources = {ConfigResource(ResourceType.BROKER, str(each.id)): each for each in metadata.brokers.values()}
         asked = [admin.describe_configs([resource], request_timeout=BROKER_SECONDS) for resource in resources]
         for resource, answer in (pair for answers in asked for pair in answers.items()):
-            error = answer.exception(ANSWER_SECONDS)
+            try:
+                error = answer.exception(ANSWER_SECONDS)
+            except TimeoutError:
+                error = KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001  # its public name
             code, broker = error.args[0].code() if error else 0, resources[resource]
             if code < 0 and code != KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
                 admin.poll(0)

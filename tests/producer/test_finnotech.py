@@ -286,6 +286,19 @@ def test_a_life_beyond_reason(life: float, days: int) -> None:
         assert exchange.token_ends_at() == clock.now() + timedelta(days=days)
 
 
+def test_a_refusal_to_give_a_token_is_obeyed_for_as_long_as_it_asks() -> None:
+    """Its Retry-After holds the token's call, and with it every call for data."""
+    busy = partial(Response, failed("X", "no"), 403, {"Retry-After": "600"})
+    script, clock = Script((200, DONE), tokens=[busy]), ManualClock()
+    with against(script, clock=clock) as exchange:
+        assert not refused(exchange).held
+        clock.elapsed = 590
+        assert refused(exchange).held
+        clock.elapsed = 600
+        exchange.fetch(Call.SHARES)
+    assert len(script.grants) == 2
+
+
 REFUSALS = [
     (401, b""),
     (403, b'{"error":{"code":"FORBIDDEN","message":"no"}}'),

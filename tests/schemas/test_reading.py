@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bourse_sandbox.kafka import MockKafka
+from bourse_schemas import kafka
 from bourse_schemas.errors import Unreachable
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import FIRST, LAST, day_start, follow, group_lag, offsets, read
@@ -79,3 +83,28 @@ def test_without_click() -> None:
     """Subscribers can use the module without the command line's libraries."""
     code = "import sys, bourse_schemas.reading; sys.exit('click' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Silent(Cluster):
+    """A cluster whose administration client never answers."""
+
+    def _connect(self, timeout: float = 1.0, *, every_broker: bool = False) -> Any:
+        admin = SimpleNamespace(
+            describe_topics=lambda names, **_: {"t": Future()},
+            describe_configs=lambda resources, **_: dict.fromkeys(resources, Future()),
+            poll=lambda _: 0,
+        )
+        metadata = SimpleNamespace(controller_id=1, brokers={1: SimpleNamespace(id=1, host="h", port=9)}, topics={})
+        if every_broker:
+            self._require_brokers(admin, kafka._Failures(), metadata)  # type: ignore[arg-type]
+        return admin, metadata
+
+
+def test_an_answer_that_never_comes_is_waited_for_by_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an external failure like any other, with a name, and no traceback."""
+    monkeypatch.setattr(kafka, "ANSWER_SECONDS", 0.01)
+    cluster = Silent("h:9", "http://h")
+    with pytest.raises(Unreachable, match="cannot describe t: no answer"):
+        cluster.topics(["t"])
+    with pytest.raises(Unreachable, match="broker 1 cannot be reached at h:9"):
+        cluster.topics(["t"], every_broker=True)
