@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -16,7 +15,7 @@ from bourse_cli.logs import get_logger
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
-from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker
+from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster, abandon, producer_id
 from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
@@ -24,12 +23,11 @@ from bourse_schemas.watchdog import deadline
 
 __all__ = ["NoRoom", "Publisher", "State", "committed_state"]
 
-E = TypeVar("E", bound=Event)
-
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
-# Offsets of the polls topic, of which a marker's transaction takes two: a day at a beat of five seconds.
-TAIL = 20_000
+# Offsets of the polls topic, of which a marker's transaction takes two: days at a beat of a minute. If they do not hold
+# the last marker's whole day, more is read.
+TAILS = (2_000, 20_000, None)
 # Nearer to now than this, no sensible topic refuses a record or deletes it at once.
 OLD_SECONDS, AHEAD_SECONDS = 86_400.0, 1800.0
 ADMIN_SECONDS = 2.0
@@ -65,7 +63,7 @@ def committed_state(cluster: Cluster) -> State:
         # In a topic that has grown an instrument's candles are in two partitions, which are read in any order.
         if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
             candles[candle.instrument] = candle
-    markers = list(_markers(cluster))
+    markers = _markers(cluster)
     # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
     polls = [candle.poll_sequence for candle in candles.values()] + [marker.poll_sequence for marker in markers]
     return State(candles, max(polls, default=0), markers)
@@ -92,9 +90,20 @@ def _foreign(cluster: Cluster, record: TopicRecord, error: Undecodable) -> str:
     )
 
 
-def _markers(cluster: Cluster) -> Iterator[PollMarker]:
+def _markers(cluster: Cluster) -> list[PollMarker]:
+    """Return the latest markers, those of the last one's whole day at least: the day's charged calls are counted."""
+    markers: list[PollMarker] = []
+    for tail in TAILS:
+        markers = list(_last_markers(cluster, tail))
+        days = {marker.requested_at.astimezone(TEHRAN).date() for marker in (*markers[:1], *markers[-1:])}
+        if tail is None or len(days) == 2 or len(markers) < tail // 3:
+            break
+    return markers
+
+
+def _last_markers(cluster: Cluster, tail: int | None) -> Iterator[PollMarker]:
     decode = cluster.registry().deserializer(PollMarker)
-    for record in _committed(cluster, POLLS, TAIL):
+    for record in _committed(cluster, POLLS, tail):
         try:
             yield decode(record.value)
         except Undecodable as error:

@@ -28,6 +28,7 @@ from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.clock import PracticeClock
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech
+from bourse_producer.markers import History
 from bourse_producer.publisher import Publisher, committed_state
 from bourse_producer.responses import PROFILES, SOURCE, TRADES_REALTIME, Profile
 from bourse_producer.service import Producer, Settings
@@ -665,6 +666,26 @@ def test_bytes_in_hand_are_dropped_after_a_later_poll(cluster: Cluster, failing:
     assert (practice.served, producer._in_hand) == (4, None)
     assert [m.poll_sequence for m in read(cluster, POLLS).events] == [1, 2, 3]
     check(cluster)
+
+
+def test_a_whole_day_of_markers_is_read_back(cluster: Cluster) -> None:
+    """The day's charged calls count, however many polls it has; of days before as little as possible is read."""
+    counts = ("rows", "opened", "traded", "revised", "cancelled", "stale_rows", "rejected_rows", "duplicate_rows")
+    fields: dict[str, Any] = dict.fromkeys(counts, 0) | {"charged_calls": 1}
+    fields |= {"simulated": False, "outcome": "UNCHANGED", "phase": "OPEN", "feed_state": "FRESH", "day_final": False}
+    began = datetime(2026, 11, 21, 6, tzinfo=UTC)
+    marker = PollMarker(poll_sequence=1, source=SOURCE, requested_at=began, **fields)
+    publisher = Publisher(cluster)
+    publisher.restore()
+    for first, at in ((1, began - timedelta(days=1)), (4001, began), (8001, began)):
+        found = [structs.replace(marker, poll_sequence=first + n, requested_at=at) for n in range(4000)]
+        publisher.publish(Changes([], [], 0), [], found)
+    publisher.close()
+    state = committed_state(cluster)
+    history = History()
+    for each in state.markers:
+        history = history.after(each)
+    assert (state.poll_sequence, history.charged(began)) == (12_000, 8_000)
 
 
 # --- foreign records --------------------------------------------------------------------------------------------------
