@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 
 from bourse_cli.root import main
 from bourse_sandbox.jars import Artifact, fetch
@@ -60,6 +61,13 @@ def bourse(
         return end.value.code, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_one_test() -> Iterator[None]:
+    """Undo what a test configured of logs: at a higher level the next one would see no lines."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
