@@ -134,10 +134,11 @@ def _fields(poll: Poll, derived: Derived, history: History, timing: Timing) -> d
     """Return the fields of a poll's marker that differ from poll to poll."""
     snapshot, beats = derived.snapshot, timing.beats
     now = snapshot.received_at if snapshot else timing.now
-    final = snapshot is not None and beats.final(now, history.final_day, history.polled_day)
+    errors = dict(sorted({**poll.errors, **derived.errors}.items()))
+    # Without the rows of one of two calls the day is not complete.
+    final = snapshot is not None and not errors and beats.final(now, history.final_day, history.polled_day)
     moment = beats.moment(now, timing.next_beat, beats.calendar.session_day(now) if final else history.final_day)
     requested_at = min(poll.requested_at, now)
-    errors = dict(sorted({**poll.errors, **derived.errors}.items()))
     error = next(iter(errors.values()), None)
     named = "; ".join(f"{'rights' if is_right else 'shares'}: {error}" for is_right, error in errors.items())
     fields = moment._asdict() | {

@@ -391,6 +391,19 @@ def test_a_final_poll_that_fails_is_repeated_until_midnight(clock: FakeClock) ->
     assert not any(m.day_final for m in log.markers[4:])
 
 
+def test_a_poll_without_the_rights_is_not_final(clock: FakeClock) -> None:
+    """Their corrections would be events of a day that is called complete: the poll is repeated."""
+    log = Log()
+    clock.until("16:58:00")
+    exchange = ByTheClock(clock, None, None, None, GONE)
+    run_until(service(clock, log, exchange, rights=True), clock, "17:20:00")
+    assert [(m.feed_state, m.day_final) for m in log.markers[1:]] == [
+        (FeedState.PARTIAL, False),
+        (FeedState.IDLE, True),
+    ]
+    assert (log.markers[1].next_poll_at, log.markers[2].requested_at) == (at("17:05:00"), at("17:05:00"))
+
+
 def test_an_owed_final_poll_answered_after_midnight_is_final(clock: FakeClock) -> None:
     """The day is complete, although another one has begun."""
     log, exchange = Log(), ByTheClock(clock)
