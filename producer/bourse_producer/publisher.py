@@ -95,8 +95,11 @@ def _markers(cluster: Cluster) -> list[PollMarker]:
     markers: list[PollMarker] = []
     for tail in TAILS:
         markers = list(_last_markers(cluster, tail))
-        days = {marker.requested_at.astimezone(TEHRAN).date() for marker in (*markers[:1], *markers[-1:])}
-        if tail is None or len(days) == 2 or len(markers) < tail // 3:
+        ends = (*markers[:1], *markers[-1:])
+        days = {marker.requested_at.astimezone(TEHRAN).date() for marker in ends}
+        # A session's final poll can be days ago, if closed days are polled too.
+        sessions = {marker.session_day for marker in ends}
+        if tail is None or len(days) == len(sessions) == 2 or len(markers) < tail // 3:
             break
     return markers
 

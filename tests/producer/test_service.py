@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from bourse_cli.health import Monitor
+from bourse_producer import publisher
 from bourse_producer.calendar import Calendar
 from bourse_producer.patience import Call
 from bourse_producer.publisher import NoRoom, State
@@ -27,7 +28,7 @@ from bourse_schemas.errors import (
     Stuck,
     Unreachable,
 )
-from bourse_schemas.events import FeedState, Op, Outcome, Phase
+from bourse_schemas.events import FeedState, Op, Outcome, Phase, PollMarker
 from tests.producer.fakes import (
     DAY,
     Answer,
@@ -402,6 +403,21 @@ def test_a_poll_without_the_rights_is_not_final(clock: FakeClock) -> None:
         (FeedState.IDLE, True),
     ]
     assert (log.markers[1].next_poll_at, log.markers[2].requested_at) == (at("17:05:00"), at("17:05:00"))
+
+
+def test_the_final_poll_before_a_closed_weekend_is_read_back(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart two days later, with --schedule always, calls no second poll of the session final."""
+    weekend = Calendar(holiday=lambda day: "a holiday" if day > DAY else None)
+    log = Log()
+    clock.until("16:58:00")
+    run_until(service(clock, log, always=True, calendar=lambda: weekend), clock, "10:00:00", DAY + timedelta(days=2))
+
+    def tail(cluster: object, offsets: int | None) -> list[PollMarker]:
+        return log.markers[-offsets // 2 :] if offsets else log.markers
+
+    monkeypatch.setattr(publisher, "_last_markers", tail)
+    found = publisher._markers(None)  # type: ignore[arg-type]
+    assert [m.requested_at for m in found if m.day_final] == [at("17:00:00")]
 
 
 def test_an_owed_final_poll_answered_after_midnight_is_final(clock: FakeClock) -> None:
