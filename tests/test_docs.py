@@ -179,6 +179,13 @@ def test_every_topic_is_in_the_manual() -> None:
     assert rows == [(topic.full_name(), topic.event.__name__, topic.cleanup) for topic in TOPICS]
 
 
+def test_partitions_in_the_page_of_subscribers_are_the_declared_ones() -> None:
+    """The first table has every topic."""
+    page = (ROOT / "docs" / "subscribe.md").read_text("utf-8")
+    rows = re.findall(r"^\| `bourse\.([a-z-]+)` \|(?:[^|]*\|){3} (\d+) \|", page, re.MULTILINE)
+    assert {name: int(number) for name, number in rows} == {topic.name: topic.partitions for topic in TOPICS}
+
+
 def slug(heading: str) -> str:
     """Return the anchor that a heading gets."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

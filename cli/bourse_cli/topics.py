@@ -183,10 +183,12 @@ def _check_overrides(overrides: Any) -> None:
     if not isinstance(overrides, dict) or not all(isinstance(table, dict) for table in overrides.values()):
         raise ConfigurationError(f"{config_name()}: overrides belong in a table per topic, such as [topic.trades]")
     for name, override in overrides.items():
-        if name not in names or not override.keys() <= OVERRIDES.keys():
+        if name not in names:
+            raise ConfigurationError(f"{config_name()}: [topic.{name}] is unknown; topics are {', '.join(names)}")
+        if unknown := sorted(override.keys() - OVERRIDES.keys()):
             raise ConfigurationError(
-                f"{config_name()}: [topic.{name}] is unknown; topics are {', '.join(names)}, "
-                f"keys {', '.join(OVERRIDES)}"
+                f"{config_name()}: [topic.{name}] has no key {unknown[0]}; keys are {', '.join(OVERRIDES)}; "
+                'Kafka\'s own settings belong in config, such as config = {"retention.ms" = "1209600000"}'
             )
         for key, value in override.items():
             if type(value) is not OVERRIDES[key] or (isinstance(value, int) and value < 1):

@@ -42,9 +42,9 @@ from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from bourse_schemas.reading import TopicRecord
+    from bourse_schemas.reading import GroupLag, TopicRecord
 
-__all__ = ["Group", "View", "render", "summary", "watch"]
+__all__ = ["Group", "View", "groups_of", "render", "summary", "watch"]
 
 FRAME_SECONDS = 0.25
 PROBE_SECONDS = 3.0
@@ -601,15 +601,19 @@ class _Feed:
             trouble, groups = None, None
             try:
                 found = group_lag(self._cluster, timeout=PROBE_SECONDS)
-                groups = [
-                    Group(each.group.removeprefix(prefix), each.members > 0, each.lag)
-                    for each in found
-                    if each.lag is not None
-                ]
+                groups = groups_of(found, prefix)
             except ConfigurationError as error:
                 trouble = f"lag unknown, trying again ({error})"
             self._put(_groups(groups, trouble))
             self._stop.wait(PROBE_SECONDS)
+
+
+def groups_of(found: Sequence[GroupLag], prefix: str) -> list[Group]:
+    """Return the groups that have offsets; a market consumer has its members in a group of their own."""
+    alive = {each.group.removesuffix("-election") for each in found if each.members}
+    return [
+        Group(each.group.removeprefix(prefix), each.group in alive, each.lag) for each in found if each.lag is not None
+    ]
 
 
 def _trouble(what: str, text: str | None) -> Change:

@@ -191,7 +191,7 @@ class Cluster:
         if missing := [name for name in names if name not in found]:
             raise ConfigurationError(
                 f"no topic {', '.join(missing)} on {self.bootstrap_servers}: create what is declared with "
-                f"`bourse topics apply --bootstrap-servers {self.bootstrap_servers}`"
+                f"`bourse topics apply --bootstrap-servers {self.bootstrap_servers}`, or see --topic-prefix"
             )
         return {name: found[name].partitions for name in names}
 

@@ -272,6 +272,7 @@ def test_a_newer_versions_archive_is_left_alone(tmp_path: Path) -> None:
         ("{tmp}/file", "cannot write there"),
         ("s3://", "name a bucket"),
         ("gs://bucket/x", "give a folder or s3://"),
+        ("s3:/bucket/x", "give a folder or s3://"),
         ("s3://no-such-bucket-here/x", "see the bucket's name and AWS_ACCESS_KEY_ID"),
     ],
 )

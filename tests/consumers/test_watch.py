@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from bourse_consumers.watch import Group, View, render, summary
+from bourse_consumers.watch import Group, View, groups_of, render, summary
 from bourse_sandbox.kafka import Kafka
 from bourse_schemas.codec import Serializer, schema_text
 from bourse_schemas.events import (
@@ -43,7 +43,7 @@ from bourse_schemas.events import (
     TradeEvent,
 )
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.reading import read
+from bourse_schemas.reading import GroupLag, read
 from bourse_schemas.topics import CANDLES, POLLS, TOPICS, TRADES
 
 Publish = Callable[..., None]
@@ -146,6 +146,16 @@ def letter() -> DeadLetter:
         original_headers={},
         failed_at=AT,
     )
+
+
+def test_a_market_consumer_runs_while_its_election_has_members() -> None:
+    """Its own group has the offsets, and no members."""
+    found = [
+        GroupLag("bourse-alerts", 0, 0, None),
+        GroupLag("bourse-alerts-election", 1, None, None),
+        GroupLag("bourse-archive", 0, 7, 1),
+    ]
+    assert groups_of(found, "bourse-") == [Group("alerts", True, 0), Group("archive", False, 7)]
 
 
 def live_view() -> View:

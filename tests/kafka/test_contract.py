@@ -165,6 +165,7 @@ def test_a_missing_topic_names_the_command_that_creates_it(bourse: Run) -> None:
     code, out, err = bourse("tail", "trades", "--exit-at-end")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "create what is declared with `bourse topics apply" in err
+    assert "or see --topic-prefix" in err
 
 
 def test_a_broker_that_is_not_there_is_given_up_within_ten_seconds() -> None:

@@ -225,6 +225,6 @@ def open_store(to: str) -> Store:
         if not PurePosixPath(to[5:]).parts:
             raise ConfigurationError(f"--to {to}: name a bucket, s3://BUCKET/PREFIX")
         return Bucket(to)
-    if "://" in to:
+    if re.match(r"\w{2,}:", to):  # a letter alone is a drive
         raise ConfigurationError(f"--to {to}: give a folder or s3://BUCKET/PREFIX")
     return Folder(Path(to))
