@@ -37,12 +37,14 @@ def printable(text: str) -> str:
 
 
 def pointed(line: str, column: int, end: int, corrected: str | None, write: str = "write") -> str:
-    """Return a line with a caret under the characters from `column` to `end`, and the corrected line."""
+    """Return a line with a caret under the characters from `column` to `end`, and the corrected line if it differs."""
     body = line.lstrip()
     indent = len(line) - len(body)
     at, length = max(column - indent, 0), max(min(end, len(line)) - column, 1)
     shown = f"\n    {printable(body.rstrip())}\n    {' ' * at}{'^' * length}"
-    return shown if corrected is None else f"{shown}\n    {write}: {printable(corrected.strip())}"
+    if corrected is None or corrected.strip() == body.strip():
+        return shown
+    return f"{shown}\n    {write}: {printable(corrected.strip())}"
 
 
 class Document:

@@ -695,3 +695,12 @@ def test_the_consumer_continues_after_a_restart_and_reads_changed_rules(tmp_path
     with pytest.raises(Reopen):
         again.idle(NINE)
     assert again.trouble() is None
+
+
+def test_a_line_that_cannot_be_corrected_is_not_suggested(tmp_path: Path) -> None:
+    """The list's name may be right, and its file missing."""
+    path = tmp_path / "rules.yaml"
+    path.write_text("version: 1\nrules:\n  - name: one\n    match: {lists: [missing.txt]}\n    when: plp > 3\n")
+    with pytest.raises(ConfigurationError, match="cannot read") as caught:
+        RuleFiles([path])
+    assert "write:" not in str(caught.value)
