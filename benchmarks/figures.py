@@ -134,12 +134,6 @@ What is not reached:
   written meanwhile, by a thread of their own. Each is a library's own loop in C or Rust: what is left in Python is
   under a tenth. `pyruhvro` reads Avro four times as fast as polars and is called experimental by its author; it would
   take off a sixth.
-* **Alerts.** Ours are exact and restart-safe: alerts and offsets in one transaction, the day folded again after a
-  restart, eight types, hold times, hours. The peer's are a hundred lines by hand that keep their state in memory,
-  forget it in a restart and flush; with its own store, which a restart finds again, it does a thousand events a second.
-  Half of our time is the engine's Python, a fifth polars', a sixth the client's. Of the memory 100 MB are there before
-  the first event (clients of Kafka and of the registry, polars, pydantic) and 14 MB are polars' code, read in when it
-  is used; the rest are the 5,000 instruments' state, what is read ahead and what a batch becomes.
 * **The transaction.** What is missing to a bare one are the headers: seven a record, each copied into an allocation of
   its own by librdkafka and written one by one. They are part of the contract.
 * **PostgreSQL.** The server is what is measured: without any client's work a COPY of these rows into the table with its

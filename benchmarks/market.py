@@ -1,6 +1,6 @@
-"""An exchange that answers from memory: a market whose every row changes from poll to poll, as a process of its own.
+"""An exchange that answers from memory, as a process of its own: one row in EVERY changes from poll to poll.
 
-`python -m benchmarks.market ROWS POLLS` prints its address. A client puts a word of its own before the API's path
+`python -m benchmarks.market ROWS POLLS EVERY` prints its address. A client puts a word of its own before the API's path
 (`ADDRESS/WORD/bourse/v2/…`) and is served the polls from the first on; the `Date` header is the market's time.
 """
 
@@ -26,11 +26,12 @@ def received_at(poll: int) -> datetime:
     return OPENS + timedelta(minutes=poll)
 
 
-def rows(poll: int, count: int) -> list[dict[str, Any]]:
-    """Return a poll's rows; each one has traded since the poll before."""
-    minute = received_at(poll - 1) + timedelta(hours=4, minutes=30)
-    market = []
+def rows(poll: int, count: int, every: int = 1) -> list[dict[str, Any]]:
+    """Return a poll's rows; one in `every` has traded since the poll before."""
+    now, market = poll, []
     for number in range(count):
+        poll = max(1, now - (number + now) % every)
+        minute = received_at(poll - 1) + timedelta(hours=4, minutes=30)
         previous = 1000 + number * 7919 % 40_000
         last = previous + (number + 37 * poll) % 97 - 48
         closing = previous + (number + 11 * poll) % 53 - 26
@@ -50,9 +51,9 @@ def rows(poll: int, count: int) -> list[dict[str, Any]]:
     return market
 
 
-def serve(count: int, polls: int) -> None:
+def serve(count: int, polls: int, every: int) -> None:
     """Serve until killed."""
-    bodies = [json.dumps(rows(poll, count), ensure_ascii=False).encode() for poll in range(1, polls + 1)]
+    bodies = [json.dumps(rows(poll, count, every), ensure_ascii=False).encode() for poll in range(1, polls + 1)]
     served: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,4 +89,4 @@ def serve(count: int, polls: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(*map(int, sys.argv[1:]))

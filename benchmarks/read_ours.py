@@ -1,6 +1,6 @@
 """The product's consumers as `bourse consume` runs them, timed: KIND BOOTSTRAP REGISTRY COUNT WHERE.
 
-KIND is parquet, postgres, executemany (postgres without COPY) or alerts. They begin at the topic's start and end when
+KIND is parquet, postgres or executemany (postgres without COPY). They begin at the topic's start and end when
 so many events are through. Printed: seconds from the first batch to what is durable, and the most memory resident.
 """
 
@@ -14,15 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from confluent_kafka import OFFSET_END, TopicPartition
-
 from benchmarks.peak import peak_mb
 from bourse_cli.logs import configure_logging
 from bourse_consumers.api import Batch, Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import ALERTS, TRADES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -40,15 +37,11 @@ def make(kind: str, where: str) -> Consumer:
         from bourse_consumers.archive.command import archive
 
         consumer = archive.main(["--to", where], standalone_mode=False)
-    elif kind == "postgres":
+    else:
         from bourse_consumers.postgres.command import archive_postgres
 
         schema = f"ours_{uuid4().hex[:8]}"
         consumer = archive_postgres.main(["--dsn", where, "--schema", schema, "--apply-schema"], standalone_mode=False)
-    else:
-        from bourse_consumers.alerts.command import consume
-
-        consumer = consume.main(["--rules", where], standalone_mode=False)
     return consumer
 
 
@@ -59,17 +52,6 @@ def executemany(sink: PostgresArchive, rows: pl.DataFrame) -> None:
     into = f"INSERT INTO {sink._tables.rows.as_string(sink._connection)} ({names}) VALUES ({marks})"
     with sink._connection.cursor() as cursor:
         cursor.executemany(into, rows.iter_rows())
-
-
-def begin(cluster: Cluster, group: str) -> None:
-    """Commit the topic's start: who has committed nothing begins with the day under way. Delete others' alerts."""
-    client, admin = cluster.consumer(group), cluster.admin()
-    name = TRADES.full_name(cluster.prefix)
-    client.commit(offsets=[TopicPartition(name, number, 0) for number in range(TRADES.partitions)], asynchronous=False)
-    client.close()
-    said = [TopicPartition(ALERTS.full_name(cluster.prefix), number, OFFSET_END) for number in range(ALERTS.partitions)]
-    for deleted in admin.delete_records(said).values():
-        deleted.result()
 
 
 def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: str) -> None:
@@ -96,8 +78,6 @@ def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: st
 
     consumer.process, consumer.close = timed, closed  # type: ignore[method-assign]  # nothing else is changed
     group = f"bench-{uuid4().hex}"
-    if kind == "alerts":
-        begin(cluster, group)
     stream = KafkaStream(cluster, group, consumer.topics, consumer.emits)
     runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name=kind)
     runner.run()

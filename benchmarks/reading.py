@@ -1,4 +1,4 @@
-"""Reading: a topic of real events into Parquet, into PostgreSQL and through alert rules, beside others."""
+"""Reading: a topic of real events into Parquet and into PostgreSQL, compared with others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 
 from benchmarks.figures import NAMES, PEER, ROOT, Figure
-from benchmarks.rules import write
 from benchmarks.topic import events, fill
 from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
@@ -47,12 +46,10 @@ def reading(count: int, rounds: int) -> Iterator[Figure]:
             fill(stack.cluster, found)
             traded = sum(event.value_delta for event in found)
             about = f"{count:,} real events, Apache Kafka {KAFKA_VERSION}"
-            symbols = {event.symbol for event in found}
             del found
             where = stack.cluster.bootstrap_servers, stack.cluster.registry_url
             yield from _parquet(where, rounds, about, (count, traded))
             yield _postgres(where, count // 2, rounds, about)
-            yield from _alerts(where, (count, rounds), symbols, about)
     except KafkaUnavailable as error:
         yield Figure("Reading a topic", None, "—", None, {"reason": str(error)})
 
@@ -133,31 +130,6 @@ def _postgres(where: tuple[str, str], count: int, rounds: int, about: str) -> Fi
                 if rows is None or rows[0] < count:
                     raise SystemExit(f"error: {rows} rows, not {count}")
     return next(_figure(what, laps, count, {"executemany": 5}))
-
-
-def _alerts(where: tuple[str, str], much: tuple[int, int], symbols: set[str], about: str) -> Iterator[Figure]:
-    """Yield the figures of alert rules: beside those written by hand, with many more rules, of memory."""
-    count, rounds = much
-    us = Path(sys.executable)
-    contestants = {
-        "ours": Contestant(us, "read_ours", "alerts"),
-        "many": Contestant(us, "read_ours", "alerts"),
-        "peer": Contestant(PEER, "read_peer", "alerts"),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        few, many = write(Path(folder) / "few.yaml", symbols), write(Path(folder) / "many.yaml", symbols, 9_900)
-        to = {"ours": str(few), "many": str(many)}
-        laps = _contest(where, count, rounds, contestants, lambda name: to.get(name, f"{folder}/{uuid4().hex}"))
-    more = laps.pop("many")
-    what = f"100 alert rules, {about}"
-    yield from _figure(what, laps, count, {"peer": 3})
-    slower = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(more, laps["ours"], strict=True)) - 1
-    found = f"{slower:+.0%}"
-    yield Figure("9,900 more rules for instruments that do not occur", found, "≤ 10 %", slower <= 0.1, {"more": slower})
-    if peaks := [lap["peak_mb"] for lap in laps["ours"] if lap["peak_mb"]]:
-        yield Figure(
-            f"Most memory resident, {what}", f"{max(peaks):.0f} MB", "≤ 150 MB", max(peaks) <= 150, {"mb": peaks}
-        )
 
 
 @contextmanager
