@@ -64,9 +64,10 @@ def visible() -> Figure:
 
 def start() -> Figure:
     """Return the median time of `bourse --help` as a multiple of `python -c pass`."""
-    seconds: dict[str, list[float]] = {"help": [], "pass": []}
+    commands = {"help": [str(BIN / "bourse"), "--help"], "pass": [sys.executable, "-c", "pass"]}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(20):
-        for name, command in (("help", [BIN / "bourse", "--help"]), ("pass", [sys.executable, "-c", "pass"])):
+        for name, command in commands.items():
             began = time.perf_counter()
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             seconds[name].append(time.perf_counter() - began)
