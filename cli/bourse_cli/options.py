@@ -27,7 +27,8 @@ def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> 
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise click.BadParameter(f"{pair!r} is not key=value")
+            # A pair that is mistyped may hold a secret.
+            raise click.BadParameter(f"{key.partition(':')[0]!r} is not followed by =VALUE")
         if value.startswith("@"):
             try:
                 value = read_text(Path(value[1:]), key).strip()

@@ -201,7 +201,7 @@ def _out(frame: Any, form: str, output: Path | None) -> None:
     except (OSError, pl.exceptions.ComputeError) as error:
         if "Broken pipe" in str(error):  # polars hides the number
             raise BrokenPipeError from error
-        raise ConfigurationError(f"--output {output or '-'}: {error}") from error
+        raise ConfigurationError(f"--output {output or '-'}: {getattr(error, 'strerror', None) or error}") from error
 
 
 FORMAT = click.option(

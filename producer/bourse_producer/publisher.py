@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from bourse_cli.logs import get_logger
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
-from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable
+from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, UnknownSchema
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster, abandon, producer_id
 from bourse_schemas.reading import TopicRecord, read
@@ -77,6 +77,12 @@ def _candles(cluster: Cluster) -> Iterator[Candle]:
         if record.value is not None:
             try:
                 yield decode(record.value)
+            except UnknownSchema as error:
+                (name, partition) = record.place
+                raise ConfigurationError(
+                    f"{name}-{partition} at offset {record.offset}: {error}; restore the registry's schemas: without "
+                    "them the state cannot be read"
+                ) from error
             except Undecodable as error:
                 raise ConfigurationError(_foreign(cluster, record, error)) from error
 

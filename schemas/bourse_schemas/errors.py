@@ -9,6 +9,7 @@ BourseError
 │  └─ ExchangeNonsense         keep the body, count, skip this poll
 ├─ SchemaIncompatible          refuse to start
 ├─ Undecodable                 one record cannot be decoded: dead-letter it
+│  └─ UnknownSchema            the registry does not know its schema: restore the registry, not the record
 ├─ Stuck                       calls that cannot be ended: end the process
 └─ PublishError                discard the Kafka producer, restore, go on
    └─ Fenced                   another instance took over: stop
@@ -30,6 +31,7 @@ __all__ = [
     "SchemaIncompatible",
     "Stuck",
     "Undecodable",
+    "UnknownSchema",
     "Unreachable",
     "did_you_mean",
 ]
@@ -91,6 +93,10 @@ class SchemaIncompatible(BourseError):
 
 class Undecodable(BourseError):
     """A record's bytes are not what the topic promises: it becomes a dead letter."""
+
+
+class UnknownSchema(Undecodable):
+    """The registry does not know the schema that wrote a record; the record itself may be all right."""
 
 
 class Stuck(BourseError):

@@ -15,7 +15,7 @@ from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistr
 
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.compatibility import gate, refusal
-from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, UnknownSchema, Unreachable
 from bourse_schemas.events import Event
 from bourse_schemas.topics import TOPICS, Topic
 
@@ -69,7 +69,8 @@ class Registry:
         except _NotFound as error:
             what = "is not registered" if error.code == 40401 else "has no version equal to this release's schema"
             raise ConfigurationError(
-                f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url}`"
+                f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url} "
+                f"--topic-prefix {prefix}`"
             ) from error
         if faults := gate(avro_schema(topic.event), self._released(subject)):
             raise ConfigurationError(f"subject {subject} at {self.url}: {refusal(faults)}")
@@ -80,15 +81,15 @@ class Registry:
         return Deserializer(event, self.schema)
 
     def schema(self, schema_id: int) -> dict[str, Any]:
-        """Return a writer's schema by id; an id unknown to the registry is Undecodable."""
+        """Return a writer's schema by id; an id unknown to the registry is an UnknownSchema."""
         unknown = f"schema id {schema_id} is unknown to the registry at {self.url}"
         if time.monotonic() < self._unknown.get(schema_id, 0.0):
-            raise Undecodable(unknown)
+            raise UnknownSchema(unknown)
         try:
             text = self._ask(f"read schema id {schema_id}", self._client.get_schema, schema_id).schema_str
         except _NotFound as error:
             self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
-            raise Undecodable(unknown) from error
+            raise UnknownSchema(unknown) from error
         with suppress(ValueError):
             schema = json.loads(text or "")
             if isinstance(schema, dict):
@@ -116,7 +117,7 @@ class Registry:
         subject = topic.subject(prefix)
         released = self._released(subject)
         if not released:
-            return f"{subject} is not registered: run `bourse schemas register`"
+            return f"{subject} is not registered: run `bourse schemas register --topic-prefix {prefix}`"
         if faults := gate(avro_schema(topic.event), released):
             return f"{subject}: {refusal(faults)}"
         try:

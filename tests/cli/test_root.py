@@ -201,7 +201,7 @@ def test_a_flag_beats_the_environment_and_that_the_file(
         ("registry_url = 3", "registry_url must be a string"),
         ("kafka_settings = 'a=b'", "kafka_settings must be a list of strings"),
         ("[kafka_settings]\na = 1", "kafka_settings must be a list of strings"),
-        ("kafka_settings = [3]", "'3' is not key=value"),
+        ("kafka_settings = [3]", "'3' is not followed by =VALUE"),
         ('kafka_settings = ["sasl.password=hidden"]', "sasl.password is a secret"),
     ],
 )
@@ -465,8 +465,9 @@ def test_a_secret_on_the_command_line_is_refused(bourse: Run, shown: list[tuple[
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("nonsense", "'nonsense' is not key=value"),
-        ("=x", "'=x' is not key=value"),
+        ("nonsense", "'nonsense' is not followed by =VALUE"),
+        ("=x", "'' is not followed by =VALUE"),
+        ("sasl.password:hunter2", "'sasl.password' is not followed by =VALUE"),
         ("sasl.password=@nowhere", "cannot read nowhere: No such file"),
         ("sasl.password=@binary", "binary is not UTF-8 text"),
     ],

@@ -49,7 +49,7 @@ def test_ten_strikes_at_each_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with ThreadPoolExecutor(3) as pool:
         for found in pool.map(strike, ["parquet", "s3", "postgres"]):
-            assert found["kills"] + found["freezes"] == 10
+            assert found["kills"] + found["freezes"] + found["broker_restarts"] == 10
             assert (found["lost"], found["twice"], found["orphan_files"], found["verify"]) == (0, 0, 0, "well")
             assert found["rows"] == found["expected"] > 19_000
 

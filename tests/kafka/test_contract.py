@@ -211,7 +211,7 @@ def test_a_service_finds_its_schema_or_names_the_command(bourse: Run, registry_u
     ):
         registry.serializer(TRADES, prefix)
     code, out, _ = bourse("schemas", "check", *where)
-    assert (code, out.count("is not registered: run `bourse schemas register`")) == (1, 5)
+    assert (code, out.count("is not registered: run `bourse schemas register")) == (1, 5)
     with SchemaRegistryClient({"url": registry_url}) as client:
         assert [subject for subject in client.get_subjects() if subject.startswith(prefix)] == []
         code, first, err = bourse("schemas", "register", *where)

@@ -731,6 +731,16 @@ def test_a_foreign_record_on_candles_is_named_and_the_command_printed_removes_it
     assert [marker.poll_sequence for marker in read(cluster, POLLS).events] == [1, 2]
 
 
+def test_a_candle_whose_schema_the_registry_lost_is_not_to_be_removed(cluster: Cluster) -> None:
+    """The candle is all right, and removing it would begin its sequence again: the registry must be restored."""
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
+        produce_plain(cluster, CANDLES, b"\0\0\x0f\x42\x3f\x02", b"IRO1MADN0001", 3)
+        broken = in_process(cluster, server.url, client)
+        with pytest.raises(ConfigurationError, match=r"schema id 999999 is unknown .*restore the registry's schemas"):
+            broken.poll()
+        broken._close()
+
+
 def test_polls_without_changes_are_told_from_polls_that_failed(cluster: Cluster) -> None:
     """Each poll leaves one marker, whatever it brought."""
     practice = practice_exchange("real", "poll")
