@@ -85,7 +85,7 @@ def test_how_late_is_as_measured(events: Sequence[TradeEvent]) -> None:
     """Half of the day's events, and 95 of 100."""
     late = sorted((event.observed_at - event.traded_at).total_seconds() for event in events if event.op != Op.OPENED)
     half, most = late[len(late) // 2], late[len(late) * 95 // 100]
-    words = f"came within {half:.0f} seconds of the trade, 95 of 100 within {most:.0f} seconds"
+    words = f"arrived within {half:.0f} seconds of the trade, 95 of 100 within {most:.0f} seconds"
     assert words in re.sub(r"\s+", " ", PAGE)
 
 
