@@ -1,8 +1,8 @@
-"""Our transaction and a bare one of as many bytes, in turn: BOOTSTRAP REGISTRY PREFIX ROUNDS; prints their seconds.
+"""Our transaction and a bare one, in turn: BOOTSTRAP REGISTRY PREFIX ROUNDS; prints their seconds.
 
-Both have the same records and settings. The bare one is what the client's documentation shows: produce and commit,
-without headers or timestamps, their bytes in the value instead. A third one has the timestamps and nothing instead of
-the headers: what these cost. Printed too: a record's bytes, and its headers'.
+Both have the same records, headers and settings, encoded beforehand. The bare one is what the client's documentation
+shows: produce and commit. A third one has no headers, which shows what they cost. Printed too: a record's bytes, and
+those of its headers.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ def main(bootstrap_servers: str, registry: str, prefix: str, rounds: str) -> Non
     cluster = Cluster(bootstrap_servers, registry, prefix)
     ready = prepare(cluster)
     weights = [sum(len(name) + len(value or b"") for name, value in record.headers) for record in ready]
-    filled = [
-        (record.topic, record.value + bytes(weight), record.key) for record, weight in zip(ready, weights, strict=True)
-    ]
     publisher = Publisher(cluster)
     publisher.restore()
     bare = cluster.transactional_producer("bare")
@@ -61,8 +58,8 @@ def main(bootstrap_servers: str, registry: str, prefix: str, rounds: str) -> Non
 
     def theirs() -> None:
         bare.begin_transaction()
-        for topic, value, key in filled:
-            bare.produce(topic, value, key)
+        for record in ready:
+            bare.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
         bare.commit_transaction(30)
 
     def headless() -> None:

@@ -141,9 +141,9 @@ def growth(polls: int = 4) -> Figure:
 
 
 def transaction(kind: str, rounds: int = 200) -> Iterator[Figure]:
-    """Yield our transaction's rate and p99 beside those of a bare one of as many bytes, and what the headers cost."""
+    """Yield our transaction's rate and p99 as shares of those of a bare one, and what the headers cost."""
     what, target = (
-        f"Transaction of 4,001 records with headers, of a bare one's rate, {BROKERS[kind]}",
+        f"Transaction of 4,001 records, as a share of a bare one's rate, {BROKERS[kind]}",
         "≥ 0.9, p99 ≤ 1.3 ×",
     )
     try:
