@@ -129,7 +129,7 @@ Where a poll's time goes, medians in milliseconds:
 
 What is not reached:
 
-* **Archive beside quixstreams.** Of the product's time for an event about a third is librdkafka's Python binding (a
+* **Archive compared with quixstreams.** Of the product's time for an event about a third is librdkafka's Python binding (a
   `Message` made, its value copied), a third polars' Avro reader, a fifth Arrow's dictionaries and copies; files are
   written meanwhile, by a thread of their own. Each is a library's own loop in C or Rust: what is left in Python is
   under a tenth. `pyruhvro` reads Avro four times as fast as polars and is called experimental by its author; it would
@@ -141,10 +141,10 @@ What is not reached:
 How it is measured:
 
 * Contestants take turns, in processes of their own. A ratio is that of the medians; a range is that of neighbouring
-  rounds, without the highest and the lowest tenth where there are as many.
+  rounds, without the highest and the lowest tenth if there are that many.
 * Publishing: all get the same bodies from the same server, of 2,000 rows that all differ from the poll before, and
   write the same events, candles and poll marker with the same keys, times and headers, each to a broker of its own.
-  Afterwards all that is on the topics is compared with what must be there. The product is its own service as it stands.
+  Afterwards all that is on the topics is compared with what must be there. The product is its own service, unchanged.
   The others are what a good engineer writes with these libraries: httpx2, plain dicts, the library's Avro serializer or
   fastavro, a flush for every poll (quixstreams) or a transaction (aiokafka). They do not check the rows.
 * Reading: the events of the real days, over and over and each time of other instruments, in six partitions of Apache

@@ -1,4 +1,4 @@
-"""Publishing: GET → committed beside others, a transaction beside a bare one, and many instruments beside few."""
+"""Publishing compared: GET → committed with others, a transaction with a bare one, many instruments with few."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _read(cluster: Cluster) -> Iterator[Record]:
 def publishing(kind: str, polls: int, every: int = 1) -> Figure:
     """Return the ratio of the peers' medians to ours, and how the first one's spread from poll to poll."""
     wanted = 5.0 if every > 1 else {"mock": 3.5, "kafka": 2.7}[kind]
-    mix = "2,000 rows of which a third changed" if every > 1 else "2,000 changed rows"
+    mix = "2,000 rows, a third changed," if every > 1 else "2,000 changed rows"
     what, target = f"{mix}, GET → committed, {BROKERS[kind]}", f"≥ {wanted:g} × quixstreams"
     try:
         laps = publish(kind, 2000, polls, {"ours": Path(sys.executable), "peer": PEER, "aio": PEER}, every)
@@ -166,5 +166,5 @@ def transaction(kind: str, rounds: int = 200) -> Iterator[Figure]:
     yield Figure(what, found, target, rate >= 0.9 and tail <= 1.3, {"rate": rate, "p99": tail, "rounds": rounds})
     price = (statistics.median(ours) - statistics.median(headless)) * 1000 / 4001
     what = f"Price of a record's CloudEvents headers, {BROKERS[kind]}"
-    found = f"{weight:.0f} bytes beside {size:.0f} of key and value, {price:.1f} µs"
+    found = f"{weight:.0f} bytes, next to {size:.0f} of key and value, {price:.1f} µs"
     yield Figure(what, found, "—", None, {"bytes": weight, "us": price})
