@@ -129,8 +129,8 @@ Where a poll's time goes, medians in milliseconds:
 
 What is not reached:
 
-* **Archive compared with quixstreams.** Of the product's time for an event about a third is librdkafka's Python binding (a
-  `Message` made, its value copied), a third polars' Avro reader, a fifth Arrow's dictionaries and copies; files are
+* **Archive compared with quixstreams.** Of the product's time for an event about a third is librdkafka's Python
+  binding (a `Message` made, its value copied), a third polars' Avro reader, a fifth Arrow's dictionaries and copies; files are
   written meanwhile, by a thread of their own. Each is a library's own loop in C or Rust: what is left in Python is
   under a tenth. `pyruhvro` reads Avro four times as fast as polars and is called experimental by its author; it would
   take off a sixth.

@@ -28,6 +28,9 @@ BOURSE = (sys.executable, "-m", "bourse_cli")
 # The practice exchange's only account; it is not secret.
 CLIENT_ID, SECRET, NID = "practice", "practice", "0123456789"
 
+# It gives every topic four partitions, and whole polls are read from one partition of the polls topic.
+NO_ALERTS = "The mock cluster raises no alerts: they need Apache Kafka."
+
 
 class Stack:
     """Kafka and a registry with our topics and schemas; a context manager that ends both.
@@ -92,11 +95,11 @@ class Stack:
             except KafkaUnavailable as error:
                 if self._broker == "kafka":
                     raise
-                self.note = f"Apache Kafka is not available ({error}); using librdkafka's mock cluster instead."
+                self.note = f"Apache Kafka is not available ({error}); using librdkafka's mock cluster. {NO_ALERTS}"
             else:
                 self.kind = "kafka"
                 return self._kafka.bootstrap_servers
-        self.kind = "mock"
+        self.kind, self.note = "mock", self.note or NO_ALERTS
         return self._open.enter_context(MockKafka()).bootstrap_servers
 
     def _declare(self) -> None:
