@@ -181,7 +181,7 @@ def test_a_day_is_rebuilt_in_seconds(cluster: Cluster, wait_for: Callable[..., A
 
 
 def test_members_on_standby_come_and_go_unnoticed(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
-    """Ten of them cause neither a rebuild nor a pause; a clean stop hands over before the group's session ends."""
+    """Ten of them cause neither a rebuild nor a pause; a clean stop hands over within seconds."""
     producing = Producing(cluster)
     begun(cluster, wait_for)
     active = Counting()
@@ -201,7 +201,7 @@ def test_members_on_standby_come_and_go_unnoticed(cluster: Cluster, wait_for: Ca
             stopped = time.monotonic()
             leader.stop()
             wait_for(lambda: successor.opened, 10)
-            assert time.monotonic() - stopped < 6  # a member that is killed is missed after six seconds at the earliest
+            assert time.monotonic() - stopped < 3
     assert published(cluster) == expected(10)
 
 
