@@ -22,7 +22,8 @@ class Service(NamedTuple):
     """What a service does on Kafka.
 
     It is a member of `group` (after the topics' prefix and a dash) with each of these `members` endings, and publishes
-    under a transactional id that is the group with the ending `ids`. An ending with a dash stands for all that follow.
+    under a transactional id that is the group with the ending `ids`. An ending with a dash matches every name that
+    begins with it.
     """
 
     reads: Sequence[Topic] = ()

@@ -67,7 +67,7 @@ rules:
 """.replace("total(quiet_) >= 0", "mean(total(volume), 4m) >= 0")
 # Edited: thresholds, a rule that is gone, a new one, and other instruments.
 EDITED = (
-    RULES.replace(">= 3 *", ">= 2 *").replace("plp >= 4", "plp >= 3.8").replace("name: held", "name: held-anew")
+    RULES.replace(">= 3 *", ">= 2 *").replace("plp >= 4", "plp >= 3.8").replace("name: held", "name: held-again")
     .replace("[الف, پ]", "[ب]").replace("stop or", "stop * 1.01 or").replace("cooldown: 15m", "cooldown: 1m")
 )  # fmt: skip
 LEVELS = "symbol;stop\nالف;۱٬۰۰۰\nIRO1TEST0002;990,5\n" + "فولاد;3890\nشپنا;11700\nخودرو;\n"

@@ -85,8 +85,8 @@ class Message:
     @property
     def id(self) -> str:
         """Return what distinguishes a repetition from another message."""
-        told = sorted(f"{alert.alert_id}-{alert.state}" for alert in self.alerts)
-        return sha256("\n".join((self.kind, *told)).encode()).hexdigest()[:32]
+        published = sorted(f"{alert.alert_id}-{alert.state}" for alert in self.alerts)
+        return sha256("\n".join((self.kind, *published)).encode()).hexdigest()[:32]
 
     @property
     def severity(self) -> Severity:
