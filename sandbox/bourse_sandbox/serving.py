@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import threading
@@ -14,6 +15,16 @@ import uvicorn
 from bourse_schemas.errors import ConfigurationError
 
 __all__ = ["Server", "serve"]
+
+
+class _Uvicorn(uvicorn.Server):
+    """Closes every connection before its event loop ends; uvicorn leaves those whose client does not read open."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)
 
 
 class Server:
@@ -61,7 +72,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 0, tls: Path | None = N
     # are cut off on purpose are not errors.
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     config = uvicorn.Config(app, date_header=False, timeout_graceful_shutdown=1, ssl_certfile=tls, **quiet)
-    server = uvicorn.Server(config)
+    server = _Uvicorn(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http-server", daemon=True)
     thread.start()
     while not server.started:

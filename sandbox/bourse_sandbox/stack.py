@@ -21,7 +21,7 @@ from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
-__all__ = ["BOURSE", "CLIENT_ID", "NID", "SECRET", "Stack", "private_file", "program"]
+__all__ = ["BOURSE", "CLIENT_ID", "NID", "NO_ALERTS", "SECRET", "Stack", "private_file", "program"]
 
 BOURSE = (sys.executable, "-m", "bourse_cli")
 

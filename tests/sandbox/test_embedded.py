@@ -318,3 +318,21 @@ def test_the_mock_cluster_carries_records(mock_kafka: MockKafka, prefix: str) ->
     """At once and offline."""
     _write(mock_kafka.bootstrap_servers, prefix, b"value")
     assert _read(mock_kafka.bootstrap_servers, prefix, 1) == [b"value"]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_server_closes_the_connection_of_a_client_that_does_not_read(leaves: bool) -> None:
+    """Half an answer is waiting to be sent when the server ends; its socket must not outlive the event loop."""
+
+    def large(_: Request) -> Response:
+        return Response(b" " * 50_000_000)
+
+    with serve(Starlette(routes=[Route("/", large)])) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        client = socket.create_connection((host, int(port)), timeout=10)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert client.recv(100)
+        if leaves:
+            client.close()
+    client.close()
+    gc.collect()
