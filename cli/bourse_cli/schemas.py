@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from bourse_cli.ddl import ENGINES, table_definition
 from bourse_cli.options import cluster_options, declared_topic
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
@@ -45,6 +46,15 @@ def show(topic: str) -> None:
     from bourse_schemas.codec import schema_text
 
     click.echo(schema_text(declared_topic(topic, None).event), nl=False)
+
+
+@schemas.command
+@click.argument("engine", type=click.Choice(ENGINES))
+@click.argument("topic", metavar="TOPIC")
+@cluster_options
+def ddl(engine: str, topic: str, cluster: Cluster) -> None:
+    """Print the SQL that makes a topic a table: over Kafka (flink, spark), or empty (duckdb, postgres)."""
+    click.echo(table_definition(engine, declared_topic(topic, cluster.prefix), cluster), nl=False)
 
 
 @schemas.command

@@ -1,0 +1,49 @@
+CREATE TEMPORARY VIEW `trades-records` USING kafka OPTIONS (
+  `kafka.bootstrap.servers` '127.0.0.1:9092',
+  `kafka.isolation.level` 'read_committed',
+  subscribe 'bourse.trades',
+  startingOffsets 'earliest'
+);
+CREATE TEMPORARY VIEW `trades` AS SELECT event.* FROM (
+  SELECT from_avro(substring(value, 6), '{"type":"record","name":"TradeEvent","namespace":"ir.bourse","fields":[{"name":"event_id","type":"string"},{"name":"op","type":{"type":"enum","name":"Op","symbols":["OPENED","TRADED","REVISED","CANCELLED","UNKNOWN"],"default":"UNKNOWN"}},{"name":"instrument","type":"string"},{"name":"sequence","type":"long"},{"name":"trading_day","type":{"type":"int","logicalType":"date"}},{"name":"trading_day_jalali","type":["null","string"],"default":null},{"name":"traded_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"traded_at_estimated","type":"boolean"},{"name":"observed_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"poll_sequence","type":"long"},{"name":"source","type":"string"},{"name":"company_id","type":["null","long"],"default":null},{"name":"symbol","type":"string"},{"name":"symbol_raw","type":"string"},{"name":"title","type":"string"},{"name":"is_right","type":"boolean"},{"name":"open_price","type":["null","long"],"default":null},{"name":"high_price","type":["null","long"],"default":null},{"name":"low_price","type":["null","long"],"default":null},{"name":"last_price","type":["null","long"],"default":null},{"name":"closing_price","type":["null","long"],"default":null},{"name":"previous_close","type":["null","long"],"default":null},{"name":"volume","type":"long"},{"name":"value","type":"long"},{"name":"trade_count","type":"long"},{"name":"closing_change","type":["null","long"],"default":null},{"name":"closing_change_percent","type":["null","double"],"default":null},{"name":"shares_outstanding","type":["null","long"],"default":null},{"name":"market_value","type":["null","long"],"default":null},{"name":"exchange_type","type":["null","string"],"default":null},{"name":"volume_delta","type":"long"},{"name":"value_delta","type":"long"},{"name":"trade_count_delta","type":"long"},{"name":"last_price_delta","type":["null","long"],"default":null},{"name":"closing_price_delta","type":["null","long"],"default":null}]}') AS event FROM `trades-records`
+);
+
+CREATE TEMPORARY VIEW `candles-records` USING kafka OPTIONS (
+  `kafka.bootstrap.servers` '127.0.0.1:9092',
+  `kafka.isolation.level` 'read_committed',
+  subscribe 'bourse.candles',
+  startingOffsets 'earliest'
+);
+CREATE TEMPORARY VIEW `candles` AS SELECT event.* FROM (
+  SELECT from_avro(substring(value, 6), '{"type":"record","name":"Candle","namespace":"ir.bourse","fields":[{"name":"instrument","type":"string"},{"name":"sequence","type":"long"},{"name":"trading_day","type":{"type":"int","logicalType":"date"}},{"name":"trading_day_jalali","type":["null","string"],"default":null},{"name":"traded_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"traded_at_estimated","type":"boolean"},{"name":"observed_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"poll_sequence","type":"long"},{"name":"source","type":"string"},{"name":"company_id","type":["null","long"],"default":null},{"name":"symbol","type":"string"},{"name":"symbol_raw","type":"string"},{"name":"title","type":"string"},{"name":"is_right","type":"boolean"},{"name":"open_price","type":["null","long"],"default":null},{"name":"high_price","type":["null","long"],"default":null},{"name":"low_price","type":["null","long"],"default":null},{"name":"last_price","type":["null","long"],"default":null},{"name":"closing_price","type":["null","long"],"default":null},{"name":"previous_close","type":["null","long"],"default":null},{"name":"volume","type":"long"},{"name":"value","type":"long"},{"name":"trade_count","type":"long"},{"name":"closing_change","type":["null","long"],"default":null},{"name":"closing_change_percent","type":["null","double"],"default":null},{"name":"shares_outstanding","type":["null","long"],"default":null},{"name":"market_value","type":["null","long"],"default":null},{"name":"exchange_type","type":["null","string"],"default":null}]}') AS event FROM `candles-records`
+);
+
+CREATE TEMPORARY VIEW `polls-records` USING kafka OPTIONS (
+  `kafka.bootstrap.servers` '127.0.0.1:9092',
+  `kafka.isolation.level` 'read_committed',
+  subscribe 'bourse.polls',
+  startingOffsets 'earliest'
+);
+CREATE TEMPORARY VIEW `polls` AS SELECT event.* FROM (
+  SELECT from_avro(substring(value, 6), '{"type":"record","name":"PollMarker","namespace":"ir.bourse","fields":[{"name":"poll_sequence","type":"long"},{"name":"simulated","type":"boolean"},{"name":"poll_id","type":["null","string"],"default":null},{"name":"rights_poll_id","type":["null","string"],"default":null},{"name":"source","type":"string"},{"name":"outcome","type":{"type":"enum","name":"Outcome","symbols":["PUBLISHED","UNCHANGED","FAILED","SKIPPED","UNKNOWN"],"default":"UNKNOWN"}},{"name":"phase","type":{"type":"enum","name":"Phase","symbols":["CLOSED","PRE_OPEN","OPEN","AFTER_CLOSE","UNKNOWN"],"default":"UNKNOWN"}},{"name":"feed_state","type":{"type":"enum","name":"FeedState","symbols":["FRESH","STALE","FROZEN","PARTIAL","DOWN","IDLE","UNKNOWN"],"default":"UNKNOWN"}},{"name":"session_day","type":["null",{"type":"int","logicalType":"date"}],"default":null},{"name":"requested_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"received_at","type":["null",{"type":"long","logicalType":"timestamp-millis"}],"default":null},{"name":"next_poll_at","type":["null",{"type":"long","logicalType":"timestamp-millis"}],"default":null},{"name":"day_final","type":"boolean"},{"name":"latest_traded_at","type":["null",{"type":"long","logicalType":"timestamp-millis"}],"default":null},{"name":"rows","type":"long"},{"name":"opened","type":"long"},{"name":"traded","type":"long"},{"name":"revised","type":"long"},{"name":"cancelled","type":"long"},{"name":"stale_rows","type":"long"},{"name":"rejected_rows","type":"long"},{"name":"duplicate_rows","type":"long"},{"name":"charged_calls","type":"long"},{"name":"gap_from","type":["null",{"type":"long","logicalType":"timestamp-millis"}],"default":null},{"name":"error_kind","type":["null","string"],"default":null},{"name":"error_code","type":["null","string"],"default":null},{"name":"error_message","type":["null","string"],"default":null}]}') AS event FROM `polls-records`
+);
+
+CREATE TEMPORARY VIEW `alerts-records` USING kafka OPTIONS (
+  `kafka.bootstrap.servers` '127.0.0.1:9092',
+  `kafka.isolation.level` 'read_committed',
+  subscribe 'bourse.alerts',
+  startingOffsets 'earliest'
+);
+CREATE TEMPORARY VIEW `alerts` AS SELECT event.* FROM (
+  SELECT from_avro(substring(value, 6), '{"type":"record","name":"PriceAlert","namespace":"ir.bourse","fields":[{"name":"alert_id","type":"string"},{"name":"state","type":{"type":"enum","name":"AlertState","symbols":["FIRING","RESOLVED","UNKNOWN"],"default":"UNKNOWN"}},{"name":"rule","type":"string"},{"name":"title","type":["null","string"],"default":null},{"name":"severity","type":{"type":"enum","name":"Severity","symbols":["INFO","WARNING","CRITICAL","UNKNOWN"],"default":"UNKNOWN"}},{"name":"scope","type":{"type":"enum","name":"Scope","symbols":["INSTRUMENT","MARKET","FEED","UNKNOWN"],"default":"UNKNOWN"}},{"name":"trading_day","type":{"type":"int","logicalType":"date"}},{"name":"source","type":"string"},{"name":"instrument","type":["null","string"],"default":null},{"name":"symbol","type":["null","string"],"default":null},{"name":"instrument_title","type":["null","string"],"default":null},{"name":"poll_sequence","type":"long"},{"name":"when","type":"string"},{"name":"values","type":{"type":"map","values":"double"}},{"name":"last_price","type":["null","long"],"default":null},{"name":"traded_at","type":["null",{"type":"long","logicalType":"timestamp-millis"}],"default":null},{"name":"since","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"raised_at","type":{"type":"long","logicalType":"timestamp-millis"}},{"name":"resolved_by","type":["null",{"type":"enum","name":"ResolvedBy","symbols":["CONDITION","DAY_END","RULE_REMOVED","UNKNOWN"],"default":"UNKNOWN"}],"default":null},{"name":"message","type":["null",{"type":"map","values":"string"}],"default":null},{"name":"labels","type":{"type":"map","values":"string"}},{"name":"channels","type":{"type":"array","items":"string"}}]}') AS event FROM `alerts-records`
+);
+
+CREATE TEMPORARY VIEW `dead-letters-records` USING kafka OPTIONS (
+  `kafka.bootstrap.servers` '127.0.0.1:9092',
+  `kafka.isolation.level` 'read_committed',
+  subscribe 'bourse.dead-letters',
+  startingOffsets 'earliest'
+);
+CREATE TEMPORARY VIEW `dead-letters` AS SELECT event.* FROM (
+  SELECT from_avro(substring(value, 6), '{"type":"record","name":"DeadLetter","namespace":"ir.bourse","fields":[{"name":"reason","type":{"type":"enum","name":"Reason","symbols":["MALFORMED_ROW","INVALID_VALUE","FUTURE_ROW","UNDECODABLE","REJECTED","NOTIFICATION_FAILED","UNKNOWN"],"default":"UNKNOWN"}},{"name":"message","type":"string"},{"name":"stage","type":{"type":"enum","name":"Stage","symbols":["PARSE","CONSUME","NOTIFY","UNKNOWN"],"default":"UNKNOWN"}},{"name":"origin","type":"string"},{"name":"consumer","type":["null","string"],"default":null},{"name":"payload","type":"bytes"},{"name":"original_topic","type":["null","string"],"default":null},{"name":"original_key","type":["null","bytes"],"default":null},{"name":"original_partition","type":["null","int"],"default":null},{"name":"original_offset","type":["null","long"],"default":null},{"name":"original_headers","type":{"type":"map","values":"bytes"}},{"name":"poll_sequence","type":["null","long"],"default":null},{"name":"poll_id","type":["null","string"],"default":null},{"name":"failed_at","type":{"type":"long","logicalType":"timestamp-millis"}}]}') AS event FROM `dead-letters-records`
+);
