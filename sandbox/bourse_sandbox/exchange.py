@@ -34,7 +34,6 @@ from bourse_sandbox.faults import PEEK, Fault, Faults
 from bourse_sandbox.market import REAL_DAY, PracticeMarket, Row, jalali
 from bourse_sandbox.options import market_options
 from bourse_sandbox.serving import Server, serve
-from bourse_schemas.errors import ConfigurationError
 
 __all__ = [
     "SCOPE",
@@ -388,25 +387,10 @@ def practice_exchange(
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0 takes any free one.")
 @click.option("--speed", type=click.FloatRange(0, min_open=True), default=1, help="Market seconds per second.")
-@click.option(
-    "--token-seconds", type=click.FloatRange(0, min_open=True), default=864_000, help="How long a token is valid."
-)
-@click.option("--client-id", default="practice", help="The one client that has an account.")
-@click.option(
-    "--client-secret-file", type=click.Path(path_type=Path), help="File with its secret.  [default: the word practice]"
-)
-@click.option("--nid", help="The one national id that is accepted, made up.  [default: any ten digits]")
 @market_options
-def exchange(host: str, port: int, client_secret_file: Path | None, **options: Any) -> None:
-    """Run a practice exchange: the exchange's API over a captured day."""
-    try:
-        options["client_secret"] = (
-            client_secret_file.read_text("utf-8-sig").strip() if client_secret_file else "practice"
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--client-secret-file {client_secret_file} cannot be read: {error}") from None
-    practice, stop = practice_exchange(**options), stop_on_signals()
+def exchange(host: str, port: int, **market: Any) -> None:
+    """Run a practice exchange: the exchange's API over a captured day, for the client `practice`, secret `practice`."""
+    practice, stop = practice_exchange(**market), stop_on_signals()
     with practice.serve(host, port) as server:
-        market_time = practice.state()["market_time"]
-        click.echo(f"practice exchange: {server.url}  client id: {options['client_id']}  market time: {market_time}")
+        click.echo(f"practice exchange: {server.url}  market time: {practice.state()['market_time']}")
         stop.wait()

@@ -28,7 +28,7 @@ from bourse_sandbox.jars import KafkaUnavailable, fetch, read_lock
 from bourse_sandbox.processes import Child, spawn, tail
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Kafka", "KafkaUnavailable", "MockKafka", "free_port", "java"]
+__all__ = ["Kafka", "KafkaUnavailable", "MockKafka", "are_free", "free_port", "java"]
 
 VERSION = "4.3.1"
 
@@ -105,9 +105,9 @@ class Kafka:
                 raise ConfigurationError(f"another Kafka is using {self.data}: stop it, or choose another folder")
             ports = self._ports or _ports_of(self.data / _SETTINGS)
             for _ in range(5):
-                if not ports or self._port not in {0, ports[0]} or not _within(2, partial(_are_free, ports)):
+                if not ports or self._port not in {0, ports[0]} or not _within(2, partial(are_free, ports)):
                     ports = self._port or free_port(), free_port()
-                    if not _are_free(ports[:1]):
+                    if not are_free(ports[:1]):
                         raise ConfigurationError(f"port {self._port} is taken: choose another one for Kafka")
                 self._ports = ports
                 if self._run(program, jars, ports):
@@ -233,12 +233,12 @@ def free_port() -> int:
     the port of a broker that is restarting.
     """
     for _ in range(100):
-        if _are_free([port := random.randint(20_000, 32_000)]):  # noqa: S311 - no secret
+        if are_free([port := random.randint(20_000, 32_000)]):  # noqa: S311 - no secret
             return port
     raise ConfigurationError("no free port between 20000 and 32000 on 127.0.0.1")
 
 
-def _are_free(ports: Iterable[int]) -> bool:
+def are_free(ports: Iterable[int]) -> bool:
     for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed one lingers

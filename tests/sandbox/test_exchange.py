@@ -403,17 +403,10 @@ def test_a_port_that_is_taken() -> None:
             exchange.main(["--port", str(port)], standalone_mode=False)
 
 
-def test_a_secret_file_that_is_not_there(tmp_path: Path) -> None:
-    """The error names the option and the file."""
-    with pytest.raises(ConfigurationError, match=r"--client-secret-file .*nowhere"):
-        exchange.main(["--client-secret-file", str(tmp_path / "nowhere")], standalone_mode=False)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    """It prints its address, answers with the account it was given, and ends with 0."""
-    (tmp_path / "secret").write_text("hush\n")
-    options = ["--port", "0", "--advance", "poll", "--client-secret-file", str(tmp_path / "secret")]
+def test_the_command_serves_until_a_signal(number: signal.Signals) -> None:
+    """It prints its address, answers the practice account, and ends with 0."""
+    options = ["--port", "0", "--advance", "poll"]
     code = "from bourse_sandbox.exchange import exchange; exchange()"
     command = [sys.executable, "-c", code, *options]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -421,7 +414,7 @@ def test_the_command_serves_until_a_signal(number: signal.Signals, tmp_path: Pat
         try:
             assert child.stdout is not None
             url = child.stdout.readline().split()[2]
-            answer = httpx2.post(f"{url}/dev/v2/oauth2/token", auth=("practice", "hush"), json=CREDENTIALS)
+            answer = httpx2.post(f"{url}/dev/v2/oauth2/token", auth=("practice", "practice"), json=CREDENTIALS)
             assert answer.status_code == 200
             child.send_signal(number)
             out, err = child.communicate(timeout=10)
