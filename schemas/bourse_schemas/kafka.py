@@ -48,11 +48,15 @@ PERMANENT = {3, -188, -190, -150}
 
 
 class TopicState(NamedTuple):
-    """A topic as the brokers describe it; `rights` are this user's, None if the brokers do not report them."""
+    """A topic as the brokers describe it; `rights` are this user's, None if the brokers do not report them.
+
+    `topic_id` is another one when a topic was deleted and created again; empty if the brokers do not report it.
+    """
 
     partitions: int
     replicas: int
     rights: frozenset[str] | None
+    topic_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,7 @@ class Cluster:
                 replicas = min(len(partition.replicas) for partition in topic.partitions)
                 operations = topic.authorized_operations
                 rights = None if operations is None else frozenset(right.name for right in operations)
-                states[name] = TopicState(len(topic.partitions), replicas, rights)
+                states[name] = TopicState(len(topic.partitions), replicas, rights, str(topic.topic_id))
         return states
 
     def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:

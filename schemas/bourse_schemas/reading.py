@@ -126,14 +126,17 @@ def read(
             yield from reader.step_within(ends)
 
 
-def follow(cluster: Cluster, topics: Mapping[str, int | None], *, timeout: float = TIMEOUT) -> Iterator[Batch]:
+def follow(
+    cluster: Cluster, topics: Mapping[str, int | None], *, starts: Offsets | None = None, timeout: float = TIMEOUT
+) -> Iterator[Batch]:
     """Yield what is committed on topics as it comes: several times a second a batch, an empty one if nothing came.
 
-    `topics` gives per topic how many offsets before its end to begin, None for its beginning. Until each partition has
-    reached its first known end the deadline holds; from then on silence is normal.
+    `topics` gives per topic how many offsets before its end to begin, None for its beginning; `starts` gives partitions
+    another start. Until each partition has reached its first known end the deadline holds; from then on silence is
+    normal.
     """
     ends = offsets(cluster, dict.fromkeys(_partitions(cluster, topics), LAST), timeout=min(timeout, TIMEOUT))
-    with _Reader(cluster, _starts(ends, topics), ends, timeout) as reader:
+    with _Reader(cluster, {**_starts(ends, topics), **(starts or {})}, ends, timeout) as reader:
         # Partitions without records are waited for too: only an answer shows that their broker is reachable.
         reader.behind = dict(ends)
         refreshed = time.monotonic()
