@@ -55,15 +55,3 @@ def show(topic: str) -> None:
 def ddl(engine: str, topic: str, cluster: Cluster) -> None:
     """Print the SQL that makes a topic a table: over Kafka (flink, spark), or empty (duckdb, postgres)."""
     click.echo(table_definition(engine, declared_topic(topic, cluster.prefix), cluster), nl=False)
-
-
-@schemas.command
-@cluster_options
-def asyncapi(cluster: Cluster) -> None:
-    """Print the contract as an AsyncAPI 3.0 document: topics, keys, headers, schemas. Nothing is asked of Kafka."""
-    import yaml
-
-    from bourse_schemas.asyncapi import asyncapi as document
-
-    found = document(cluster.bootstrap_servers, cluster.registry_url, cluster.prefix)
-    click.echo(yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=120), nl=False)

@@ -23,8 +23,8 @@ from bourse_schemas.errors import ConfigurationError
 
 __all__ = ["Compatible", "serve_registry"]
 
-Compatible = Callable[[dict[str, Any], list[dict[str, Any]]], list[str]]
-"""Return why a new schema is not fully compatible with older ones: messages, none if it is."""
+Compatible = Callable[[dict[str, Any], dict[int, Any]], list[str]]
+"""Return why a new schema may not follow older ones, by their versions: messages, none if it may."""
 
 _LEVELS = ("NONE", "BACKWARD", "BACKWARD_TRANSITIVE", "FORWARD", "FORWARD_TRANSITIVE", "FULL", "FULL_TRANSITIVE")
 
@@ -149,7 +149,7 @@ class _Registry:
         return next((number for number, text in texts if json.dumps(json.loads(text), sort_keys=True) == wanted), 0)
 
     def _faults(self, subject: str, schema: dict[str, Any], ids: list[int]) -> list[str]:
-        olds = [json.loads(self._schemas[number - 1]) for number in ids]
+        olds = {version: json.loads(self._schemas[number - 1]) for version, number in enumerate(ids, 1)}
         return self._compatible(schema, olds) if olds and self._levels.get(subject) != "NONE" else []
 
     def _save(self) -> None:

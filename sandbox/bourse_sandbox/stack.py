@@ -16,7 +16,7 @@ from bourse_sandbox.kafka import Kafka, KafkaUnavailable, MockKafka
 from bourse_sandbox.processes import tail
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import Server
-from bourse_schemas.compatibility import compatible
+from bourse_schemas.compatibility import gate
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
@@ -52,7 +52,7 @@ class Stack:
         with self._open:
             bootstrap_servers = self._start()
             file = self._data and self._data / "registry.json"
-            serving = serve_registry(port=self._registry_port, file=file, compatible=compatible)
+            serving = serve_registry(port=self._registry_port, file=file, compatible=gate)
             self._registry = self._open.enter_context(serving)
             self.cluster = Cluster(bootstrap_servers, self._registry.url)
             self._declare()

@@ -563,7 +563,7 @@ def test_show_prints_the_schema_as_it_ships(bourse: Run, name: str) -> None:
 
 def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     """`bourse … | head`: exit 0 and nothing on stderr."""
-    command = [sys.executable, "-m", "bourse_cli", "schemas", "asyncapi"]
+    command = [sys.executable, "-m", "bourse_cli", "schemas", "show", "trades"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr

@@ -26,7 +26,7 @@ from bourse_consumers.testing import trade
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import Serializer, avro_schema
-from bourse_schemas.compatibility import compatible
+from bourse_schemas.compatibility import gate
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable
 from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
@@ -198,7 +198,7 @@ def registry_url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "apicurio":
         yield request.getfixturevalue("apicurio_url")
     else:
-        with serve_registry(compatible=compatible) as registry:
+        with serve_registry(compatible=gate) as registry:
             yield registry.url
 
 

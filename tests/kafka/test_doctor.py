@@ -23,7 +23,7 @@ from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_sandbox.serving import Server
 from bourse_schemas.codec import avro_schema
-from bourse_schemas.compatibility import compatible
+from bourse_schemas.compatibility import gate
 from bourse_schemas.events import FeedState, Outcome, Phase, PollMarker
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TOPICS, TRADES
@@ -249,10 +249,10 @@ def test_topics_that_are_not_as_declared(place: Place) -> None:
 def test_subjects(place: Place) -> None:
     """A missing one, one whose registered schema is another, and one that would not be kept compatible."""
     schema = {"type": "record", "name": "TradeEvent", "fields": [{"name": "x", "type": "int"}]}
-    with serve_registry(compatible=compatible) as registry:
+    with serve_registry(compatible=gate) as registry:
         assert "is not registered" in place.look(BOURSE_REGISTRY_URL=registry.url).words("schemas")
     for level, reported in (("FULL_TRANSITIVE", "compared with version 1, "), ("NONE", "compatibility is NONE")):
-        with serve_registry(compatible=compatible) as registry:
+        with serve_registry(compatible=gate) as registry:
             for topic in TOPICS:
                 subject = topic.subject(place.cluster.prefix)
                 httpx2.put(f"{registry.url}/config/{subject}", json={"compatibility": level}).raise_for_status()

@@ -33,7 +33,7 @@ from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import FRAME, avro_schema
-from bourse_schemas.compatibility import compatible
+from bourse_schemas.compatibility import gate
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -87,7 +87,7 @@ def _run(command: list[str], folder: Path) -> None:
 @pytest.fixture
 def cluster(kafka: Kafka, prefix: str) -> Iterator[Cluster]:
     """Return topics and schemas of this test's own, which take records of any time."""
-    with serve_registry(compatible=compatible) as registry:
+    with serve_registry(compatible=gate) as registry:
         cluster = Cluster(kafka.bootstrap_servers, registry.url, prefix)
         prepare(cluster)
         yield cluster

@@ -24,9 +24,9 @@ B = {"name": "b", "type": "string"}
 B_OPTIONAL = {"name": "b", "type": ["null", "string"], "default": None}
 
 
-def _no_b(new: dict[str, Any], old: list[dict[str, Any]]) -> list[str]:
+def _no_b(new: dict[str, Any], old: dict[int, Any]) -> list[str]:
     """Refuse a second field without a default: a compatibility rule small enough for a test."""
-    names = {field["name"] for schema in old for field in schema["fields"]}
+    names = {field["name"] for schema in old.values() for field in schema["fields"]}
     return [f"{f['name']} has no default" for f in new["fields"] if f["name"] not in names and "default" not in f]
 
 
