@@ -78,10 +78,13 @@ class Assignment(dict[Partition, int]):
         *,
         fresh: Collection[Partition] = (),
         read: Callable[[Topic], Iterable[Event]] = lambda _: (),
+        identity: Callable[[str], tuple[str, str]] = lambda _: ("", ""),
     ) -> None:
         super().__init__(committed)
         self._day_start = day_start
         self._read = read
+        self.identity = identity
+        """Return the ids of the cluster and of a topic by its full name; "" if they are not known. Asks the broker."""
         self.first: Offsets = first or {}
         self.fresh = fresh
 
@@ -155,11 +158,19 @@ class Batch:
     replay: bool = False
     decode: Callable[[Record], Any] = field(default=lambda record: record.value, repr=False)
     columns: Callable[[Places], Decoded | None] = field(default=lambda _: None, repr=False)
+    unknown: Callable[[Places], pa.Table | None] = field(default=lambda _: None, repr=False)
 
     @cached_property
     def events(self) -> Sequence[Any]:
         """Return the records' events, in the records' order."""
         return [self.decode(record) for record in self.records]
+
+    def all_fields(self) -> pa.Table:
+        """Return `table()`, with the fields of newer writers that this release does not know."""
+        table, more = self.table(), self.unknown(Places.of(self.records))
+        for name, column in zip(more.column_names, more.columns, strict=True) if more is not None else ():
+            table = table.append_column(name, column)
+        return table
 
     def table(self) -> pa.Table:
         """Return the events as an Arrow table, with `_partition`, `_offset` and `_timestamp`. Needs pyarrow."""

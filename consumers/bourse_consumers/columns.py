@@ -19,6 +19,7 @@ from io import BytesIO
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
+import fastavro
 import polars as pl
 
 from bourse_consumers.records import Places
@@ -72,6 +73,7 @@ class Columns:
         self._event = cast("type[Event]", deserializer.event)
         self._fields = [field["name"] for field in avro_schema(self._event)["fields"]]
         self._plans: dict[bytes, _Plan | None] = {}
+        self._writers: dict[bytes, tuple[Schema, dict[str, Any]]] = {}
 
     def read(self, places: Places) -> Decoded | None:
         """Return the records in their order, None where they have to be looked at one by one.
@@ -97,6 +99,39 @@ class Columns:
             came = [index for writer in writers for index, value in enumerate(values) if value.startswith(writer)]
             frames = [pl.concat(frames)[pl.Series(came).arg_sort()]]
         return Decoded(self._event, places, frames[0])
+
+    def unknown(self, places: Places) -> pa.Table | None:
+        """Return the fields of the writers' schemas that our schema has not, row by row; None if there are none.
+
+        They come from a newer release; decoding them one by one is slow, but nothing is lost until the upgrade.
+        """
+        values = [value or b"" for value in places.values]
+        writers = {writer: self._newer(writer) for writer in {value[: FRAME.size] for value in values}}
+        types = {name: kind for _, fields in writers.values() for name, kind in fields.items()}
+        if not types:
+            return None
+        import pyarrow as pa
+
+        rows = []
+        for value in values:
+            schema, fields = writers[value[: FRAME.size]]
+            decoded = (
+                cast("Any", fastavro.schemaless_reader(BytesIO(value[FRAME.size :]), schema, None)) if fields else {}
+            )
+            rows.append({name: decoded.get(name) for name in types})
+        return pa.Table.from_pylist(rows, pa.schema(list(types.items())))
+
+    def _newer(self, writer: bytes) -> tuple[Schema, dict[str, Any]]:
+        if writer not in self._writers:
+            schema = self._deserializer.schema(FRAME.unpack(writer)[1])
+            fields = {each["name"]: each["type"] for each in schema["fields"] if each["name"] not in self._fields}
+            self._writers[writer] = schema, {}
+            if fields:
+                from bourse_consumers.rows import arrow_type
+
+                types = {name: arrow_type(kind) for name, kind in fields.items()}
+                self._writers[writer] = cast("Schema", fastavro.parse_schema(schema)), types
+        return self._writers[writer]
 
     def _plan(self, frame: bytes) -> _Plan | None:
         if frame not in self._plans:

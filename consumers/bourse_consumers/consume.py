@@ -146,5 +146,13 @@ def _serve(
         )
     if stream is not None:
         Runner(
-            consumer, stream, stream.decode, columns=stream.columns, name=name, stop=stop, monitor=monitor, **limits
+            consumer,
+            stream,
+            stream.decode,
+            columns=stream.columns,
+            unknown=stream.unknown,
+            name=name,
+            stop=stop,
+            monitor=monitor,
+            **limits,
         ).run()

@@ -83,6 +83,8 @@ class KafkaMarket:
     def columns(self, places: Places) -> None:
         """Return None: markers are decoded one by one."""
 
+    unknown = columns
+
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return a change of the active member, or the markers of the next whole polls."""
         self._election.owe(0.0)

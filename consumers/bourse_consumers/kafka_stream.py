@@ -91,12 +91,19 @@ class KafkaStream:
 
     def columns(self, places: Places) -> Any:
         """Return records of one topic by columns, None if they have to be decoded one by one."""
+        return self._reader(places).read(places)
+
+    def unknown(self, places: Places) -> Any:
+        """Return the fields of newer writers that this release does not know, None if there are none."""
+        return self._reader(places).unknown(places)
+
+    def _reader(self, places: Places) -> Any:
         from bourse_consumers.columns import Columns
 
         topic = places.partitions[0].topic
         if topic not in self._columns:
             self._columns[topic] = Columns(self._decoders[topic])
-        return self._columns[topic].read(places)
+        return self._columns[topic]
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
@@ -272,7 +279,12 @@ class KafkaStream:
         self._assign()
         fresh = [partition for partition, at in committed.items() if at is None]
         return Assignment(
-            begin, lambda: self._day_start(committed), first, fresh=fresh, read=partial(read_events, self._cluster)
+            begin,
+            lambda: self._day_start(committed),
+            first,
+            fresh=fresh,
+            read=partial(read_events, self._cluster),
+            identity=self._cluster.identity,
         )
 
     def _committed(self) -> list[TopicPartition]:

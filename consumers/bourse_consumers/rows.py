@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bourse_consumers.records import Places
 
-__all__ = ["arrow_schema", "as_table", "dictionary_columns", "to_table"]
+__all__ = ["arrow_schema", "arrow_type", "as_table", "dictionary_columns", "to_table"]
 
 PLAIN = {
     "string": pa.string(),
@@ -32,10 +32,11 @@ INSTANT = pa.timestamp("ms", "UTC")
 WHERE = (pa.field("_partition", pa.int32()), pa.field("_offset", pa.int64()), pa.field("_timestamp", INSTANT))
 
 
-def _type(avro: Any) -> Any:
+def arrow_type(avro: Any) -> Any:
+    """Return the Arrow type of an Avro type."""
     match avro:
         case ["null", inner]:
-            return _type(inner)
+            return arrow_type(inner)
         case {"logicalType": "timestamp-millis"}:
             return INSTANT
         case {"logicalType": "date"}:
@@ -43,9 +44,9 @@ def _type(avro: Any) -> Any:
         case {"type": "enum"}:
             return pa.string()
         case {"type": "map", "values": inner}:
-            return pa.map_(pa.string(), _type(inner))
+            return pa.map_(pa.string(), arrow_type(inner))
         case {"type": "array", "items": inner}:
-            return pa.list_(_type(inner))
+            return pa.list_(arrow_type(inner))
     return PLAIN[avro]
 
 
@@ -56,7 +57,7 @@ def arrow_schema(event: type[Event]) -> pa.Schema:
         [
             pa.field(
                 field["name"],
-                _type(field["type"]),
+                arrow_type(field["type"]),
                 nullable=isinstance(field["type"], list),
                 metadata={"description": field["doc"]},
             )

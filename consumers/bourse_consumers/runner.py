@@ -111,6 +111,7 @@ class Runner:
         decode: Callable[[Record], Any],
         *,
         columns: Callable[[Places], Any] = lambda _: None,
+        unknown: Callable[[Places], Any] = lambda _: None,
         name: str,
         batch_size: int | None = None,
         max_rejected_share: float = 0.5,
@@ -120,7 +121,7 @@ class Runner:
     ) -> None:
         self._consumer = consumer
         self._stream = stream
-        self._decode, self._columns = decode, columns
+        self._decode, self._columns, self._unknown = decode, columns, unknown
         self._name = name
         self._batch_size = batch_size or consumer.batch_size
         self._monitor = consumer.monitor = monitor or Monitor(name)
@@ -266,7 +267,7 @@ class Runner:
             yield self._batch(records, {partition: ahead[partition] for partition in partitions})
 
     def _batch(self, records: Sequence[Record], ends: Offsets, *, replay: bool = False) -> Batch:
-        return Batch(records, ends, replay, self._decoded, self._by_columns)
+        return Batch(records, ends, replay, self._decoded, self._by_columns, self._unknown_fields)
 
     def _is_new(self, partition: Partition, offset: int) -> bool:
         return partition not in self._replaying or offset >= self._committed[partition]
@@ -286,6 +287,12 @@ class Runner:
     def _by_columns(self, places: Places) -> Any:
         try:
             return self._columns(places)
+        except Unreachable as error:
+            raise Retry(str(error)) from error
+
+    def _unknown_fields(self, places: Places) -> Any:
+        try:
+            return self._unknown(places)
         except Unreachable as error:
             raise Retry(str(error)) from error
 

@@ -224,8 +224,13 @@ class Cluster:
                 replicas = min(len(partition.replicas) for partition in topic.partitions)
                 operations = topic.authorized_operations
                 rights = None if operations is None else frozenset(right.name for right in operations)
-                states[name] = TopicState(len(topic.partitions), replicas, rights, str(topic.topic_id))
+                states[name] = TopicState(len(topic.partitions), replicas, rights, _id(topic.topic_id))
         return states
+
+    def identity(self, name: str) -> tuple[str, str]:
+        """Return the ids of the cluster and of a topic, "" if the brokers have none. May raise Unreachable."""
+        topic = self.topics([name]).get(name)
+        return str(self.metadata().cluster_id or ""), topic.topic_id if topic else ""
 
     def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Return the settings of topics that exist; nothing if the brokers cannot report them."""
@@ -367,6 +372,12 @@ class Cluster:
 def producer_id(prefix: str) -> str:
     """Return the group in which producers elect a leader, and the leader's transactional id."""
     return f"{prefix}-producer"
+
+
+def _id(uuid: Any) -> str:
+    """Return a topic's id; brokers without ids report zeros."""
+    text = str(uuid or "")
+    return text if text.strip("A=") else ""
 
 
 def _is_mock(metadata: ClusterMetadata) -> bool:

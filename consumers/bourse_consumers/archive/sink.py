@@ -1,0 +1,206 @@
+"""The consumer that writes a topic to its Delta table, rows and offsets in one commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+
+import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
+from bourse_cli.logs import get_logger
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Reopen, Retry
+from bourse_consumers.archive.storage import Storage, StoreError
+from bourse_consumers.archive.table import Table
+from bourse_schemas.errors import ConfigurationError, Unreachable
+from bourse_schemas.topics import TRADES, Topic
+
+__all__ = ["DeltaArchive"]
+
+NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
+
+
+@dataclass
+class _Chunk:
+    """Rows that are not committed yet; `begin` and `next` are the offsets before and after them."""
+
+    begin: dict[Partition, int]
+    next: dict[Partition, int] = field(default_factory=dict)
+    tables: list[pa.Table] = field(default_factory=list)
+    rows: int = 0
+    since: float = field(default_factory=time.monotonic)
+    adds: list[Any] | None = None
+
+
+class DeltaArchive(Consumer):
+    """Writes every event of a topic to a Delta table, exactly once.
+
+    A thread writes and commits one chunk while the next one is filled. Taking a batch over never fails: what came of
+    the writing is raised before, so a batch that is delivered again was not taken over.
+    """
+
+    batch_size = 3000
+
+    def __init__(
+        self,
+        to: str,
+        topic: Topic = TRADES,
+        *,
+        commit_seconds: float = 60.0,
+        commit_rows: int = 50_000,
+        accept_loss: bool = False,
+    ) -> None:
+        if topic.cleanup == "compact":
+            raise ConfigurationError(
+                f"--topic {topic.name}: Kafka compacts this topic, so an archive of it cannot be proved; use trades, "
+                "they have every change"
+            )
+        self.topics = (topic,)
+        self._to = to
+        self._commit_seconds, self._commit_rows, self._accept_loss = commit_seconds, commit_rows, accept_loss
+        self._table: Table | None = None
+        # What the table has stored per partition, None if nothing, and the next offset to read.
+        self._stored: dict[Partition, int | None] = {}
+        self._next: dict[Partition, int] = {}
+        self._chunk: _Chunk | None = None
+        self._full: _Chunk | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._failed = False
+        Storage(to).require()
+
+    def open(self, assigned: Assignment) -> Own:
+        """Begin at the offsets that the table has stored; what was buffered is read again."""
+        if self._writing is not None:
+            wait([self._writing])
+        self._chunk = self._full = self._writing = None
+        self._stored, self._next = {}, {}
+        if not assigned:
+            return Own({})
+        try:
+            table = self._table = self._opened(assigned, next(iter(assigned)).topic)
+            first, holes = table.about["first"], [*table.about["holes"]]
+            begin = {}
+            for partition in assigned:
+                oldest = assigned.first.get(partition, 0)
+                begin[partition] = at = table.stored(partition) or first.get(f"{partition.number}", oldest)
+                if at < oldest:
+                    self._note_loss(table, partition, at, oldest)
+                    holes.append([partition.number, at, oldest])
+                    begin[partition] = oldest
+            table.describe(first={f"{p.number}": at for p, at in begin.items()}, holes=holes)
+            table.sync()
+        except (StoreError, Unreachable) as error:
+            raise Retry(str(error)) from error
+        self._next = begin
+        self._stored = {partition: table.stored(partition) for partition in begin}
+        return Own(dict(begin))
+
+    def _opened(self, assigned: Assignment, topic: str) -> Table:
+        """Open or create the topic's table, and refuse the table of another topic."""
+        cluster, topic_id = assigned.identity(topic)
+        uri = f"{self._to.rstrip('/')}/{topic}"
+        table = Table.open(uri) or Table.create(uri, topic, cluster, topic_id)
+        about = table.about
+        if about["topic"] != topic:
+            raise ConfigurationError(f"{uri} is the table of {about['topic']}, not of {topic}: {NEW_FOLDER}")
+        if cluster and about["cluster"] not in {"", cluster}:
+            raise ConfigurationError(
+                f"{uri} was written from cluster {about['cluster']}, this is {cluster}: {NEW_FOLDER}"
+            )
+        if topic_id and about["topic_id"] not in {"", topic_id}:
+            raise ConfigurationError(f"{topic} was deleted and created again since {uri} was begun: {NEW_FOLDER}")
+        return table
+
+    def _note_loss(self, table: Table, partition: Partition, start: int, end: int) -> None:
+        """Stop if the topic has deleted what comes next; or let the table's offset move over the hole."""
+        where = f"{partition.topic}-{partition.number}: offsets {start} to {end - 1}"
+        if not self._accept_loss:
+            raise ConfigurationError(
+                f"the topic has deleted what this archive lacks, {where}: the archiver was down for longer than the "
+                "topic keeps its records; --accept-loss goes on and records the hole in the table"
+            )
+        get_logger().error("lost, and recorded in the table as a hole", where=where)
+        table.describe(holes=[[partition.number, start, end]])
+        table.commit(transactions={f"{partition.topic}-{partition.number}": end})
+
+    def process(self, batch: Batch) -> None:
+        """Raise what came of the writing, then take the batch over."""
+        self._submit()
+        self._collect()
+        rows = batch.all_fields()
+        chunk = self._chunk = self._chunk or _Chunk(dict(self._next))
+        chunk.tables.append(rows)
+        chunk.rows += rows.num_rows
+        chunk.next.update(batch.next)
+        self._next.update(batch.next)
+        self._submit()
+
+    def idle(self, now: datetime) -> None:  # noqa: ARG002  # ages are durations: the wall clock may jump
+        """Commit what is old enough."""
+        self._submit()
+        self._collect()
+
+    def durable(self) -> Offsets:
+        """Return the offsets of what is committed and synced."""
+        waiting = self._full or self._chunk
+        return {**self._next, **(waiting.begin if waiting is not None else {})}
+
+    def close(self) -> None:
+        """Commit everything."""
+        self._submit(everything=True)
+        self._collect(everything=True)
+
+    def _submit(self, *, everything: bool = False) -> None:
+        """Give the writer the chunk that is due, or the one that failed."""
+        if self._full is None and self._chunk is not None and (everything or self._is_due(self._chunk)):
+            self._full, self._chunk = self._chunk, None
+        if self._full is not None and self._writing is None:
+            self._writing = self._writer.submit(self._write, self._full)
+
+    def _collect(self, *, everything: bool = False) -> None:
+        """Raise what the writing came to; wait for it if it failed last time, or if the next chunk is due."""
+        while self._writing is not None and (
+            everything
+            or self._failed
+            or self._writing.done()
+            or (self._chunk is not None and self._is_due(self._chunk))
+        ):
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except StoreError as error:
+                self._failed = True
+                raise Retry(f"cannot write: {error}") from error
+            self._full, self._failed = None, False
+            self._submit(everything=everything)
+
+    def _is_due(self, chunk: _Chunk) -> bool:
+        return chunk.rows >= self._commit_rows or time.monotonic() - chunk.since >= self._commit_seconds
+
+    def _write(self, chunk: _Chunk) -> None:
+        """Write a chunk's files and commit them with its offsets (the writer's thread)."""
+        table = self._table
+        if table is None:
+            return
+        if chunk.adds is None:
+            chunk.adds = table.write(pa.concat_tables(chunk.tables, promote_options="permissive"))
+        table.refresh()
+        self._guard(table, chunk.next)
+        try:
+            table.commit(chunk.adds, transactions={f"{p.topic}-{p.number}": at for p, at in chunk.next.items()})
+        except StoreError:
+            table.refresh()
+            self._guard(table, chunk.next)
+            raise
+        self._stored.update(chunk.next)
+
+    def _guard(self, table: Table, moved: Mapping[Partition, int]) -> None:
+        """Raise Reopen unless the table ends, on its snapshot, exactly at our rows' begin."""
+        for partition in moved:
+            if table.stored(partition) != self._stored[partition]:
+                raise Reopen(f"{partition.topic}-{partition.number} was written by another archiver")

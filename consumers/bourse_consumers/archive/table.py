@@ -1,0 +1,360 @@
+"""A topic's Delta table: rows and offsets in one commit, on the disk before anybody relies on it.
+
+delta-rs never calls fsync, and it reads a commit file that a power cut has emptied as "nothing was added". So we write
+the Parquet files ourselves, with page checksums, sync them, commit them, and sync the log. An application transaction
+per partition (`bourse.trades-0`) holds the next offset. A commit that conflicts with another writer's is refused by
+delta-rs if the snapshot it is made from is older; a repetition from a newer snapshot it accepts. So callers `refresh`,
+compare `stored` with what they hold, and commit. Maintenance has an application transaction of its own, which keeps a
+file from being replaced twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from bourse_cli.logs import get_logger
+from bourse_consumers.archive.storage import Storage, StoreError, store_errors, sync
+from bourse_consumers.records import Partition
+from bourse_consumers.rows import WHERE, arrow_schema
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import TEHRAN
+from bourse_schemas.topics import TOPICS, Topic
+
+__all__ = ["File", "Table", "declared"]
+
+MAINTENANCE, ABOUT = "bourse.maintenance", "bourse.archive"
+FIXED = ("topic", "cluster", "topic_id")
+STATISTICS = ("_partition", "_offset", "poll_sequence")
+# Topics whose events have no trading day: the instant whose date in Tehran is the column `_day`.
+DAY_OF = {"polls": "requested_at", "dead-letters": "failed_at"}
+RETRIES = 20
+# Commits that are older than these many were written back by the kernel long ago.
+RECENT = 100
+ROW_GROUP = 250_000
+
+
+class File(NamedTuple):
+    """An active file of the table: its path, day, size in bytes, rows, and its rows' least and greatest places."""
+
+    path: str
+    day: date
+    size: int
+    rows: int
+    partitions: tuple[int, int]
+    offsets: tuple[int, int]
+
+
+def declared(name: str) -> Topic:
+    """Return the topic as declared by a full name such as `bourse.trades`."""
+    return next(topic for topic in TOPICS if topic.name == name.rpartition(".")[2])
+
+
+class Table:
+    """An opened table. Its methods raise StoreError; `delta` is the snapshot that was loaded last."""
+
+    def __init__(self, storage: Storage, delta: DeltaTable) -> None:
+        self.storage, self.delta = storage, delta
+        self._synced = delta.version() - RECENT
+        about = self.about
+        self.topic = declared(about["topic"])
+        self.name: str = about["topic"]
+        self.day_column: str = delta.metadata().partition_columns[0]
+
+    @classmethod
+    def open(cls, uri: str) -> Table | None:
+        """Open a table, None if there is none; what a power cut has left of the last commit is removed first."""
+        storage = Storage(uri)
+        if storage.folder is not None and (storage.folder / "_delta_log").is_dir():
+            _recover(storage.folder / "_delta_log")
+        with store_errors():
+            try:
+                delta = DeltaTable(storage.uri, storage_options=storage.options)
+            except TableNotFoundError:
+                return None
+        if '"topic"' not in (delta.metadata().description or ""):
+            raise ConfigurationError(f"{uri} is a Delta table of another program: use a new folder")
+        return cls(storage, delta)
+
+    @classmethod
+    def create(cls, uri: str, topic: str, cluster: str = "", topic_id: str = "") -> Table:
+        """Create the table of a topic, by its full name; a table that another member has created meanwhile is taken."""
+        storage, kind = Storage(uri), declared(topic)
+        day = pa.field("_day" if kind.name in DAY_OF else "trading_day", pa.date32())
+        schema = [*arrow_schema(kind.event), *WHERE, day]
+        about = {"topic": topic, "cluster": cluster, "topic_id": topic_id}
+        with store_errors():
+            DeltaTable.create(
+                storage.uri,
+                pa.schema({field.name: _stored(field) for field in schema}.values()),
+                mode="ignore",
+                partition_by=[day.name],
+                name=topic,
+                description=json.dumps(about),
+                configuration={
+                    "delta.dataSkippingStatsColumns": ",".join(STATISTICS),
+                    "delta.logRetentionDuration": "interval 365 days",
+                },
+                storage_options=storage.options,
+            )
+        table = cls.open(uri)
+        if table is None:
+            raise StoreError(f"{uri}: the table was deleted while it was created")
+        table.sync()
+        return table
+
+    # --- what it holds ------------------------------------------------------------------------------------------------
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what the table says about itself.
+
+        The description has topic, cluster and topic_id. What changes is JSON in the metadata of the column `_offset`:
+        first (the first offset by partition), holes (partition, start, end) and forgotten_before (a date).
+        """
+        fixed = json.loads(self.delta.metadata().description)
+        offset = next(field for field in self.delta.schema().fields if field.name == "_offset")
+        return {"first": {}, "holes": [], **fixed, **json.loads(str(offset.metadata.get(ABOUT, "{}")))}
+
+    def stored(self, partition: Partition | str) -> int | None:
+        """Return a partition's next offset, None if nothing of it was committed."""
+        app = partition if isinstance(partition, str) else f"{partition.topic}-{partition.number}"
+        version: int | None = self.delta.transaction_version(app)
+        return version
+
+    def files(self, day: date | None = None) -> list[File]:
+        """Return the active files, those of one day if it is given, in the order of days and paths."""
+        actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
+        found = [
+            File(
+                each["path"],
+                each[f"partition.{self.day_column}"],
+                each["size_bytes"],
+                each["num_records"] or 0,
+                *((each.get(f"min.{name}"), each.get(f"max.{name}")) for name in STATISTICS[:2]),
+            )
+            for each in actions
+        ]
+        return sorted((file for file in found if day in {None, file.day}), key=lambda file: (file.day, file.path))
+
+    def arrow(self, files: Iterable[File], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of files in the order of partitions and offsets, with the table's columns or these."""
+        fields = pa.schema(self.delta.schema().to_arrow())
+        wanted = fields if columns is None else pa.schema([fields.field(name) for name in columns])
+        tables = [wanted.empty_table()]
+        for file in files:
+            content = pq.ParquetFile(pa.py_buffer(self.storage.get(file.path)), page_checksum_verification=True)
+            names = [name for name in wanted.names if name in content.schema_arrow.names]
+            rows = content.read(names)
+            if self.day_column in wanted.names:
+                rows = rows.append_column(self.day_column, pa.array([file.day] * rows.num_rows, pa.date32()))
+            tables.append(rows.replace_schema_metadata())
+        rows = pa.concat_tables(tables, promote_options="permissive").select(wanted.names)
+        order = [name for name in ("_partition", "_offset") if name in wanted.names]
+        return rows.sort_by([(name, "ascending") for name in order]) if order else rows
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, rows: pa.Table) -> list[AddAction]:
+        """Write rows to new files, one for each day, and sync them; they count once they are committed.
+
+        Columns that the table has not yet are added to it, which is a commit of its own.
+        """
+        rows = self._with_day(rows)
+        rows = rows.cast(pa.schema([_stored(field) for field in rows.schema]))
+        known = {field.name for field in self.delta.schema().fields}
+        if new := [field for field in rows.schema if field.name not in known]:
+            with store_errors():
+                self.delta.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
+            self.sync()
+        days = rows[self.day_column]
+        return [self._file(rows.filter(pc.equal(days, day)), day) for day in pc.unique(days).to_pylist()]
+
+    def _with_day(self, rows: pa.Table) -> pa.Table:
+        if self.day_column in rows.column_names:
+            return rows
+        instants = rows[DAY_OF[self.topic.name]].cast(pa.timestamp("ms", str(TEHRAN)))
+        return rows.append_column(self.day_column, pc.local_timestamp(instants).cast(pa.date32(), safe=False))
+
+    def _file(self, rows: pa.Table, day: date) -> AddAction:
+        order = [name for name in ("instrument", "_partition", "_offset") if name in rows.column_names]
+        rows = rows.sort_by([(name, "ascending") for name in order])
+        bounds = {name: pc.min_max(rows[name]).as_py() for name in STATISTICS if name in rows.column_names}
+        content = BytesIO()
+        pq.write_table(
+            rows.drop_columns([self.day_column]),
+            content,
+            compression="zstd",
+            row_group_size=ROW_GROUP,
+            write_page_checksum=True,
+        )
+        path = f"{self.day_column}={day}/{uuid4()}.parquet"
+        self.storage.put(path, content.getvalue())
+        statistics = {
+            "numRecords": rows.num_rows,
+            "nullCount": {name: rows[name].null_count for name in bounds},
+            **{f"{end}Values": {name: found[end] for name, found in bounds.items()} for end in ("min", "max")},
+        }
+        now = int(time.time() * 1000)
+        values = {self.day_column: f"{day}"}
+        return AddAction(path, content.tell(), values, now, data_change=True, stats=json.dumps(statistics))
+
+    def commit(
+        self,
+        adds: Sequence[AddAction] = (),
+        removes: Sequence[File] = (),
+        *,
+        transactions: Mapping[str, int] | None = None,
+        maintenance: bool = False,
+        rewrites: bool = False,
+    ) -> None:
+        """Commit on the snapshot at hand, and sync.
+
+        `maintenance` adds the transaction that keeps files from being replaced twice, and is required with `removes`.
+        `rewrites`: the rows stay the same. Raises StoreError, also if another writer was faster.
+        """
+        versions = dict(transactions or {})
+        if maintenance:
+            versions[MAINTENANCE] = (self.stored(MAINTENANCE) or 0) + 1
+        for add in adds:
+            add.data_change = not rewrites
+        now = int(time.time() * 1000)
+        gone = [
+            RemoveAction(
+                path=file.path,
+                deletion_timestamp=now,
+                data_change=not rewrites,
+                partition_values={self.day_column: f"{file.day}"},
+                size=file.size,
+            )
+            for file in removes
+        ]
+        self.sync()
+        with store_errors():
+            self.delta.create_write_transaction(
+                [*adds, *gone],
+                "append",
+                self.delta.schema(),
+                partition_by=[self.day_column],
+                commit_properties=CommitProperties(
+                    app_transactions=[Transaction(app, version) for app, version in versions.items()],
+                    max_commit_retries=RETRIES,
+                ),
+            )
+        self.refresh()
+        self.sync()
+
+    def describe(self, **changes: Any) -> None:
+        """Change what `about` returns; `first` and `holes` are added to what is there.
+
+        Not in the description: delta-rs holds the interpreter's lock while it changes that, also if a store hangs.
+        """
+        for attempt in range(RETRIES):
+            about = {key: value for key, value in self.about.items() if key not in FIXED}
+            changed = {**about, **changes, "first": {**changes.get("first", {}), **about["first"]}}
+            changed["holes"] = sorted({*map(tuple, about["holes"]), *map(tuple, changes.get("holes", ()))})
+            if (text := json.dumps(changed)) == json.dumps(about):
+                return
+            try:
+                with store_errors():
+                    self.delta.alter.set_column_metadata("_offset", {ABOUT: text})
+                break
+            except StoreError as error:
+                if not isinstance(error.__cause__, CommitFailedError) or attempt == RETRIES - 1:
+                    raise
+                self.refresh()
+        self.refresh()
+        self.sync()
+
+    def refresh(self) -> None:
+        """Load the newest snapshot."""
+        with store_errors():
+            self.delta.update_incremental()
+
+    def sync(self) -> None:
+        """Have all commits up to the snapshot's on the disk, whoever wrote them; an object store needs nothing."""
+        if self.storage.folder is None:
+            return
+        log, version = self.storage.folder / "_delta_log", self.delta.version()
+        with store_errors():
+            for number in range(max(0, self._synced + 1), version + 1):
+                for path in (log / f"{number:020}.json", log / f"{number:020}.checkpoint.parquet"):
+                    if path.exists():
+                        sync(path)
+            for path in (log / "_last_checkpoint", log, self.storage.folder):
+                if path.exists():
+                    sync(path)
+        self._synced = version
+
+
+def _stored(field: pa.Field) -> pa.Field:
+    """Return a column as the table has it: nullable, instants in microseconds, no dictionaries."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if pa.types.is_timestamp(kind):
+        kind = pa.timestamp("us", "UTC")
+    return pa.field(field.name, kind, nullable=True)
+
+
+# --- after a power cut ------------------------------------------------------------------------------------------------
+
+
+def _recover(log: Path) -> None:
+    """Remove what a power cut has left: the newest commit if it is torn, a torn checkpoint if its commits exist.
+
+    The rows of such a commit are read from Kafka again: its offsets are gone with it.
+    """
+    commits = sorted(path for path in log.glob("*.json") if path.stem.isdigit())
+    if commits and not _is_json(commits[-1]):
+        get_logger().warning("torn commit removed, its rows are read again", file=str(commits[-1]))
+        commits.pop().unlink()
+        sync(log)
+    pointer, checkpoints = log / "_last_checkpoint", sorted(log.glob("*.checkpoint.parquet"))
+    ends = [-1, *(int(path.name[:20]) for path in checkpoints)]
+    if checkpoints and not _is_parquet(checkpoints[-1]):
+        if not {*range(ends[-2] + 1, ends[-1] + 1)} <= {int(path.stem) for path in commits}:
+            raise ConfigurationError(
+                f"{checkpoints[-1]} is damaged and the commits before it are gone: restore the table from a backup, or "
+                "archive into a new folder"
+            )
+        get_logger().warning("torn checkpoint removed", file=str(checkpoints[-1]))
+        checkpoints.pop().unlink()
+        pointer.unlink(missing_ok=True)
+        ends.pop()
+        sync(log)
+    if pointer.exists() and not _is_json(pointer):
+        pointer.unlink()
+    for path in commits:
+        if int(path.stem) > ends[-1] and not path.stat().st_size:
+            raise ConfigurationError(
+                f"{path} is empty: what it committed is lost. Move it and all later commits out of {log} to read their "
+                "rows from Kafka again, or archive into a new folder"
+            )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError:
+        return False
+    return bool(lines)
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        pq.read_table(path)
+    except (pa.ArrowException, OSError):
+        return False
+    return True
