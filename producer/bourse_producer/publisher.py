@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, unquote_to_bytes
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -18,7 +17,7 @@ from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Unde
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster, abandon, producer_id
 from bourse_schemas.reading import TopicRecord, read
-from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TRADES, Topic
+from bourse_schemas.topics import CANDLES, DAY_MS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import deadline
 
 __all__ = ["NoRoom", "Publisher", "State", "committed_state"]
@@ -28,9 +27,6 @@ POLL_SECONDS = 1.0
 # Offsets of the polls topic, of which a marker's transaction takes two: days at a beat of a minute. If they do not hold
 # the last marker's whole day, more is read.
 TAILS = (2_000, 20_000, None)
-# Nearer to now than this, no sensible topic refuses a record or deletes it at once.
-OLD_SECONDS, AHEAD_SECONDS = 86_400.0, 1800.0
-ADMIN_SECONDS = 2.0
 # The brokers abort a transaction after 20 s; without a limit of its own the client may go on asking for minutes after
 # they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back. The process
 # ends if the client ignores its limit.
@@ -77,23 +73,16 @@ def _candles(cluster: Cluster) -> Iterator[Candle]:
         if record.value is not None:
             try:
                 yield decode(record.value)
-            except UnknownSchema as error:
-                (name, partition) = record.place
-                raise ConfigurationError(
-                    f"{name}-{partition} at offset {record.offset}: {error}; restore the registry's schemas: without "
-                    "them the state cannot be read"
-                ) from error
             except Undecodable as error:
-                raise ConfigurationError(_foreign(cluster, record, error)) from error
-
-
-def _foreign(cluster: Cluster, record: TopicRecord, error: Undecodable) -> str:
-    (name, partition), key = record.place, record.key or b""
-    return (
-        f"{name}-{partition} at offset {record.offset}, key {key!r}: not a candle ({error}); the state cannot be read\n"
-        f"remove it: bourse produce --bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix} "
-        f"--remove-candle {partition}/{quote(key)}"
-    )
+                (name, partition), key = record.place, record.key or b""
+                where = f"--bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix}"
+                remedy = f"remove it: bourse produce {where} --remove-candle {partition}/{quote(key)}"
+                if isinstance(error, UnknownSchema):
+                    remedy = "restore the registry's schemas"
+                raise ConfigurationError(
+                    f"{name}-{partition} at offset {record.offset}, key {key!r}: not a candle ({error}); "
+                    f"the state cannot be read\n{remedy}"
+                ) from error
 
 
 def _markers(cluster: Cluster) -> list[PollMarker]:
@@ -138,14 +127,16 @@ class Publisher:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._room: tuple[float, float] | None = None
         registry = cluster.registry()
         topics = TRADES, CANDLES, POLLS, DEAD_LETTERS
         serializers = (registry.serializer(topic, cluster.prefix) for topic in topics)
         self._trades, self._candles, self._polls, self._letters = serializers
         writes = [topic.full_name(cluster.prefix) for topic in topics]
         cluster.require_topics(writes[1:3], writes)
-        cluster.require_sizes(writes)
+        settings = cluster.topic_settings(writes)
+        for each in settings.items():
+            cluster.require_size(*each)
+        self._settings = settings.get(writes[0], {})
         self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
 
@@ -204,14 +195,12 @@ class Publisher:
 
     def require_room_for(self, instant: datetime) -> None:
         """Raise NoRoom if records of this time would be deleted at once or refused by the brokers."""
-        age = (datetime.now(UTC) - instant).total_seconds()
-        if -AHEAD_SECONDS < age < OLD_SECONDS:
-            return
-        self._room = self._room or _room(self._cluster)
-        retention, ahead = self._room
-        if not -ahead <= age <= retention:
+        age = (datetime.now(UTC) - instant) / timedelta(milliseconds=1)
+        limits = ("retention.ms", "message.timestamp.after.max.ms")
+        retention, ahead = (int(self._settings.get(name, -1)) for name in limits)
+        if 0 <= retention < age or 0 <= ahead < -age:
             name = TRADES.full_name(self._cluster.prefix)
-            why = f"keeps {retention / 86400:.0f} days" if age > 0 else "takes nothing so far in the future"
+            why = f"keeps {retention / DAY_MS:.0f} days" if age > 0 else "takes nothing so far in the future"
             raise NoRoom(
                 f"records of {instant:%Y-%m-%d} would not stay: {name} {why}; for a day of another time run "
                 "`bourse topics apply --any-time`"
@@ -248,18 +237,3 @@ class Publisher:
             return Fenced("another instance of this prefix took over")
         refusal = self._cluster.refusal(error, "WRITE", transactional_id=self._transactional_id)
         return PublishError(str(refusal or error.str()))
-
-
-def _room(cluster: Cluster) -> tuple[float, float]:
-    """Return how many seconds in the past and in the future a record's time may be, by the topic's settings."""
-    from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
-
-    admin = cluster.admin()  # it must outlive its answer
-    resource = ConfigResource(ResourceType.TOPIC, TRADES.full_name(cluster.prefix))
-    try:
-        settings = admin.describe_configs([resource], request_timeout=ADMIN_SECONDS)[resource].result(ADMIN_SECONDS)
-    except (KafkaException, TimeoutError):
-        settings = {}  # they may not be read, or the mock cluster has none: nothing is known against it
-    names = "retention.ms", "message.timestamp.after.max.ms"
-    past, future = (int(settings[name].value) / 1000 if name in settings else -1.0 for name in names)
-    return past if past >= 0 else math.inf, future if future >= 0 else math.inf

@@ -230,7 +230,7 @@ class Serializer(Generic[E]):
         declared = self._declared
         timestamp, ce_time = _time(declared.timestamp(event))
         key = declared.key(event).encode()
-        if self._type is None:
+        if self._type is None or declared.identity is None:
             return Record(self.topic, key, self.frame + body, timestamp, [])
         identity: Header = ("ce_id", declared.identity(event).encode())
         source, subject = _source(getattr(event, "source", self.topic)), ("ce_subject", key)

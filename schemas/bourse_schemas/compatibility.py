@@ -48,8 +48,6 @@ def _changed(old: Any, new: Any) -> Iterator[str]:
     shared = [name for name in before if name in after]
     if shared != [name for name in after if name in before]:
         yield "the fields are in another order"
-    yield from (f"{name} is gone" for name in before if name not in after)
-    yield from (f"{name} is new and has no default" for name in after.keys() - before if "default" not in after[name])
     for name in shared:
         then, now = before[name], after[name]
         if _shape(then["type"]) != _shape(now["type"]):
@@ -64,6 +62,9 @@ def _changed(old: Any, new: Any) -> Iterator[str]:
                 yield f"{name} is no longer {', '.join(gone)}"
             elif one["symbols"] != other["symbols"] and "default" not in one:
                 yield f"{name} has other symbols and no default"
+    yield from (f"{name} is gone" for name in before if name not in after)
+    new_names = (name for name in after if name not in before)
+    yield from (f"{name} is new and has no default" for name in new_names if "default" not in after[name])
 
 
 def _another(what: str, name: str, then: Any, now: Any) -> Iterator[str]:

@@ -211,20 +211,19 @@ class Cluster:
         answers = admin.describe_topics(wanted, include_authorized_operations=True, request_timeout=limit)
         for name, answer in answers.items():
             try:
-                topic = answer.result(ANSWER_SECONDS)
-            except KafkaException as error:
-                code = error.args[0].code()
+                topic = self.answer(answer, f"cannot describe {name}")
+            except ConfigurationError as error:
+                cause = error.__cause__
+                code = cause.args[0].code() if isinstance(cause, KafkaException) else None
                 if code in REFUSALS:
                     states[name] = TopicState(0, 0, frozenset())
                 elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise Unreachable(f"cannot describe {name}: {error.args[0].str()}") from error
-            except TimeoutError as error:
-                raise Unreachable(f"cannot describe {name}: no answer within {ANSWER_SECONDS:.0f} s") from error
-            else:
-                replicas = min(len(partition.replicas) for partition in topic.partitions)
-                operations = topic.authorized_operations
-                rights = None if operations is None else frozenset(right.name for right in operations)
-                states[name] = TopicState(len(topic.partitions), replicas, rights, _id(topic.topic_id))
+                    raise
+                continue
+            replicas = min(len(partition.replicas) for partition in topic.partitions)
+            operations = topic.authorized_operations
+            rights = None if operations is None else frozenset(right.name for right in operations)
+            states[name] = TopicState(len(topic.partitions), replicas, rights, _id(topic.topic_id))
         return states
 
     def identity(self, name: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from bourse_schemas.errors import Unreachable
 from bourse_schemas.events import TEHRAN
-from bourse_schemas.kafka import PERMANENT, Cluster
+from bourse_schemas.kafka import PERMANENT, Cluster, abandon
 from bourse_schemas.topics import TOPICS
 
 __all__ = [
@@ -181,7 +181,7 @@ class _Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._consumer.close()
+        abandon(self._consumer)
 
     def step_within(self, ends: Offsets) -> list[TopicRecord]:
         """Return what comes within a moment before these offsets."""

@@ -28,6 +28,7 @@ P = ParamSpec("P")
 COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
 TIMEOUT_SECONDS = 4  # tried twice, and still an answer within ten seconds
 UNKNOWN_SECONDS = 30.0
+NUMBERS = ("timeout", "cache.", "max.retries", "retries.")  # how the names of numeric settings begin
 
 
 class _NotFound(Exception):
@@ -47,7 +48,7 @@ class Registry:
     def __init__(self, url: str, settings: Mapping[str, str] | None = None) -> None:
         self.url = url
         try:
-            own = {key: int(value) if _is_number(key) else value for key, value in (settings or {}).items()}
+            own = {key: int(value) if key.startswith(NUMBERS) else value for key, value in (settings or {}).items()}
             with _no_proxy_variables():
                 self._client = SchemaRegistryClient(
                     {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **own, "url": url}
@@ -199,10 +200,6 @@ def _no_proxy_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def _is_number(setting: str) -> bool:
-    return setting == "timeout" or setting.startswith(("cache.", "max.retries", "retries."))
 
 
 def _schema(event: type[Event]) -> Schema:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import lru_cache
-from hashlib import sha256
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 class Topic:
     """A topic as declared. `key`, `timestamp` and `identity` derive those of a record from its event.
 
-    `cloudevents_type` is None if records have no CloudEvents headers: a table (candles) holds no events.
+    `identity` and `cloudevents_type` are None if records have no CloudEvents headers: candles are a table.
     """
 
     name: str
@@ -41,8 +40,8 @@ class Topic:
     key: Callable[[Any], str]
     key_doc: str
     timestamp: Callable[[Any], datetime]
-    identity: Callable[[Any], str]
     doc: str
+    identity: Callable[[Any], str] | None = None
     cloudevents_type: str | None = None
     partitions: int = 1
     cleanup: Literal["delete", "compact"] = "delete"
@@ -79,10 +78,6 @@ def _compact(day: date) -> str:
     return f"{day:%Y%m%d}"
 
 
-def _letter_id(letter: DeadLetter) -> str:
-    return sha256(letter.origin.encode() + b"\0" + letter.payload).hexdigest()[:32]
-
-
 TRADES = Topic(
     name="trades",
     event=TradeEvent,
@@ -100,7 +95,6 @@ CANDLES = Topic(
     key=attrgetter("instrument"),
     key_doc="instrument",
     timestamp=attrgetter("observed_at"),
-    identity=lambda candle: event_id(candle.instrument, candle.trading_day, candle.sequence),
     partitions=6,
     cleanup="compact",
     retention_ms=None,
@@ -132,7 +126,6 @@ DEAD_LETTERS = Topic(
     key=attrgetter("origin"),
     key_doc="origin",
     timestamp=attrgetter("failed_at"),
-    identity=_letter_id,
     doc="rows and records that could not be used, with the reason and the bytes",
 )
 TOPICS = (TRADES, CANDLES, POLLS, ALERTS, DEAD_LETTERS)
