@@ -34,12 +34,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bourse_producer.clock import PracticeClock
-from bourse_producer.derive import derive
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Credentials, Finnotech, Reply
 from bourse_producer.patience import Patience
 from bourse_producer.publisher import State
-from bourse_producer.responses import Reading
+from bourse_producer.responses import Reading, derive
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.serving import serve
 from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent

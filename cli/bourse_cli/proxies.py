@@ -77,25 +77,20 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
 def _exempt(host: str, target: SplitResult, environ: Mapping[str, str]) -> bool:
     """Return whether NO_PROXY names the host: a name with its subdomains, an address, a network, or *; maybe a port."""
     variable = "no_proxy" if environ.get("no_proxy", "").strip() else "NO_PROXY"
-    port = target.port or (443 if target.scheme == "https" else 80)
-    entries = [entry.strip().lower() for entry in environ.get(variable, "").split(",")]
-    named = [_names(entry, host, port, variable) for entry in entries if entry]  # a bad entry always raises
-    return any(named)
-
-
-def _names(entry: str, host: str, port: int, variable: str) -> bool:
-    if entry == "*":
-        return True
-    name, colon, number = entry.rpartition(":")
-    if colon and number.isdecimal() and (":" not in name or name.endswith("]")):
-        return int(number) == port and _names(name, host, port, variable)
-    name = entry[1:-1] if entry.startswith("[") and entry.endswith("]") else entry
-    if ":" in name or "/" in name:
-        try:
-            network = ip_network(name, strict=False)
-        except ValueError:
-            raise ConfigurationError(f"{variable}: {entry} is not a host name, an address or a network") from None
-        address = _address(host)
-        return address is not None and address in network
-    suffix = name.removeprefix("*").lstrip(".")
-    return host == suffix or host.endswith(f".{suffix}")
+    port, address = target.port or (443 if target.scheme == "https" else 80), _address(host)
+    exempt = False
+    for entry in filter(None, (each.strip().lower() for each in environ.get(variable, "").split(","))):
+        with_port = re.fullmatch(r"(\[.+\]|[^:]+):(\d+)", entry)
+        name, number = with_port.groups() if with_port else (entry, port)
+        name = re.sub(r"^\[(.+)\]$", r"\1", name)
+        if ":" in name or "/" in name:
+            try:
+                network = ip_network(name, strict=False)
+            except ValueError:
+                raise ConfigurationError(f"{variable}: {entry} is not a host name, an address or a network") from None
+            named = address is not None and address in network
+        else:
+            suffix = name.removeprefix("*").lstrip(".")
+            named = name == "*" or host == suffix or host.endswith(f".{suffix}")
+        exempt |= named and int(number) == port
+    return exempt

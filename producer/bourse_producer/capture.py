@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -32,7 +31,7 @@ from bourse_producer.responses import Reading
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle
 
-__all__ = ["Capture", "Head", "Record", "read_capture"]
+__all__ = ["Capture", "Head", "read_capture"]
 
 FILE_BYTES = 64 << 20
 # Polls whose ids a state names: more than can be undecided.
@@ -54,13 +53,6 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: Mapping[str, str] = {}
     requested_at: datetime | None = None
     received_at: datetime | None = None
-
-
-class Record(NamedTuple):
-    """A record read back."""
-
-    head: Head
-    body: bytes
 
 
 class Capture:
@@ -142,7 +134,7 @@ def _record(head: Head, body: bytes = b"") -> bytes:
     return msgspec.json.encode(head) + b"\n" + body + b"\n"
 
 
-def read_capture(path: Path, notes: Counter[str]) -> Iterator[Record]:
+def read_capture(path: Path, notes: Counter[str]) -> Iterator[tuple[Head, bytes]]:
     """Yield the records of a file; a torn end, as a crash leaves it, is counted in `notes` and ends it."""
     decode, count = msgspec.json.Decoder(Head).decode, 0
     try:
@@ -152,7 +144,7 @@ def read_capture(path: Path, notes: Counter[str]) -> Iterator[Record]:
                 body = file.read(head.body_bytes)
                 if len(body) < head.body_bytes or file.read(1) != b"\n":
                     raise EOFError
-                yield Record(head, body)
+                yield head, body
                 count += 1
     except (OSError, EOFError) as error:
         # Of the next member one byte may be there, which is not the beginning of one.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
 
-__all__ = ["Clock", "PracticeClock", "SystemClock", "to_millis"]
+__all__ = ["Clock", "PracticeClock", "to_millis"]
 
 # Linux counts the time in which the machine was suspended only here.
 BOOT_TIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -20,29 +19,8 @@ def to_millis(instant: datetime) -> datetime:
     return instant.replace(microsecond=instant.microsecond // 1000 * 1000)
 
 
-class Clock(Protocol):
-    """The market's time, elapsed time, and waiting."""
-
-    simulated: bool
-
-    def now(self) -> datetime:
-        """Return the market's time: UTC, whole milliseconds."""
-
-    def monotonic(self) -> float:
-        """Return seconds of a clock that is never set; the time of a suspended machine counts."""
-
-    def wait(self, seconds: float) -> bool:
-        """Wait, or until a stop is requested; return whether it was."""
-
-    def seconds_to_beat(self, interval: float) -> float:
-        """Return the seconds until this machine's clock is at a multiple of the interval."""
-
-    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:
-        """Return the market's time at which a response arrived, received at `received_at` and dated by its sender."""
-
-
-class SystemClock:
-    """This machine's clock; `stop` ends every wait."""
+class Clock:
+    """The market's time, elapsed time, and waiting: this machine's; `stop` ends every wait."""
 
     simulated = False
 
@@ -50,11 +28,11 @@ class SystemClock:
         self._stop = stop or threading.Event()
 
     def now(self) -> datetime:
-        """Return the time, cut to milliseconds as the events hold it."""
+        """Return the market's time: UTC, cut to milliseconds as the events hold it."""
         return to_millis(datetime.fromtimestamp(time.time(), UTC))
 
     def monotonic(self) -> float:
-        """Return the seconds since the machine was started."""
+        """Return seconds of a clock that is never set; the time of a suspended machine counts."""
         return time.clock_gettime(BOOT_TIME)
 
     def wait(self, seconds: float) -> bool:
@@ -65,12 +43,12 @@ class SystemClock:
         """Return the seconds until the next multiple of the interval; one that is all but reached does not count."""
         return interval - (time.time() + TICK_SECONDS) % interval + TICK_SECONDS if interval else 0.0
 
-    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:  # noqa: ARG002  # the protocol's
+    def arrived(self, received_at: datetime, dated: datetime | None) -> datetime:  # noqa: ARG002  # that of a practice market
         """Return when the response arrived: our clock counts, whatever the sender's is."""
         return to_millis(received_at)
 
 
-class PracticeClock(SystemClock):
+class PracticeClock(Clock):
     """The time of a simulated market: this machine's, moved to the Date header of the last response."""
 
     simulated = True

@@ -99,7 +99,7 @@ def produce(
 
     from bourse_cli.logs import configure_logging
     from bourse_producer.beats import Beats
-    from bourse_producer.clock import PracticeClock, SystemClock
+    from bourse_producer.clock import Clock, PracticeClock
     from bourse_producer.freshness import GOOD, Freshness
     from bourse_producer.patience import Patience
     from bourse_producer.publisher import Publisher, committed_state
@@ -130,7 +130,7 @@ def produce(
         max_calls_per_day=options.max_calls_per_day,
     )
     stop = stop_on_signals()
-    ours = PracticeClock(stop) if options.clock == "response" else SystemClock(stop)
+    ours = PracticeClock(stop) if options.clock == "response" else Clock(stop)
     patience = Patience(
         quota_seconds=options.quota_seconds,
         max_calls_per_day=options.max_calls_per_day,

@@ -7,7 +7,6 @@ skipped if the one that it needs failed.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from bourse_cli.topics import plan_topics
 from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
-from bourse_producer.refusals import http_date
+from bourse_producer.refusals import clock_skew, http_date
 from bourse_producer.reporting import KNOWN_DAYS
 from bourse_schemas.errors import BourseError, ExchangeError
 from bourse_schemas.events import TEHRAN, FeedState, PollMarker
@@ -39,7 +38,7 @@ __all__ = ["Finding", "Status", "doctor", "judge_groups", "judge_poll", "judge_s
 
 # No step takes longer, also if a server is down.
 STEP_SECONDS = 6.0
-SKEW = timedelta(seconds=5)
+SKEW_SECONDS = 5.0
 # The beat, the exchange's own 40 s, and some air.
 LATE = timedelta(minutes=2)
 # A consumer whose oldest unread record is older than this does not keep up; sources within this time run side by side.
@@ -174,24 +173,22 @@ def _exchange(subject: Subject) -> Finding:
     """Ask the exchange for nothing in particular: any answer shows that it is reachable, and its time."""
     import httpx2
 
-    address, started, asked = subject.exchange.where(), time.monotonic(), datetime.now(UTC)
+    address, asked = subject.exchange.where(), datetime.now(UTC)
     try:
         with ExitStack() as stack, subject.exchange.http(stack).stream("GET", address, timeout=STEP_SECONDS) as answer:
             status, dated = answer.status_code, answer.headers.get("date", "")
     except (httpx2.HTTPError, OSError) as error:
         message = f"{address} does not answer ({type(error).__name__})"
         return Finding("exchange", Status.FAILED, message, REMEDIES["network"])
-    took = time.monotonic() - started
-    message = f"{address} answers in {took * 1000:.0f} ms"
+    answered = datetime.now(UTC)
+    message = f"{address} answers in {(answered - asked).total_seconds() * 1000:.0f} ms"
     if status >= 500:
         return Finding("exchange", Status.WARNING, f"{message}, with HTTP {status}", "it may be down for a while")
     if (date := http_date(dated)) is None:
         return Finding("exchange", Status.WARNING, f"{message}, without its time", "the clocks cannot be compared")
-    # Dates are whole seconds: half of one more, and half of the way.
-    ahead = date + timedelta(seconds=0.5 - took / 2) - asked
-    if abs(ahead) <= SKEW:
+    if abs(ahead := clock_skew(asked, answered, date)) <= SKEW_SECONDS:
         return Finding("exchange", Status.OK, f"{message}, and the clocks agree")
-    message += f"; its clock differs from ours by {ahead.total_seconds():+.0f} s"
+    message += f"; its clock differs from ours by {ahead:+.0f} s"
     return Finding("exchange", Status.WARNING, message, "keep this machine's clock by NTP; practice has its own time")
 
 

@@ -20,7 +20,7 @@ import httpx2
 import msgspec
 
 from bourse_cli.logs import get_logger
-from bourse_producer.clock import Clock, SystemClock
+from bourse_producer.clock import Clock
 from bourse_producer.conceal import Concealer
 from bourse_producer.deadline import MOST_BYTES, Transfer, Transport
 from bourse_producer.patience import Call, Hold, Patience
@@ -67,14 +67,6 @@ class Reply:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def clock_skew(self, dated: datetime) -> float:
-        """Return by how many seconds at least the exchange's clock is ahead of ours, below 0 if it is behind.
-
-        The Date header is a time between request and receipt, cut to the second: 0 if the clocks may agree.
-        """
-        least, most = (dated - self.received_at).total_seconds(), (dated - self.requested_at).total_seconds() + 1
-        return max(least, 0.0) + min(most, 0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class _Token:
@@ -113,7 +105,7 @@ class Finnotech:
         self._address = address.rstrip("/")
         self._credentials = credentials
         self._profile = profile
-        self._clock = clock or SystemClock(Event())
+        self._clock = clock or Clock(Event())
         self._patience = patience or Patience()
         self._on_call, self._on_response = on_call or (lambda _: None), on_response or (lambda _: None)
         self._retry_seconds, self._deadline_seconds = retry_seconds, deadline_seconds

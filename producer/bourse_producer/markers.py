@@ -10,8 +10,8 @@ from typing import Any
 from msgspec import structs
 
 from bourse_producer.beats import Beats
-from bourse_producer.derive import Answer, Derived
 from bourse_producer.freshness import GOOD, Freshness
+from bourse_producer.responses import Answer, Derived
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
 

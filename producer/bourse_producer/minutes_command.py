@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import click
 
@@ -66,37 +65,30 @@ def minutes(
     day = Calendar().session_day(dated)
     reading = Reading(0, reply.received_at, dated, day, is_right=rights, track_id=reply.track_id)
     candles, rejected = parse_minutes(reply.body, reading)
-    {"table": _print_table, "csv": _print_csv, "json": _print_json}[style](candles)
+    _print(candles, style)
     if not candles:
         click.echo("no rows: is the company listed, and was it traded in this period?", err=True)
     if rejected:
         click.echo(f"{len(rejected)} rows cannot be used. The first: {rejected[0].message}", err=True)
 
 
-def _row(candle: Candle) -> dict[str, Any]:
-    fields = {name: getattr(candle, name) for name in (*NAMES, *COLUMNS)}
-    return fields | {"traded_at": candle.traded_at.astimezone(TEHRAN).isoformat(timespec="seconds")}
-
-
-def _print_table(candles: Sequence[Candle]) -> None:
-    lines = [["time", *(name.removesuffix("_price") for name in COLUMNS[1:])]]
-    for candle in candles:
-        numbers = (getattr(candle, name) for name in COLUMNS[1:])
-        shown = ("-" if number is None else f"{number:,}" for number in numbers)
-        lines.append([f"{candle.traded_at.astimezone(TEHRAN):%H:%M:%S}", *shown])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for candle in candles[:1]:
-        click.echo(f"{candle.symbol} ({candle.instrument}) on {candle.trading_day}, prices and values in rial")
+def _print(candles: Sequence[Candle], style: str) -> None:
+    rows = [{name: getattr(candle, name) for name in (*NAMES, *COLUMNS)} for candle in candles]
+    for row in rows:
+        row["traded_at"] = row["traded_at"].astimezone(TEHRAN).isoformat(timespec="seconds")
+        if style == "json":
+            click.echo(json.dumps(row, ensure_ascii=False))
+    if style == "csv":
+        writer = csv.DictWriter(sys.stdout, (*NAMES, *COLUMNS))
+        writer.writeheader()
+        writer.writerows(rows)
+    elif style == "table" and rows:
+        lines = [["time", *(name.removesuffix("_price") for name in COLUMNS[1:])]]
+        for row in rows:
+            numbers = ("-" if row[name] is None else f"{row[name]:,}" for name in COLUMNS[1:])
+            lines.append([row["traded_at"][11:19], *numbers])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        first = candles[0]
+        click.echo(f"{first.symbol} ({first.instrument}) on {first.trading_day}, prices and values in rial")
         for line in lines:
             click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _print_csv(candles: Sequence[Candle]) -> None:
-    writer = csv.DictWriter(sys.stdout, (*NAMES, *COLUMNS))
-    writer.writeheader()
-    writer.writerows(map(_row, candles))
-
-
-def _print_json(candles: Sequence[Candle]) -> None:
-    for candle in candles:
-        click.echo(json.dumps(_row(candle), ensure_ascii=False))

@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
 
-__all__ = ["UNREADABLE", "Envelope", "http_date", "is_done", "refusal", "retry_seconds"]
+__all__ = ["UNREADABLE", "Envelope", "clock_skew", "http_date", "is_done", "refusal", "retry_seconds"]
 
 # What a decoder raises for bytes that are not JSON, not UTF-8, or nested beyond reason.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -66,6 +66,15 @@ def http_date(header: str) -> datetime | None:
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
+
+
+def clock_skew(requested_at: datetime, received_at: datetime, dated: datetime) -> float:
+    """Return by how many seconds at least the exchange's clock is ahead of ours, below 0 if it is behind.
+
+    Its Date header is a time between request and receipt, cut to the second: 0 if the clocks may agree.
+    """
+    least, most = (dated - received_at).total_seconds(), (dated - requested_at).total_seconds() + 1
+    return max(least, 0.0) + min(most, 0.0)
 
 
 def retry_seconds(header: str, now: datetime) -> float | None:

@@ -17,9 +17,8 @@ import msgspec
 from bourse_cli.options import cluster_options
 from bourse_producer.calendar import Calendar
 from bourse_producer.capture import Head, read_capture
-from bourse_producer.derive import Answer, derive
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.responses import Reading
+from bourse_producer.responses import Answer, Reading, derive
 from bourse_schemas.errors import ConfigurationError, ExchangeError
 from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster

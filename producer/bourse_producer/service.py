@@ -15,15 +15,15 @@ from bourse_cli.health import Monitor
 from bourse_producer.beats import Beats
 from bourse_producer.calendar import Calendar
 from bourse_producer.clock import Clock
-from bourse_producer.derive import Answer, derive
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_producer.finnotech import Reply
 from bourse_producer.freshness import Freshness
 from bourse_producer.markers import History, Poll, Timing, Trial, letters, mark, was_committed, was_overtaken
 from bourse_producer.patience import Call
 from bourse_producer.publisher import NoRoom, State
+from bourse_producer.refusals import clock_skew
 from bourse_producer.reporting import Reporter
-from bourse_producer.responses import TRADES_REALTIME, Memo, Profile, Reading
+from bourse_producer.responses import TRADES_REALTIME, Answer, Memo, Profile, Reading, derive
 from bourse_schemas.errors import ConfigurationError, ExchangeError, Fenced, PublishError, Unreachable
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, Phase, PollMarker
 
@@ -439,7 +439,7 @@ class Producer:
 
     def _answer(self, reply: Reply, is_right: bool) -> Answer:
         if reply.dated is not None and not self._clock.simulated:
-            self._reporter.clocks(reply.clock_skew(reply.dated))
+            self._reporter.clocks(clock_skew(reply.requested_at, reply.received_at, reply.dated))
         received_at = self._clock.arrived(reply.received_at, reply.dated)
         reading = Reading(
             poll_sequence=0,

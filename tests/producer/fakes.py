@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from bourse_producer.calendar import Calendar
+from bourse_producer.clock import Clock
 from bourse_producer.diff import Changes
 from bourse_producer.finnotech import Reply
 from bourse_producer.markers import was_committed
@@ -39,10 +40,11 @@ def row(code: str = "IRO1MADN0001", clock: str = "09:30:00", volume: object = 10
     return {**usual, **times, **totals, **fields}
 
 
-class FakeClock:
+class FakeClock(Clock):
     """A clock that stands still until time passes, and that ends its waits at `stop_at`."""
 
     def __init__(self, now: datetime, *, simulated: bool = False) -> None:
+        super().__init__()
         self.wall, self.steady, self.simulated = now, 1000.0, simulated
         self.stop_at = float("inf")
         self.waited: list[float] = []

@@ -15,12 +15,11 @@ import pytest
 from click.testing import CliRunner
 from structlog.testing import capture_logs
 
-from bourse_producer.capture import Capture, Record, read_capture
-from bourse_producer.derive import derive
+from bourse_producer.capture import Capture, Head, read_capture
 from bourse_producer.finnotech import Reply
 from bourse_producer.publisher import State
 from bourse_producer.replay import Replay, replay
-from bourse_producer.responses import Reading
+from bourse_producer.responses import Reading, derive
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
@@ -102,7 +101,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("capture-*.gz"))
 
 
-def records(folder: Path) -> list[Record]:
+def records(folder: Path) -> list[tuple[Head, bytes]]:
     """Return all records of a capture, which must be whole."""
     notes: Counter[str] = Counter()
     found = [record for path in files(folder) for record in read_capture(path, notes)]
@@ -124,10 +123,10 @@ def test_byte_for_byte(tmp_path: Path) -> None:
         capture.response(received(text, f"t{number}"))
     capture.poll(1, [reading(1, "t2")], {})
     found = records(tmp_path / "new" / "folder")
-    assert [record.head.kind for record in found] == ["state", "response", "response", "response", "poll"]
-    assert [record.body for record in found if record.head.kind == "response"] == [b"", b"\x00\xff\n{", body(5)]
-    assert list(found[-1].head.readings) == [reading(1, "t2")]
-    first = found[1].head
+    assert [head.kind for head, _ in found] == ["state", "response", "response", "response", "poll"]
+    assert [content for head, content in found if head.kind == "response"] == [b"", b"\x00\xff\n{", body(5)]
+    assert list(found[-1][0].readings) == [reading(1, "t2")]
+    first = found[1][0]
     assert (first.track_id, first.status, first.received_at) == ("t0", 200, OPENS + timedelta(seconds=1))
 
 

@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 
 from bourse_producer.finnotech import Credentials, Finnotech, Reply
 from bourse_producer.patience import Call, Patience
+from bourse_producer.refusals import clock_skew
 from bourse_producer.responses import PROFILES, Reading, parse
 from bourse_sandbox.exchange import PracticeExchange, practice_exchange
 from bourse_sandbox.serving import serve
@@ -572,7 +573,7 @@ def test_a_slow_answer_is_not_a_wrong_clock(dated: str, agrees: bool) -> None:
     began, ended = (datetime.fromisoformat(f"{day}06:30:{second}+00:00") for second in ("00.700", "13.200"))
     reply = Reply("t", DONE, began, ended, datetime.fromisoformat(f"{day}{dated}+00:00"))
     assert reply.dated
-    assert (reply.clock_skew(reply.dated) == 0) is agrees
+    assert (clock_skew(reply.requested_at, reply.received_at, reply.dated) == 0) is agrees
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ import pytest
 import structlog
 from msgspec import structs
 
-from bourse_producer import derive, service
+from bourse_producer import responses, service
 from bourse_producer.conceal import Concealer
-from bourse_producer.derive import Derived
 from bourse_producer.diff import Changes, Snapshot, diff
-from bourse_producer.responses import Memo, Reading
+from bourse_producer.responses import Derived, Memo, Reading
 from bourse_schemas.events import Candle
 from reliability.fuzz import Fuzz
 
@@ -53,7 +52,7 @@ def test_a_service_that_makes_up_totals_is_found_out(monkeypatch: pytest.MonkeyP
         found = {code: structs.replace(candle, value=candle.value + 1) for code, candle in snapshot.candles.items()}
         return diff(known, Snapshot(found, snapshot.received_at, snapshot.session_day))
 
-    monkeypatch.setattr(derive, "diff", inflated)
+    monkeypatch.setattr(responses, "diff", inflated)
     fuzz = Fuzz(1)
     fuzz.run(50)
     assert fuzz.counts["wrong_events"] > 10
@@ -63,7 +62,7 @@ def test_a_service_that_publishes_something_else_is_found_out(monkeypatch: pytes
     """What the bytes contain is what must come out."""
 
     def forgetful(known: Mapping[str, Candle], *rest: Any) -> Derived:
-        return derive.derive({}, *rest)
+        return responses.derive({}, *rest)
 
     monkeypatch.setattr(service, "derive", forgetful)
     fuzz = Fuzz(1)
@@ -77,7 +76,7 @@ def test_a_crash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(body: bytes, reading: Reading, memo: Memo) -> Snapshot:
         raise KeyError("state")
 
-    monkeypatch.setattr(derive, "parse", broken)
+    monkeypatch.setattr(responses, "parse", broken)
     fuzz = Fuzz(1)
     fuzz.run(20)
     assert fuzz.counts["crashes"] > 10

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from bourse_producer.derive import derive
 from bourse_producer.diff import Snapshot, diff
 from bourse_producer.refusals import is_done, refusal, retry_seconds
-from bourse_producer.responses import PROFILES, SOURCE, Memo, Reading, merge, parse, parse_minutes
+from bourse_producer.responses import PROFILES, SOURCE, Memo, Reading, derive, merge, parse, parse_minutes
 from bourse_sandbox.market import REAL_DAY
 from bourse_schemas.codec import encoder
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
