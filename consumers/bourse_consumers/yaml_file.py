@@ -1,10 +1,11 @@
-"""Files that people write: YAML whose mistakes are shown all at once, with their lines and corrected ones."""
+"""Files that people write: YAML read into models. Mistakes are shown all at once, with places and corrected lines."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,19 +13,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bourse_cli.inputs import read_text
+from bourse_consumers.mistakes import EXAMPLES, WRITE, Mistake, explain
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Document", "Strict", "entries", "locate", "place", "pointed", "printable", "read"]
+__all__ = ["LARGEST", "Document", "Strict", "place", "pointed", "printable", "read"]
 
 LARGEST = 16 << 20
 MOST = 100
-DEEPEST = 64
+MERGE, NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
 class Strict(BaseModel):
     """The base of the models of such files: an unknown key is a mistake."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 
 
 M = TypeVar("M", bound=Strict)
@@ -36,91 +38,171 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
-def pointed(line: str, column: int, end: int, corrected: str | None, write: str = "write") -> str:
+def pointed(line: str, column: int, end: int, corrected: str | None, language: str = "en") -> str:
     """Return a line with a caret under the characters from `column` to `end`, and the corrected line if it differs."""
     body = line.lstrip()
-    indent = len(line) - len(body)
-    at, length = max(column - indent, 0), max(min(end, len(line)) - column, 1)
+    at, length = max(column - len(line) + len(body), 0), max(min(end, len(line)) - column, 1)
     shown = f"\n    {printable(body.rstrip())}\n    {' ' * at}{'^' * length}"
     if corrected is None or corrected.strip() == body.strip():
         return shown
-    return f"{shown}\n    {write}: {printable(corrected.strip())}"
+    return f"{shown}\n    {WRITE[language]}: {printable(corrected.strip())}"
 
 
 class Document:
-    """A YAML file as nodes, which know their places, and the mistakes found in it so far."""
+    """A YAML file: its contents as dicts, lists and scalars, and the mistakes found in it so far.
 
-    def __init__(self, path: Path, what: str, *, write: str = "write", secret: bool = False) -> None:
+    Scalars are texts as they are written, but for null and whole numbers.
+    """
+
+    def __init__(self, path: Path, what: str, *, language: str = "en", secret: bool = False) -> None:
         """Read a file that `what` names in errors, as in `the channels`; raise ConfigurationError if it is not YAML.
 
         Of a `secret` file only the keys in question are shown.
         """
-        self.path, self._write, self._secret = path, write, secret
+        self.path, self._language, self._secret = path, language, secret
         self._found: dict[tuple[int, int, str], str] = {}
-        self.text = read_text(path, what)
-        if len(self.text) > LARGEST:
+        self._done: dict[int, Any] = {}
+        # Per dict or list, by key or index: the node of the key and that of the value.
+        self._nodes: dict[int, dict[int | str, tuple[Any, Any]]] = {}
+        text = read_text(path, what)
+        if len(text) > LARGEST:
             raise ConfigurationError(f"{path}: {what} are larger than {LARGEST >> 20} MiB")
         # Lines end where libyaml ends them.
-        self._raw = re.split(r"\r\n|[\n\r\x85\u2028\u2029]", self.text)
+        self._raw = re.split(r"\r\n|[\n\r\x85\u2028\u2029]", text)
         try:
             # libyaml's loader is twenty times as fast, if PyYAML was built with it.
-            loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(self.text)
+            loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
             try:
-                self.root = loader.get_single_node()
+                self._root = loader.get_single_node()
             finally:
                 loader.dispose()
+            self.data = self._plain(self._root)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            mark = getattr(error, "problem_mark", None)
-            why = getattr(error, "problem", None) or str(error)
+            mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
             if mark is None:
                 raise ConfigurationError(f"{path}: not YAML: {printable(why)}") from error
             shown = "" if secret else pointed(self._line(mark.line), mark.column, mark.column + 1, None)
-            self._add(mark.line, mark.column, f"not YAML: {why}", shown)
+            self._add(mark.line, mark.column, Mistake("not_yaml", why=why), "", shown)
             raise self.error() from error
+        if not isinstance(self.data, dict):
+            why = "such a file has keys and values" if self._root else "the file is empty"
+            raise ConfigurationError(f"{path}: this is not {what}: {why}")
 
-        if self.root is None:
-            raise ConfigurationError(f"{path}: this is not {what}: the file is empty")
-
-    def mistake(
-        self, node: Any, message: str, at: int = 0, end: int | None = None, *, fix: str | None = None,
-        whole: str | None = None,
-    ) -> None:  # fmt: skip
-        """Add a mistake in the characters `at` to `end` of a scalar, or in another node.
-
-        The corrected line has `fix` instead of these characters, or `whole` instead of the whole node.
-        """
-        first, last = node.start_mark, node.end_mark
-        line, column, stop = first.line, first.column, first.column + 1
+    def _plain(self, node: Any) -> Any:
+        """Return a node as Python's types. An alias is the same object again; own keys replace those of `<<`."""
+        if id(node) in self._done:
+            return self._done[id(node)]
         if isinstance(node, yaml.ScalarNode):
-            line, column = self._place(node, at)
-            bottom, stop = self._place(node, max((len(node.value) if end is None else end) - 1, at))
-            stop = stop + 1 if bottom == line else len(self._line(line))
-        text, corrected = self._line(line), None
-        if whole is not None:
-            quote = node.style if isinstance(node, yaml.ScalarNode) and node.style in {"'", '"'} else ""
-            rest = self._line(last.line)[last.column :] if first.line == last.line else ""
-            corrected = f"{self._line(first.line)[: first.column]}{quote}{whole}{quote}{rest}"
-        elif fix is not None:
-            corrected = text[:column] + fix + text[stop:]
-        if self._secret:
-            text = text[column:stop]
-            self._add(line, column, message, pointed(text, 0, len(text), fix, self._write))
-        else:
-            self._add(line, column, message, pointed(text, column, stop, corrected, self._write))
+            whole = not node.style and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", node.value)
+            return None if node.tag == NULL else int(node.value) if whole else node.value
+        if not isinstance(node, yaml.MappingNode):
+            items = self._done[id(node)] = list[Any]()
+            each: Any
+            for each in node.value if node else ():
+                self._nodes.setdefault(id(items), {})[len(items)] = each, each
+                items.append(self._plain(each))
+            return items
+        found = self._done[id(node)] = dict[str, Any]()
+        nodes = self._nodes[id(found)] = {}
+        for value in [value for key, value in node.value if key.tag == MERGE]:
+            for merged in map(self._plain, value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                for name in [name for name in merged if name not in found] if isinstance(merged, dict) else ():
+                    found[name], nodes[name] = merged[name], self._nodes[id(merged)][name]
+        own: list[str] = []
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            if key.tag == MERGE:
+                continue
+            if own and node.flow_style and ")" in name and value.tag == NULL:
+                # A comma in an expression ended it: both parts in quotes are meant.
+                self._unquoted(nodes[own[-1]][1], key)
+                found[own[-1]] = f"{found[own[-1]]}, {name}"
+                continue
+            if name in own:
+                self._note(key, Mistake("twice", fix=f"# {name}", name=name), "")
+            own.append(name)
+            found[name], nodes[name] = self._plain(value), (key, value)
+        return found
 
-    def unquoted(self, first: Any, last: Any, message: str) -> None:
-        """Add a mistake from one node to another on its line: both in quotes are meant."""
+    def _unquoted(self, first: Any, last: Any) -> None:
         line, begin, end = first.start_mark.line, first.start_mark.column, last.end_mark.column
         text = self._line(line)
         corrected = f'{text[:begin]}"{text[begin:end]}"{text[end:]}' if last.end_mark.line == line else None
-        self._add(line, begin, message, pointed(text, begin, end, corrected, self._write))
+        self._add(line, begin, Mistake("comma"), "", pointed(text, begin, end, corrected, self._language))
 
-    def _line(self, number: int) -> str:
-        return self._raw[number] if number < len(self._raw) else ""
+    # --- mistakes -----------------------------------------------------------------------------------------------------
 
-    def _add(self, line: int, column: int, message: str, shown: str) -> None:
+    def check(
+        self, model: type[M], data: Any, location: Location = (), what: str = "", context: Any = None
+    ) -> M | None:
+        """Return data as a model, without what is wrong in it, which becomes mistakes that begin with `what`.
+
+        Returns None if nothing can be left out.
+        """
+        try:
+            return model.model_validate(data, context=context)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)
+        scope = str(data.get("scope", "")) if isinstance(data, dict) else ""
+        for each in wrong:
+            self.mistake([*location, *each["loc"]], _mistake(each, model), what and f"{what}: ", scope)
+        bad = {each["loc"][0] for each in wrong if each["loc"]}
+        if isinstance(data, dict) and bad:
+            with suppress(ValidationError):
+                return model.model_validate({k: v for k, v in data.items() if k not in bad}, context=context)
+        return None
+
+    def mistake(self, location: Location, mistake: Mistake, prefix: str = "", scope: str = "") -> None:
+        """Add a mistake in what a location names, or in the nearest around it.
+
+        Without a fix the corrected line has the example of the key, that of the rule's scope first.
+        """
+        key, value, words = self._find(location)
+        if self._secret:
+            self._note(key, mistake, f"{words or 'the file'}: ")
+            return
+        names = [name for name in location if isinstance(name, str)]
+        example = EXAMPLES.get(f"{scope}.{names[-1]}", EXAMPLES.get(names[-1])) if names else None
+        missing = mistake.text == "missing" and mistake.values["name"]
+        if missing:
+            example = f"{missing}: {EXAMPLES.get(f'{scope}.{missing}', EXAMPLES.get(missing, '…'))}"
+        if example and location and isinstance(location[-1], int):
+            example = example.removeprefix("[").removesuffix("]")
+        at_key = mistake.text in {"unknown_key", "let_name", "feed_match"}
+        self._note(key if at_key else value, mistake, prefix, None if at_key else example)
+
+    def _note(self, node: Any, mistake: Mistake, prefix: str, example: str | None = None) -> None:
+        first, last, fix = node.start_mark, node.end_mark, mistake.fix
+        line, column, stop = first.line, first.column, first.column + 1
+        if isinstance(node, yaml.ScalarNode):
+            line, column = self._place(node, mistake.at)
+            end = len(node.value) if mistake.end is None else mistake.end
+            bottom, stop = self._place(node, max(end - 1, mistake.at))
+            stop = stop + 1 if bottom == line else len(self._line(line))
+        text, corrected = self._line(line), None
+        if fix is not None:
+            remark = fix.startswith("#") and text[:column].strip()  # there is more on the line
+            corrected = None if remark else text[:column] + fix + text[stop:]
+        elif example is not None:
+            begin = self._line(first.line)
+            rest = begin[last.column :] if first.line == last.line else ""
+            if isinstance(node, yaml.ScalarNode) and node.style in {"'", '"'}:
+                example = node.style + example.strip('"') + node.style
+            elif mistake.text == "missing" and node.flow_style:
+                example, rest = f"{{{example}, ", begin[first.column + 1 :]
+            elif mistake.text == "missing":
+                begin, rest = "", ""
+            corrected = begin[: first.column] + example + rest
+        if self._secret:
+            shown = pointed(text[column:stop], 0, stop - column, fix, self._language)
+        else:
+            shown = pointed(text, column, stop, corrected, self._language)
+        self._add(line, column, mistake, prefix, shown)
+
+    def _add(self, line: int, column: int, mistake: Mistake, prefix: str, shown: str) -> None:
+        message = printable(prefix + explain(mistake, self._language))
         place = f"{self.path}:{line + 1}:{column + 1}"
-        self._found.setdefault((line, column, message), f"{place}: {printable(message)}{shown}")
+        self._found.setdefault((line, column, message), f"{place}: {message}{shown}")
 
     @property
     def wrong(self) -> bool:
@@ -133,6 +215,27 @@ class Document:
         if len(lines) > MOST:
             lines = [*lines[:MOST], f"… and {len(lines) - MOST} more"]
         return ConfigurationError("\n".join(lines))
+
+    # --- places -------------------------------------------------------------------------------------------------------
+
+    def _line(self, number: int) -> str:
+        return self._raw[number] if number < len(self._raw) else ""
+
+    def _find(self, location: Location) -> tuple[Any, Any, str]:
+        """Return the nodes of key and value that a location names, or of the nearest around it, and it in words."""
+        data, found, words = self.data, (self._root, self._root), ""
+        for part in location:
+            words += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if words else part
+        for part in location:
+            nodes = self._nodes.get(id(data), {})
+            if part in nodes:
+                found, data = nodes[part], data[part]
+        return *found, words
+
+    def place(self, location: Location) -> tuple[int, str]:
+        """Return the line of what a location names, and the location in words."""
+        key, _, words = self._find(location)
+        return key.start_mark.line + 1, words
 
     def _place(self, node: Any, at: int) -> tuple[int, int]:
         """Return line and column of a character of a scalar's value: what folding and quoting add is skipped."""
@@ -153,26 +256,9 @@ class Document:
         return line, max(column - 1, 0)
 
 
-def entries(node: Any) -> list[tuple[Any, Any]]:
-    """Return the keys and values of a mapping; those of `<<: *anchor` come first, so that its own replace them."""
-    return list(_entries(node, {}, 0))
-
-
-def _entries(node: Any, seen: dict[int, list[tuple[Any, Any]]], depth: int) -> list[tuple[Any, Any]]:
-    if not isinstance(node, yaml.MappingNode) or depth > DEEPEST:
-        return []
-    if id(node) not in seen:
-        seen[id(node)] = []
-        own, merged = list[tuple[Any, Any]](), dict[str, tuple[Any, Any]]()
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                own.append((key, value))
-                continue
-            for each in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
-                merged.update((str(k.value), (k, v)) for k, v in _entries(each, seen, depth + 1))
-        mine = {str(key.value) for key, _ in own}
-        seen[id(node)] = [pair for name, pair in merged.items() if name not in mine] + own
-    return seen[id(node)]
+def place(document: Document, location: Location) -> tuple[int, str]:
+    """Return the line of what a location names, and the location in words."""
+    return document.place(location)
 
 
 def read(path: Path, model: type[M], what: str) -> tuple[M, Document]:
@@ -181,56 +267,34 @@ def read(path: Path, model: type[M], what: str) -> tuple[M, Document]:
     Raises ConfigurationError with every mistake at once.
     """
     document = Document(path, what, secret=True)
-    if not isinstance(document.root, yaml.MappingNode):
-        keys = " and ".join(name for name, field in model.model_fields.items() if field.is_required())
-        raise ConfigurationError(f"{path}: this is not {what}: such a file has the keys {keys}")
-    loader: Any = yaml.SafeLoader("")
-    try:
-        data = loader.construct_document(document.root)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise ConfigurationError(f"{path}: {printable(str(getattr(error, 'problem', None) or error))}") from error
-    for key, name in _twice(document.root, set()):
-        document.mistake(key, f"{name}: the key is given twice")
-    contents = None
-    try:
-        contents = model.model_validate(data)
-    except ValidationError as error:
-        for location, why, fix in _explain(error, model):
-            node, keys = locate(document.root, location)
-            document.mistake(node, f"{keys or 'the file'}: {why}", fix=fix)
+    contents = document.check(model, document.data)
     if document.wrong or contents is None:
         raise document.error()
     return contents, document
 
 
-def _twice(node: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
-    """Yield each key that its mapping has already: YAML would take the last one silently."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, (key, value) in enumerate(node.value):
-            if key.value in keys[:index]:
-                yield key, key.value
-            yield from _twice(value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _twice(value, seen)
-
-
-def _explain(error: ValidationError, model: type[Strict]) -> Iterator[tuple[Location, str, str | None]]:
-    """Yield the location of each mistake, what it is, and what to write instead of the key if that is known."""
-    for mistake in error.errors():
-        location, fix = mistake["loc"], None
-        what = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] == "extra_forbidden":
-            known = _known_keys(model, location[:-1])
-            fix = next(iter(difflib.get_close_matches(str(location[-1]), known, 1)), None)
-            what = "unknown key; " + (f"did you mean {fix}?" if fix else f"there are {', '.join(known)}")
-        elif mistake["type"] == "missing":
-            what = "is missing"
-        yield location, what, fix
+def _mistake(found: Mapping[str, Any], model: type[Strict]) -> Mistake:
+    """Return what pydantic found as a mistake."""
+    values, location, kind = found.get("ctx", {}), found["loc"], found["type"]
+    if isinstance(mistake := values.get("error"), Mistake):
+        return mistake
+    name = str(location[-1]) if location else ""
+    if kind == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        fix = next(iter(get_close_matches(name, known, 1)), None)
+        return Mistake("unknown_key", fix=fix, known=", ".join(known))
+    if kind in {"literal_error", "bool_parsing", "bool_type"}:
+        expected = values.get("expected", "'true' or 'false'")
+        known = re.findall(r"'([^']*)'", expected) or [expected]
+        fix = next(iter(get_close_matches(str(found["input"]).lower(), known, 1, 0.5)), known[0])
+        return Mistake("one_of", fix=fix, known=expected)
+    if kind == "missing":
+        return Mistake("missing", name=name)
+    if kind in {"string_type", "string_too_short"}:
+        return Mistake("text")
+    if kind in {"model_type", "dict_type"}:
+        return Mistake("mapping")
+    return Mistake("plain", why=str(found["msg"]).removeprefix("Value error, "))
 
 
 def _known_keys(model: type[Strict], location: Location) -> list[str]:
@@ -238,32 +302,10 @@ def _known_keys(model: type[Strict], location: Location) -> list[str]:
     for part in location:
         field = next((field for name, field in model.model_fields.items() if part in {name, field.alias}), None)
         if field is not None:  # else an index, or the key of a mapping whose values are the model
-            model = next(_models(field.annotation), model)
+            model = next(iter(_models(field.annotation)), model)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _models(annotation: Any) -> Iterator[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models(inner)
-
-
-def place(document: Document, location: Location) -> tuple[int, str]:
-    """Return the line of what a location names, or of the nearest thing around it, and the location in words."""
-    node, words = locate(document.root, location)
-    return node.start_mark.line + 1, words
-
-
-def locate(node: Any, location: Location) -> tuple[Any, str]:
-    """Return the key or item that a location names, or the nearest one around it, and the location in words."""
-    found, words = node, ""
-    for part in location:
-        words += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if words else str(part)
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if pair is not None:
-                found, node = pair
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = node = node.value[part]
-    return found, words
+def _models(annotation: Any) -> list[Any]:
+    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, Strict) else []
+    return own + [model for inner in get_args(annotation) for model in _models(inner)]

@@ -1,6 +1,7 @@
 """The trading day as matrices of polls x instruments, and the past of what rules look back at. Pure.
 
 A row is a good poll, every column of it is filled: an instrument without an event keeps its values. NaN is unknown.
+Rows that no rule looks back at any more are dropped.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bourse_consumers.alerts.expressions import Needs, Node
+from bourse_consumers.alerts.expressions import Needs, Node, Past
 
 __all__ = ["EXACT", "NEVER", "Board", "Named", "View"]
 
 NEVER = 2**31 - 1
 EXACT = 2**53
+SPARE = 64
 ALWAYS = ("last_price", "previous_close", "traded_at")
 
 
@@ -38,7 +40,6 @@ class Board:
         self.columns = {name: n for n, name in enumerate(sorted(needs.columns.union(ALWAYS)))}
         # Per members of a market rule: the instruments, and the row from which each is one.
         self.members: dict[str, tuple[Any, Any]] = {}
-        self.day: date | None = None
         self.clear()
 
     def clear(self, day: date | None = None, opened: int | None = None) -> None:
@@ -48,8 +49,11 @@ class Board:
         self.names: list[list[Named]] = []
         self.times, self.sequences = np.zeros(0, np.int64), list[int]()
         self.first = np.zeros(0, np.int64)
+        # The row that the matrices begin with.
+        self.base = 0
         self.data = np.zeros((len(self.columns), 0, 0))
         self.past: dict[str, Any] = {}
+        self.firsts: dict[str, Any] = {}
         # The gaps before rows, in which polls were missed, and the rows that come after one.
         self.gaps: list[tuple[int, int]] = []
         self.torn: set[int] = set()
@@ -75,12 +79,9 @@ class Board:
         `events` has, per column of TradeEvent, the values of the poll's events. An instrument may have two in one poll
         (it was opened and changed): the last one counts.
         """
-        row, changed = self.rows, list[int]()
-        at: list[int] = []
-        for code, symbol, title, right in zip(
-            events.get("instrument", ()), events.get("symbol", ()), events.get("title", ()), events.get("is_right", ()),
-            strict=True,
-        ):  # fmt: skip
+        row, changed, at = self.rows, list[int](), list[int]()
+        who: Any = [events.get(name, ()) for name in ("instrument", "symbol", "title", "is_right")]
+        for code, symbol, title, right in zip(*who, strict=True):
             i = self.known(code, symbol, title, is_right=right)
             at.append(i)
             renamed = self.names[i][-1].symbol != symbol
@@ -90,15 +91,13 @@ class Board:
                 changed.append(i)
             self.first[i] = min(self.first[i], row)
         self._room(row + 1, len(self.codes))
-        self.data[:, row] = self.data[:, row - 1] if row else np.nan
-        for name, n in self.columns.items():
-            if at:
-                values = np.asarray(events[name], float)
-                self.data[n, row, at] = values
-                if (np.abs(values) >= EXACT).any():
-                    for i, value in zip(at, events[name], strict=True):
-                        if value is not None and abs(value) >= EXACT:
-                            self._exact.setdefault((name, i), []).append((row, int(value)))
+        here = row - self.base
+        self.data[:, here] = self.data[:, here - 1] if row else np.nan
+        for name, n in self.columns.items() if at else ():
+            values = np.asarray(events[name], float)
+            self.data[n, here, at] = values
+            for k in np.flatnonzero(np.abs(values) >= EXACT).tolist():
+                self._exact.setdefault((name, at[k]), []).append((row, int(events[name][k])))
         self.times[row] = max(time, int(self.times[row - 1])) if row else time
         self.sequences.append(sequence)
         if gap_from is not None and row:
@@ -110,18 +109,31 @@ class Board:
     def advance(self, a: int, b: int) -> None:
         """Work out, for the rows a to b, the past that rules will look back at."""
         self.cache.clear()
-        view, n = View(self, a, b), len(self.codes)
+        view, rows, n = View(self, a, b), slice(a - self.base, b - self.base), len(self.codes)
         for key, (node, members) in self.needs.past.items():
-            matrix = self.past[key]
-            matrix[a:b] = np.nan
             if node is None:
-                self._quiet(matrix, a, b)
+                self._quiet(self.past[key], a, b)
             else:
-                matrix[a:b, : 1 if members is not None else n] = node.run(view)
+                self.past[key][rows] = np.nan
+                self.past[key][rows, : n if members is None else 1] = node.run(view)
+        for key in self.needs.firsts:
+            market = self.needs.past.get(key, Past(None)).members is not None
+            view = View(self, a, b, market=market)
+            new = np.flatnonzero((view.first >= a) & (view.first < b))
+            self.firsts[key][new] = view.matrix(key)[view.first[new] - self.base, new]
+
+    def trim(self) -> None:
+        """Drop rows before all windows, if they are many."""
+        begin = np.searchsorted(self.times[: self.rows], self.times[self.rows - 1] - self.needs.window, "right") - 2
+        drop = min(int(begin), self.rows - 2) - self.base
+        if drop >= SPARE:
+            for matrices in (self.data, *self.past.values()):
+                matrices[..., : self.rows - self.base - drop, :] = matrices[..., drop : self.rows - self.base, :]
+            self.base += drop
 
     def exact(self, name: str, row: int, i: int) -> int | None:
         """Return a column's value of one row and instrument as the whole number it was; None if it is unknown."""
-        value = self.data[self.columns[name], row, i]
+        value = self.data[self.columns[name], row - self.base, i]
         if np.isnan(value) or abs(value) < EXACT:
             return None if np.isnan(value) else int(value)
         kept = self._exact[name, i]
@@ -135,44 +147,47 @@ class Board:
     def _room(self, rows: int, instruments: int) -> None:
         """Make room. What is not used yet is left untouched, so that it costs no memory."""
         _, p, n = self.data.shape
-        if rows <= p and instruments <= n:
+        used = self.rows - self.base
+        if rows > len(self.times):
+            self.times = np.concatenate([self.times, np.zeros(max(rows, SPARE), np.int64)])
+        if rows - self.base <= p and instruments <= n:
             return
-        p2 = p if rows <= p else max(rows, 64, p * 3 // 2)
-        n2 = n if instruments <= n else max(instruments, 64, n * 5 // 4)
+        p2 = max(p, min(rows - self.base, 1) * max(SPARE * 2, p * 3 // 2)) if rows - self.base > p else p
+        n2 = n if instruments <= n else max(instruments, SPARE, n * 5 // 4)
 
         def larger(old: Any, width: int) -> Any:
             new = np.empty((*old.shape[:-2], p2, width))
-            new[..., : self.rows, old.shape[-1] :] = np.nan
-            new[..., : self.rows, : old.shape[-1]] = old[..., : self.rows, :]
+            new[..., :used, old.shape[-1] :] = np.nan
+            new[..., :used, : old.shape[-1]] = old[..., :used, :]
             return new
 
         self.data = larger(self.data, n2)
-        if p2 > p:
-            self.times = np.concatenate([self.times, np.zeros(p2 - p, np.int64)])
         self.first = np.concatenate([self.first, np.full(n2 - n, NEVER)])
         for key, (_, members) in self.needs.past.items():
-            self.past[key] = larger(self.past.get(key, np.zeros((0, 0))), 1 if members is not None else n2)
+            self.past[key] = larger(self.past.get(key, np.zeros((0, 0))), n2 if members is None else 1)
+        for key in self.needs.firsts:
+            self.firsts[key] = np.append(self.firsts.get(key, ()), np.full(n2 - n, np.nan))
 
     def _quiet(self, quiet: Any, a: int, b: int) -> None:
         """Per row, for how long each instrument has not traded, counting the time in which any did."""
         volume, count = (self.data[self.columns[name]] for name in ("volume", "trade_count"))
         n = len(self.codes)
         for row in range(a, b):
-            opened = self.first[:n] == row
+            here = row - self.base
+            traded = self.first[:n] == row
             if row:
-                risen = (volume[row, :n] > volume[row - 1, :n]) | (count[row, :n] > count[row - 1, :n])
-                traded, begin = risen | opened, self.times[row - 1]
-                before = quiet[row - 1, :n]
+                risen = (volume[here, :n] > volume[here - 1, :n]) | (count[here, :n] > count[here - 1, :n])
+                traded, begin, before = risen | traded, self.times[row - 1], quiet[here - 1, :n]
             else:
-                traded, begin, before = opened, self.times[0] if self.opened is None else self.opened, np.nan
-            passed = max(self.times[row] - begin, 0) if traded.any() else 0
-            quiet[row, :n] = np.where(traded, 0, before + passed)
+                begin, before = self.times[0] if self.opened is None else self.opened, np.nan
+            anybody, time = traded.any(), self.times[row]
             # An instrument without an event has been quiet since the session opened.
             absent = np.nan
-            if self.opened is not None and self.times[row] >= self.opened:
-                self._absent += max(self.times[row] - max(begin, self.opened), 0) if traded.any() else 0
+            if self.opened is not None and time >= self.opened:
+                self._absent += max(time - max(begin, self.opened), 0) if anybody else 0
                 absent = self._absent
-            quiet[row, :n] = np.where(self.first[:n] > row, absent, quiet[row, :n])
+            passed = np.where(traded, 0, before + (max(time - begin, 0) if anybody else 0))
+            quiet[here, :n] = np.where(self.first[:n] > row, absent, passed)
 
 
 class View:
@@ -187,11 +202,11 @@ class View:
 
     def column(self, name: str) -> Any:
         """Return a column of TradeEvent."""
-        return self._of(self.board.data[self.board.columns[name], self.a : self.b, : len(self.board.codes)])
+        return self._of(self._part(self.board.data[self.board.columns[name]]))
 
     def past(self, key: str) -> Any:
         """Return what the board worked out."""
-        return self._of(self.board.past[key][self.a : self.b, : len(self.board.codes)])
+        return self._of(self._part(self.board.past[key]))
 
     def members(self, key: str) -> tuple[View, Any]:
         """Return the view of a market rule's instruments, and where each is one of them."""
@@ -207,19 +222,16 @@ class View:
         return value if members is not None else self._of(value)
 
     def matrix(self, key: str) -> Any:
-        """Return all rows of a column, or of what the board worked out."""
+        """Return the rows from the board's base on of a column, or of what the board worked out."""
         board = self.board
         found = board.data[board.columns[key]] if key in board.columns else board.past[key]
         return found[:, : len(self.first)]
 
+    def _part(self, matrix: Any) -> Any:
+        return matrix[self.a - self.board.base : self.b - self.board.base, : len(self.board.codes)]
+
     def _of(self, matrix: Any) -> Any:
         return matrix if self.at is None else np.take(matrix, self.at, axis=1)
-
-    def _gather(self, matrix: Any, rows: Any) -> Any:
-        """Return the values of those rows, the instrument's first if it came later; NaN before it came."""
-        place = np.maximum(rows, self.first)
-        known = place <= self.rows
-        return np.where(known, matrix[np.where(known, place, 0), np.arange(len(self.first))], np.nan)
 
     def before(self, x: Node, *, opening: bool) -> Any:
         """Return the values of x at the rows before.
@@ -237,38 +249,41 @@ class View:
         return value
 
     def _begin(self, ms: int) -> tuple[Any, Any]:
-        """Return the row in force when each window begins (-1: none yet), and whether that is inside a gap."""
+        """Return the row in force when each window begins (-1: none yet), and where that is inside a gap."""
         begins = self.board.times[self.a : self.b] - ms
-        rows = np.searchsorted(self.board.times[: self.b], begins, "right") - 1
+        rows = np.searchsorted(self.board.times[: self.b], begins, "right")[:, None] - 1
         blind = np.zeros(len(rows), bool)
         for begin, end in self.board.gaps:
             blind |= (begin < begins) & (begins < end)
-        return rows[:, None], blind[:, None]
+        return rows, blind[:, None] & (rows >= self.first)
 
-    def ago(self, matrix: Any, ms: int) -> Any:
+    def ago(self, key: str, ms: int) -> Any:
         """Return the value that was in force `ms` ago, or the first of the day."""
         rows, blind = self._begin(ms)
-        return np.where(blind & (rows >= self.first), np.nan, self._gather(matrix, rows))
+        place = np.maximum(rows, self.first)
+        known = (place <= self.rows) & ~blind
+        at = np.where(known, place - self.board.base, 0)
+        return np.where(known, self.matrix(key)[at, np.arange(len(self.first))], np.nan)
 
-    def over(self, matrix: Any, ms: int, name: str) -> Any:
+    def over(self, key: str, ms: int, name: str) -> Any:
         """Return the highest, lowest or mean of the values in force in the window, its begin and now included."""
         rows, blind = self._begin(ms)
+        matrix, base = self.matrix(key), self.board.base
         out = np.full((self.b - self.a, len(self.first)), np.nan)
         for n, low in enumerate(np.maximum(rows[:, 0], 0)):
-            part = matrix[low : self.a + n + 1]
+            part = matrix[low - base : self.a + n + 1 - base]
             if name == "mean":
                 known = np.sum(~np.isnan(part), axis=0)
                 out[n] = np.nansum(part, axis=0) / np.where(known, known, np.nan)
             else:
                 out[n] = (np.fmax if name == "highest" else np.fmin).reduce(part, axis=0)
-        return np.where(blind & (rows >= self.first), np.nan, out)
+        return np.where(blind, np.nan, out)
 
-    def pace(self, matrix: Any, ms: int) -> Any:
+    def pace(self, key: str, ms: int) -> Any:
         """Return what a window brought on average since the instrument's first row of the day, before this window."""
         times = self.board.times
-        first = self._gather(matrix, self.first)
         age = times[self.a : self.b, None] - ms - times[np.minimum(self.first, self.b - 1)]
-        brought = self.ago(matrix, ms) - first
+        brought = self.ago(key, ms) - self.board.firsts[key][: len(self.first)]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where((age >= ms) & (brought > 0), brought * ms / age, np.nan)
 
@@ -284,11 +299,7 @@ class _Opening:
             return self._view.column("previous_close")
         return np.full((1, 1), np.nan)
 
-    def past(self, _key: str) -> Any:
+    def past(self, *_: Any) -> Any:
         return np.full((1, 1), np.nan)
 
-    def shared(self, _key: str, _members: str | None, _work: Callable[[View], Any]) -> Any:
-        return np.full((1, 1), np.nan)
-
-    def members(self, _key: str) -> tuple[_Opening, Any]:
-        return self, np.full((1, 1), fill_value=False)
+    shared = past

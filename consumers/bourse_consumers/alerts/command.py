@@ -87,20 +87,17 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
     With --bootstrap-servers, or its variable: now, by the topics. Else: when it held on the real day that ships with
     the sandbox, or in the files.
     """
-    from bourse_consumers.alerts.expressions import Mistake
     from bourse_consumers.alerts.rules_file import compile_rule
-    from bourse_consumers.alerts.words import WRITE, explain
+    from bourse_consumers.mistakes import Mistake, explain
     from bourse_consumers.yaml_file import pointed, printable
 
     try:
         rule = compile_rule(expression)
     except Mistake as mistake:
-        fix, at = mistake.fix, mistake.at
-        end = mistake.end or at + 1
-        corrected = mistake.whole or (expression[:at] + fix + expression[end:] if fix else None)
-        text = explain(mistake.text, language, fix, **mistake.values)
-        shown = pointed(expression, at, end, corrected, WRITE[language])
-        raise ConfigurationError(f"{printable(text)}{shown}") from None
+        at, end = mistake.at, len(expression) if mistake.end is None else mistake.end
+        corrected = expression[:at] + mistake.fix + expression[end:] if mistake.fix else None
+        shown = pointed(expression, at, end, corrected, language)
+        raise ConfigurationError(f"{printable(explain(mistake, language))}{shown}") from None
     live = _asked(ctx) and not files
     trial = _tried([rule], _topics(cluster, last_day=True) if live else _files(files))
     fired = trial.fired("try")
@@ -196,15 +193,14 @@ def _asked(ctx: click.Context) -> bool:
 
 
 def _channels(path: Path | None) -> list[str] | None:
-    from bourse_consumers.yaml_file import Document, entries
+    from bourse_consumers.yaml_file import Document
 
     if path is None:
         return None
-    root = Document(path, "--channels").root
-    found = next((value for key, value in entries(root) if key.value == "channels"), None)
-    if not entries(found):
+    found = Document(path, "--channels").data.get("channels")
+    if not isinstance(found, dict) or not found:
         raise ConfigurationError(f"{path}: not a channels file: it has a mapping `channels`")
-    return [str(key.value) for key, _ in entries(found)]
+    return [*found]
 
 
 def _events(cluster: Cluster, topic: Any, event: type[Any]) -> Iterator[Any]:

@@ -5,15 +5,14 @@ Rules that differ by their numbers only are one group and are judged together, o
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec import structs
 
-from bourse_consumers.alerts.board import NEVER, Board, View
+from bourse_consumers.alerts.board import Board, View
 from bourse_consumers.alerts.expressions import STATES, Needs, Node
 from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of
 from bourse_consumers.alerts.rule import Rule, form
@@ -34,11 +33,9 @@ __all__ = ["GOOD", "Engine", "Known", "Poll", "columns_of", "millis"]
 
 GOOD = frozenset({Outcome.PUBLISHED, Outcome.UNCHANGED})
 BLOCK = 4_000_000
-LONG_AGO = -(2**62)
-
-
-def _tehran(ms: int) -> datetime:
-    return instant(ms).astimezone(TEHRAN)
+REBUILT = 64
+DAY_MS = 86_400_000
+NEVER_MS = 2**62
 
 
 def columns_of(events: Sequence[TradeEvent], names: Iterable[str]) -> dict[str, list[Any]]:
@@ -100,27 +97,53 @@ class _Group:
         return true & ~over, over
 
 
+class _Moment(NamedTuple):
+    """When something is judged: the row of the board (-1: none), the time, the poll, the day."""
+
+    row: int
+    at: int
+    sequence: int
+    day: date
+
+
+class _Terms:
+    """What limits the begins of rules, one array per key."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.hold = np.array([rule.hold for rule in rules], np.int64)
+        self.cooldown = np.array([rule.cooldown for rule in rules], np.int64)
+        self.once = np.array([rule.once for rule in rules], bool)
+        self.active = np.array([rule.active or (0, DAY_MS) for rule in rules], np.int64).reshape(-1, 2)
+
+
 class _Pairs:
-    """The state of each rule and instrument, one array per property."""
+    """Rules and the instruments they cover: the state of each, one array per property, and the open episodes."""
 
     KINDS: Mapping[str, tuple[Any, Any]] = {
         "rule": (np.int32, 0),
         "who": (np.int32, 0),
         "valid": (np.int32, 0),  # the row from which it is judged
-        "since": (np.int32, NEVER),  # the row at which the condition began to hold
-        "raised": (np.int64, LONG_AGO),
+        "since": (np.int64, NEVER_MS),  # when the condition began to hold
+        "raised": (np.int64, -NEVER_MS),
         "fired": (bool, False),
         "firing": (bool, False),
     }
+    rule: Any
+    who: Any
+    valid: Any
+    since: Any
+    raised: Any
+    fired: Any
+    firing: Any
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, terms: _Terms) -> None:
+        self._terms, self.count = terms, 0
+        self.episodes: dict[int, Episode] = {}
+        self._last: dict[
+            int, tuple[int, int]
+        ] = {}  # the poll of a pair's last begin, and which one of that poll it was
         for name, (kind, value) in self.KINDS.items():
             setattr(self, name, np.full(0, value, kind))
-
-    def of(self, rule: int, span: slice) -> list[int]:
-        """Return the pairs of a rule among those of an instrument."""
-        return [span.start + int(n) for n in np.flatnonzero(self.rule[span] == rule)]
 
     def add(self, rules: Sequence[int], who: int, row: int) -> None:
         end = self.count + len(rules)
@@ -132,13 +155,91 @@ class _Pairs:
         self.rule[self.count : end], self.who[self.count : end], self.valid[self.count : end] = rules, who, row
         self.count = end
 
-    rule: Any
-    who: Any
-    valid: Any
-    since: Any
-    raised: Any
-    fired: Any
-    firing: Any
+    def adopt(self, pair: int, alert: PriceAlert) -> None:
+        """Continue what is published."""
+        self.firing[pair] = alert.state is AlertState.FIRING
+        self.fired[pair] = True
+        self.episodes.pop(pair, None)
+        if alert.state is AlertState.FIRING:
+            raised = self.raised[pair] = millis(alert.raised_at)
+            ordinal = self._ordinal(pair, alert.poll_sequence)
+            found = millis(alert.since), raised, alert.poll_sequence, alert.trading_day, ordinal, alert.alert_id
+            self.episodes[pair] = Episode(*found)
+
+    def step(self, now: _Moment, begin: Any, over: Any, *, torn: bool = False, silent: bool = False) -> list[Change]:
+        """Take what may begin and what is over; `silent` keeps only since when each condition holds."""
+        since, firing, terms = self.since[: self.count], self.firing[: self.count], self._terms
+        since[:] = np.where(begin, now.at if torn else np.minimum(since, now.at), NEVER_MS)
+        if silent:
+            return []
+        out = self.end(firing & over, now, ResolvedBy.CONDITION)
+        clock = instant(now.at).astimezone(TEHRAN)
+        ms = millis(clock) - millis(clock.replace(hour=0, minute=0, second=0, microsecond=0))
+        due = np.flatnonzero(begin & ~firing)
+        rule = self.rule[due]
+        due = due[
+            (now.at - since[due] >= terms.hold[rule])
+            & (now.at - self.raised[due] >= terms.cooldown[rule])
+            & ~(terms.once[rule] & self.fired[due])
+            & (terms.active[rule, 0] <= ms)
+            & (ms < terms.active[rule, 1])
+        ]
+        firing[due], self.raised[due], self.fired[due] = True, now.at, True
+        for pair in due.tolist():
+            ordinal = self._ordinal(pair, now.sequence)
+            episode = self.episodes[pair] = Episode(int(since[pair]), now.at, now.sequence, now.day, ordinal)
+            out.append(self._change(AlertState.FIRING, pair, now, episode))
+        return out
+
+    def end(self, which: Any, now: _Moment, why: ResolvedBy) -> list[Change]:
+        """End episodes."""
+        pairs = np.flatnonzero(which)
+        self.firing[pairs] = False
+        return [self._change(AlertState.RESOLVED, pair, now, self.episodes.pop(pair), why) for pair in pairs.tolist()]
+
+    def _change(
+        self, state: AlertState, pair: int, now: _Moment, episode: Episode, why: ResolvedBy | None = None
+    ) -> Change:
+        return Change(state, int(self.rule[pair]), int(self.who[pair]), now.row, now.at, now.sequence, episode, why)
+
+    def _ordinal(self, pair: int, sequence: int) -> int:
+        last, ordinal = self._last.get(pair, (None, 0))
+        self._last[pair] = sequence, ordinal + 1 if last == sequence else 0
+        return self._last[pair][1]
+
+
+class _Feed:
+    """The rules about the feed: judged at every marker and by the clock. Nothing outlasts the Tehran day.
+
+    It is what their expressions see.
+    """
+
+    def __init__(self, rules: Sequence[Rule], terms: _Terms) -> None:
+        self._rules, self._terms = [(n, rule) for n, rule in enumerate(rules) if rule.scope == "feed"], terms
+        self.index = {n: pair for pair, (n, _) in enumerate(self._rules)}
+        self._values: dict[str, float] = {}
+        self.forget(None)
+
+    def column(self, name: str) -> float:
+        return self._values[name]
+
+    def forget(self, day: date | None) -> None:
+        self.day, self.pairs = day, _Pairs(self._terms)
+        self.pairs.add([n for n, _ in self._rules], -1, 0)
+
+    def take(self, marker: PollMarker, at: int, silent: int = 0, *, live: bool = True) -> list[Change]:
+        """Judge at an instant, at which no marker has come for `silent` milliseconds."""
+        self._values = {"feed_state": float(STATES.index(FeedState(marker.feed_state))), "silent": float(silent)}
+        found = [(rule.when.node.run(self), rule.until and rule.until.node.run(self)) for _, rule in self._rules]
+        over = np.array([bool(until[0] if until else when[1]) for when, until in found], bool)
+        begin = np.array([bool(when[0]) for when, _ in found], bool) & ~over
+        day, out = marker.requested_at.astimezone(TEHRAN).date(), list[Change]()
+        now = _Moment(-1, at, marker.poll_sequence, day)
+        if day != self.day:
+            for which, why in ((over, ResolvedBy.CONDITION), (~over, ResolvedBy.DAY_END)) if live else ():
+                out += self.pairs.end(self.pairs.firing[: self.pairs.count] & which, now, why)
+            self.forget(day)
+        return out + self.pairs.step(now, begin, over, silent=not live)
 
 
 class Engine:
@@ -151,18 +252,17 @@ class Engine:
         self.rules, self.known = rules, known or {}
         needs = Needs()
         for rule in rules:
-            needs.columns |= rule.needs.columns
-            needs.past.update({key: past for key, past in rule.needs.past.items() if key not in needs.past})
+            needs.add(rule.needs)
         self.board = Board(needs)
         self.columns = ("instrument", "symbol", "title", "is_right", "trading_day", *self.board.columns)
         shapes: dict[Any, _Group] = {}
-        self._groups: list[_Group | None] = []
+        self._groups: dict[int, _Group] = {}
         for n, rule in enumerate(rules):
-            until = rule.until.node if rule.until else None
-            alone = rule.scope == "instrument" or n
-            shape = (alone, rule.when.node.key, until and until.key)
-            new = _Group(rule.when.node, until, momentary=rule.momentary)
-            self._groups.append(shapes.setdefault(shape, new) if rule.scope != "feed" else None)
+            if rule.scope != "feed":
+                until = rule.until.node if rule.until else None
+                alone = rule.scope == "instrument" or n
+                group = _Group(rule.when.node, until, momentary=rule.momentary)
+                self._groups[n] = shapes.setdefault((alone, rule.when.node.key, until and until.key), group)
         self._shapes = [(group, shape[0] is True) for shape, group in shapes.items()]
         # Rules that only name instruments, by name; the others are tried on every instrument.
         self._by_name: dict[str, list[int]] = {}
@@ -174,14 +274,10 @@ class Engine:
                 self._by_name.setdefault(name, []).append(n)
             if rule.match.patterns or not rule.match.names:
                 self._others.append(n)
-        self._holds = np.array([rule.hold for rule in rules], np.int64)
-        self._cooldowns = np.array([rule.cooldown for rule in rules], np.int64)
-        self._once = np.array([rule.once for rule in rules], bool)
-        hours = [rule.active or (0, 86_400_000) for rule in rules]
-        self._active = np.array(hours, np.int64).reshape(-1, 2)
-        self._by_rule = {(rule.name, rule.scope): n for n, rule in enumerate(rules)}
-        self._feed = _Feed([(n, rule) for n, rule in enumerate(rules) if rule.scope == "feed"])
-        self._renderer = Renderer(rules, self.board, self._feed.view)
+        self._terms = _Terms(rules)
+        self._by_rule = {(rule.name, str(rule.scope)): n for n, rule in enumerate(rules)}
+        self._feed = _Feed(rules, self._terms)
+        self._renderer = Renderer(rules, self.board, self._feed)
         self.open()
 
     def open(self, alerts: Iterable[PriceAlert] = ()) -> None:
@@ -189,16 +285,14 @@ class Engine:
         self._published: list[PriceAlert] | None = list(alerts)
         self.marker: PollMarker | None = None
         self._opened: tuple[date, int] | None = None
-        self._feed.clear()
+        self._feed.forget(None)
         self._clear(None)
 
     def _clear(self, day: date | None) -> None:
         opened = self._opened[1] if self._opened and self._opened[0] == day else None
         self.board.clear(day, opened)
-        self._pairs = _Pairs()
+        self._pairs = _Pairs(self._terms)
         self._spans: dict[int, list[slice]] = {}  # per instrument where its pairs are
-        self._order: Any = None  # where the pairs are in the groups' results
-        self._episodes: dict[int, Episode] = {}
         self._judged, self._begins = list[bool](), list[bool]()
         self._done, self._closed = 0, False
         self._hole: int | None = None  # the last complete row before incomplete ones
@@ -223,8 +317,8 @@ class Engine:
         at = millis(marker.received_at or marker.requested_at)
         out = self._adopt(at, marker) if live else []
         self.marker = marker
-        out += self._render(self._feed.marker(marker, at)) if live else self._feed.replay(marker, at)
-        day = _tehran(at).date()
+        out += self._render(self._feed.take(marker, at, live=live))
+        day = instant(at).astimezone(TEHRAN).date()
         if marker.phase is Phase.OPEN and (self._opened is None or self._opened[0] != day):
             self._opened = day, at
             if self.board.day == day:
@@ -248,7 +342,7 @@ class Engine:
         else:
             silent = max(0, now - millis(marker.next_poll_at)) if marker.next_poll_at else 0
         out = self._adopt(now, marker)
-        return out + self._render(self._feed.judge(marker, now, silent))
+        return out + self._render(self._feed.take(marker, now, silent))
 
     def view_of(self, n: int) -> View | None:
         """Return the view of all rows of a rule's pairs, None if it has none."""
@@ -273,6 +367,8 @@ class Engine:
             self._closed = True
         if board.day is None:
             return out
+        if board.rows and self._done == board.rows and not defer:
+            board.trim()
         if any(each != board.day for each in days):
             keep = [n for n, each in enumerate(days) if each == board.day]
             events = {name: [values[n] for n in keep] for name, values in events.items()}
@@ -288,22 +384,17 @@ class Engine:
         self._begins.append(day == board.day and not self._closed)
         if live and not defer:
             out += self._render(self._judge())
+        elif not live and board.rows - self._done >= REBUILT:
+            self._judge(silent=True)
         if marker.day_final and day == board.day:
             out += self._end_day(at, marker) if live else []
             self._closed = True
         return out
 
     def _end_day(self, at: int, marker: PollMarker) -> list[PriceAlert]:
-        out, row = self._render(self._judge()), self.board.rows - 1
-        ends = []
-        for pair, episode in sorted(self._episodes.items()):
-            rule, who = int(self._pairs.rule[pair]), int(self._pairs.who[pair])
-            ends.append(
-                Change(AlertState.RESOLVED, rule, who, row, at, marker.poll_sequence, episode, ResolvedBy.DAY_END)
-            )
-        self._pairs.firing[:] = False
-        self._episodes.clear()
-        return out + self._render(ends)
+        out, pairs = self._render(self._judge()), self._pairs
+        now = _Moment(self.board.rows - 1, at, marker.poll_sequence, self.board.day or date.min)
+        return out + self._render(pairs.end(pairs.firing[: pairs.count], now, ResolvedBy.DAY_END))
 
     def _adopt(self, at: int, marker: PollMarker) -> list[PriceAlert]:
         """Continue what is published; end what no rule covers any more."""
@@ -314,23 +405,17 @@ class Engine:
         last: dict[tuple[str, str, str | None], PriceAlert] = {}
         for alert in published:
             last[alert.rule, alert.scope, alert.instrument] = alert
-            rule = self._by_rule.get((alert.rule, alert.scope.value.lower()))  # type: ignore[arg-type]
+            n = self._by_rule.get((alert.rule, alert.scope.value.lower()), -1)
             if alert.scope is Scope.FEED:
-                self._feed.adopt(rule, alert)
-            elif rule is not None and alert.trading_day == self.board.day:
+                if n in self._feed.index and alert.trading_day == self._feed.day:
+                    self._feed.pairs.adopt(self._feed.index[n], alert)
+            elif alert.trading_day == self.board.day:
                 place = self.board.index.get(alert.instrument or "", -1)
-                spans = self._spans.get(place, ())
-                pair = next((pair for span in spans for pair in self._pairs.of(rule, span)), None)
-                if pair is None:
-                    continue
-                self._pairs.firing[pair] = alert.state is AlertState.FIRING
-                self._episodes.pop(pair, None)
-                self._pairs.fired[pair] = True
-                if alert.state is AlertState.FIRING:
-                    self._pairs.raised[pair] = millis(alert.raised_at)
-                    since = millis(alert.since), millis(alert.raised_at)
-                    self._episodes[pair] = Episode(*since, alert.poll_sequence, alert.trading_day, 0, alert.alert_id)
-        ours = {episode.alert_id for episode in self._episodes.values()} | self._feed.open()
+                for span in self._spans.get(place, ()):
+                    for k in np.flatnonzero(self._pairs.rule[span] == n).tolist():
+                        self._pairs.adopt(span.start + k, alert)
+        episodes = (*self._pairs.episodes.values(), *self._feed.pairs.episodes.values())
+        ours = {episode.alert_id for episode in episodes}
         left = [each for each in last.values() if each.state is AlertState.FIRING and each.alert_id not in ours]
         days = {Scope.FEED: self._feed.day}
         return [
@@ -342,7 +427,7 @@ class Engine:
         ]  # fmt: skip
 
     def _render(self, changes: Sequence[Change]) -> list[PriceAlert]:
-        return self._renderer.render(changes, self.marker)
+        return self._renderer.render(changes, self.marker) if self.marker else []
 
     # --- instruments --------------------------------------------------------------------------------------------------
 
@@ -387,177 +472,30 @@ class Engine:
         first = self._pairs.count
         self._pairs.add(rules, place, max(self.board.rows - 1, 0))
         self._spans.setdefault(place, []).append(slice(first, self._pairs.count))
-        self._order = None
         for pair, n in enumerate(rules, first):
-            group = self._groups[n]
-            assert group is not None  # noqa: S101  # feed rules have no pairs
             rule = self.rules[n]
-            group.new.append((pair, rule.fixed or numbers_of(rule, self.board, place)[: rule.places]))
+            numbers = rule.fixed or numbers_of(rule, self.board, place)[: rule.places]
+            self._groups[n].new.append((pair, numbers))
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
     def _judge(self, *, silent: bool = False) -> list[Change]:
         """Judge the rows that were not judged yet; `silent` finds out only since when each condition holds."""
-        board, pairs, out = self.board, self._pairs, list[Change]()
+        board, pairs, day, out = self.board, self._pairs, self.board.day, list[Change]()
         step = max(1, BLOCK // max(len(board.codes), pairs.count, 1))
-        while self._done < board.rows:
+        while day is not None and self._done < board.rows:
             a = self._done
             b = self._done = min(a + step, board.rows)
             with np.errstate(all="ignore"):
                 board.advance(a, b)
-                found = [group.judge(board, a, b, pairs.who, wide=wide) for group, wide in self._shapes if group.any]
-                if self._order is None:
-                    self._order = np.argsort(np.concatenate([[], *(group.places for group, _ in self._shapes)]))
-                begin, over = (
-                    np.take(np.concatenate([np.zeros((b - a, 0), bool), *each], axis=1), self._order, axis=1)
-                    for each in (zip(*found, strict=True) if found else ([], []))
-                )
+                begin, over = np.zeros((b - a, pairs.count), bool), np.zeros((b - a, pairs.count), bool)
+                for group, wide in self._shapes:
+                    if group.any:
+                        found = group.judge(board, a, b, pairs.who, wide=wide)
+                        begin[:, group.places], over[:, group.places] = found
             for row in range(a, b):
                 if self._judged[row]:
-                    out += self._step(row, begin[row - a], over[row - a], silent=silent)
+                    now = _Moment(row, int(board.times[row]), board.sequences[row], day)
+                    may = begin[row - a] & (pairs.valid[: pairs.count] <= row) & self._begins[row]
+                    out += pairs.step(now, may, over[row - a], torn=row in board.torn, silent=silent)
         return out
-
-    def _step(self, row: int, begin: Any, over: Any, *, silent: bool) -> list[Change]:
-        pairs, count, t, sequence = (
-            self._pairs,
-            self._pairs.count,
-            int(self.board.times[row]),
-            self.board.sequences[row],
-        )
-        begin &= pairs.valid[:count] <= row
-        if not self._begins[row]:
-            begin[:] = False
-        since = pairs.since[:count]
-        since[:] = np.where(begin, row if row in self.board.torn else np.minimum(since, row), NEVER)
-        if silent:
-            return []
-        firing = pairs.firing[:count]
-        out = []
-        ended = np.flatnonzero(firing & over)
-        for pair in ended:
-            rule, who = int(pairs.rule[pair]), int(pairs.who[pair])
-            episode = self._episodes.pop(int(pair))
-            out.append(Change(AlertState.RESOLVED, rule, who, row, t, sequence, episode, ResolvedBy.CONDITION))
-        firing[ended] = False
-        due = np.flatnonzero(begin & ~firing)
-        rule = pairs.rule[due]
-        clock = _tehran(t)
-        ms = millis(clock) - millis(clock.replace(hour=0, minute=0, second=0, microsecond=0))
-        due = due[
-            (t - self.board.times[since[due]] >= self._holds[rule])
-            & (t - pairs.raised[due] >= self._cooldowns[rule])
-            & ~(self._once[rule] & pairs.fired[due])
-            & (self._active[rule, 0] <= ms)
-            & (ms < self._active[rule, 1])
-        ]
-        firing[due], pairs.raised[due], pairs.fired[due] = True, t, True
-        day = self.board.day
-        assert day is not None  # noqa: S101  # a board with rows has a day
-        for pair in due:
-            episode = Episode(int(self.board.times[since[pair]]), t, sequence, day)
-            self._episodes[int(pair)] = episode
-            out.append(
-                Change(AlertState.FIRING, int(pairs.rule[pair]), int(pairs.who[pair]), row, t, sequence, episode)
-            )
-        return out
-
-
-class _FeedView:
-    """What feed rules see: the last marker's state, and for how long no marker has come."""
-
-    def __init__(self) -> None:
-        self.state, self.silent = float("nan"), float("nan")
-
-    def column(self, name: str) -> float:
-        return self.state if name == "feed_state" else self.silent
-
-
-class _Feed:
-    """The episodes of the feed rules: judged at every marker and by the clock. Nothing outlasts the Tehran day."""
-
-    def __init__(self, rules: Sequence[tuple[int, Rule]]) -> None:
-        self._rules, self.view = rules, _FeedView()
-        self.clear()
-
-    def clear(self) -> None:
-        self.view.state = self.view.silent = float("nan")
-        self._forget(None)
-
-    def _forget(self, day: date | None) -> None:
-        self.day = day
-        self._since: dict[int, int] = {}
-        self._raised: dict[int, int] = {}
-        self._begun: Counter[tuple[int, int]] = Counter()
-        self._episodes: dict[int, Episode] = {}
-
-    def replay(self, marker: PollMarker, at: int) -> list[PriceAlert]:
-        """Rebuild from a marker that was judged before."""
-        day = marker.requested_at.astimezone(TEHRAN).date()
-        if day != self.day:
-            self._forget(day)
-        for n, _, true, over in self._look(marker, 0):
-            self._hold(n, at, holds=true and not over)
-        return []
-
-    def adopt(self, n: int | None, alert: PriceAlert) -> None:
-        """Continue what is published of a rule."""
-        if n is None or alert.trading_day != self.day:
-            return
-        self._episodes.pop(n, None)
-        if alert.state is AlertState.FIRING:
-            raised = millis(alert.raised_at)
-            ordinal = self._begun[n, alert.poll_sequence]
-            self._begun[n, alert.poll_sequence] += 1
-            self._raised[n] = raised
-            found = millis(alert.since), raised, alert.poll_sequence, alert.trading_day, ordinal, alert.alert_id
-            self._episodes[n] = Episode(*found)
-
-    def open(self) -> set[str | None]:
-        """Return the ids of the published alerts that go on."""
-        return {episode.alert_id for episode in self._episodes.values()}
-
-    def marker(self, marker: PollMarker, at: int) -> list[Change]:
-        """Judge at a marker; what is open when a day begins ends there."""
-        day, out = marker.requested_at.astimezone(TEHRAN).date(), list[Change]()
-        if day != self.day:
-            found = {n: over for n, _, _, over in self._look(marker, 0)}
-            for n, episode in self._episodes.items():
-                why = ResolvedBy.CONDITION if found[n] else ResolvedBy.DAY_END
-                out.append(Change(AlertState.RESOLVED, n, -1, -1, at, marker.poll_sequence, episode, why))
-            self._forget(day)
-        return out + self.judge(marker, at, 0)
-
-    def judge(self, marker: PollMarker, at: int, silent: int) -> list[Change]:
-        """Judge at an instant, at which no marker has come for `silent` milliseconds."""
-        out, clock = list[Change](), _tehran(at)
-        ms = ((clock.hour * 60 + clock.minute) * 60 + clock.second) * 1000 + clock.microsecond // 1000
-        for n, rule, true, over in self._look(marker, silent):
-            self._hold(n, at, holds=true and not over)
-            low, high = rule.active or (0, 86_400_000)
-            if over and n in self._episodes:
-                episode, why = self._episodes.pop(n), ResolvedBy.CONDITION
-                out.append(Change(AlertState.RESOLVED, n, -1, -1, at, marker.poll_sequence, episode, why))
-            elif (
-                n in self._since and n not in self._episodes and self.day is not None
-                and at - self._since[n] >= rule.hold
-                and at - self._raised.get(n, LONG_AGO) >= rule.cooldown
-                and not (rule.once and n in self._raised) and low <= ms < high
-            ):  # fmt: skip
-                key = n, marker.poll_sequence
-                episode = Episode(self._since[n], at, marker.poll_sequence, self.day, self._begun[key])
-                self._begun[key] += 1
-                self._raised[n], self._episodes[n] = at, episode
-                out.append(Change(AlertState.FIRING, n, -1, -1, at, marker.poll_sequence, episode))
-        return out
-
-    def _hold(self, n: int, at: int, *, holds: bool) -> None:
-        if holds:
-            self._since.setdefault(n, at)
-        else:
-            self._since.pop(n, None)
-
-    def _look(self, marker: PollMarker, silent: int) -> Iterator[tuple[int, Rule, bool, bool]]:
-        self.view.state, self.view.silent = float(STATES.index(FeedState(marker.feed_state))), float(silent)
-        for n, rule in self._rules:
-            true, false = (bool(each) for each in rule.when.node.run(self.view))
-            yield n, rule, true, bool(rule.until.node.run(self.view)[0]) if rule.until else false

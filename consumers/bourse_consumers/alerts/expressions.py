@@ -9,37 +9,22 @@ from __future__ import annotations
 import ast
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import reduce
-from typing import Any, Literal, NamedTuple, Self
+from math import inf, isfinite, nan, nextafter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bourse_consumers.mistakes import Mistake, near
 from bourse_schemas.events import FeedState
 
 __all__ = [
-    "ALIASES",
-    "COLUMNS",
-    "FUNCTIONS",
-    "PLAIN",
-    "STATES",
-    "Compiler",
-    "Expand",
-    "Expression",
-    "Mistake",
-    "Needs",
-    "Node",
-    "Past",
-    "Side",
-    "Span",
-    "fill",
-    "limits",
-    "overlap",
-    "parse",
-    "span",
-]
+    "COLUMNS", "PLAIN", "RESERVED", "STATES", "Compiler", "Expression", "Needs", "Node", "Past", "Side", "Span", "fill",
+    "limits", "overlap", "parse", "span",
+]  # fmt: skip
 
 COLUMNS = (
     "open_price", "high_price", "low_price", "last_price", "closing_price", "previous_close", "volume", "value",
@@ -65,28 +50,21 @@ TYPED = {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0) for digit in r
 } | dict.fromkeys(
     map(chr, (*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, 0x0640)), " "
 )  # fmt: skip
-PLAIN = str.maketrans(dict(TYPED.items()))
-# The number of values each function takes.
-FUNCTIONS = {
-    "abs": 1, "min": 2, "max": 2, "ago": 2, "change": 2, "percent": 2, "highest": 2, "lowest": 2, "mean": 2, "pace": 2,
-    "before": 1, "crossed_up": 2, "crossed_down": 2, "annulled": 1, "stepped": 2, "count": 1, "share": 1, "total": 1,
-}  # fmt: skip
+PLAIN = str.maketrans(TYPED)
+# The functions, each with a call that is right.
+FUNCTIONS = {name: f"{name}({given})" for given, names in {
+    "last_price": "abs before", "last_price, closing_price": "min max", "last_price, 5m": "ago percent",
+    "volume, 5m": "change pace", "last_price, 1h": "highest lowest mean", "volume": "annulled",
+    "last_price, 5_000": "crossed_up crossed_down", "last_price, 100": "stepped",
+    "last_price > previous_close": "count share", "value": "total",
+}.items() for name in names.split()}  # fmt: skip
 MARKET = ("count", "share", "total")
 COMPARISONS = {"Lt", "LtE", "Gt", "GtE", "Eq", "NotEq"}
+RESERVED = {*COLUMNS, *ALIASES, *FUNCTIONS, *STATES, "quiet", "silent", "feed_state"}
 Kind = Literal["number", "truth", "time", "state"]
 Scope = Literal["instrument", "market", "feed"]
-
-
-class Mistake(Exception):
-    """What is wrong in an expression: the name of a text, its values, the characters, and what to write instead."""
-
-    def __init__(
-        self, text: str, at: int = 0, end: int | None = None, fix: str | None = None, *, whole: str | None = None,
-        **values: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(text)
-        self.text, self.at, self.end, self.values = text, at, at + 1 if end is None else end, values
-        self.fix, self.whole = fix, whole  # what to write instead of the characters, or of the whole expression
+# What a corrected line has if another kind is expected.
+OF_KIND = {"number": "5_000", "truth": "last_price >= 5_000", "time": "5m", "state": "DOWN"}
 
 
 class Span(int):
@@ -100,23 +78,6 @@ class Span(int):
         return parts or "0s"
 
 
-class Number(float):
-    """A number that is shown as it was written."""
-
-    text: str
-
-    def __new__(cls, value: float, text: str) -> Self:
-        self = super().__new__(cls, value)
-        self.text = text
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Number:
-        return self
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 class Past(NamedTuple):
     """What a board keeps because an expression looks back at it: of each instrument, or one value per members."""
 
@@ -126,10 +87,23 @@ class Past(NamedTuple):
 
 @dataclass
 class Needs:
-    """What expressions need of a board: columns, and the past of parts of them, in the order to work them out."""
+    """What expressions need of a board: columns, and the past of parts of them, in the order to work them out.
+
+    `window` is how far they look back, in milliseconds; `firsts` are what `pace` needs the day's first value of.
+    """
 
     columns: set[str] = field(default_factory=set)
     past: dict[str, Past] = field(default_factory=dict)
+    firsts: set[str] = field(default_factory=set)
+    window: int = 0
+
+    def add(self, other: Needs) -> None:
+        """Add what other expressions need."""
+        self.columns |= other.columns
+        self.firsts |= other.firsts
+        self.window = max(self.window, other.window)
+        for key, past in other.past.items():
+            self.past.setdefault(key, past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,89 +149,83 @@ def span(text: str) -> Span | None:
     return Span(sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([hms])", text)))
 
 
+def _tree(source: str) -> ast.expr | None:
+    """Return the tree of Python's expression, with a number in the place of each duration."""
+    return ast.parse(DURATION.sub(lambda found: "1" * len(found[0]), source), mode="eval").body
+
+
+def _parses(source: str) -> bool:
+    try:
+        return _tree(source) is not None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
 def parse(text: str) -> ast.expr:
-    """Return the tree of an expression: positions are characters of the text, durations and numbers keep theirs."""
+    """Return the tree of an expression: positions are characters of the text, durations are spans."""
     if len(text) > LONGEST:
-        raise Mistake("too_long", 0, len(text), most=LONGEST)
+        raise Mistake("too_long", most=LONGEST)
     typed = [(char, at) for at, written in enumerate(text) for char in TYPED.get(written, written)]
     begin = next((n for n, (char, _) in enumerate(typed) if char != " "), 0)
     source = "".join(char for char, _ in typed[begin:]).rstrip(" ")
-    places = [at for _, at in typed[begin:]] + [len(text)]
     if not source:
-        raise Mistake("empty", 0, len(text))
-    spans = {found.start(): Span(span(found[0]) or 0) for found in DURATION.finditer(source)}
-    python = DURATION.sub(lambda found: "_" * len(found[0]), source)
+        raise Mistake("empty")
+    chars = [at for _, at in typed[begin:]] + [len(text)]
     try:
-        tree = ast.parse(python, mode="eval").body
+        tree: Any = _tree(source)
     except SyntaxError as error:
-        at = places[min(max((error.offset or 1) - 1, 0), len(source))]
-        raise Mistake("not_an_expression", at, whole=_near_expression(source), why=error.msg) from None
+        at = min(max((error.offset or 1) - 1, 0), len(source))
+        fix = near("expression", source, _parses)
+        begins, ends = (0, None) if fix else (chars[at], chars[at] + 1)
+        raise Mistake("not_an_expression", begins, ends, fix, why=error.msg) from None
     except (ValueError, RecursionError, MemoryError, OverflowError):
-        raise Mistake("too_deep", 0, len(text)) from None
-    wide = python.isascii()
-    chars = (
-        range(len(python) + 1) if wide else [n for n, char in enumerate(python) for _ in char.encode()] + [len(python)]
-    )
+        raise Mistake("too_deep") from None
+    spans = {chars[found.start()]: span(found[0]) for found in DURATION.finditer(source)}
+    # Positions of trees are those of bytes.
+    places = [at for char, at in typed[begin:] for _ in char.encode()] + [len(text)]
     for node in ast.walk(tree):
-        if isinstance(node, ast.expr):
-            first, last = chars[node.col_offset], chars[node.end_col_offset or node.col_offset]
-            if isinstance(node, ast.Constant) and type(node.value) in {int, float}:
-                node.value = Number(_float(node.value, places[first], places[last]), source[first:last])
-            if isinstance(node, ast.Name) and set(node.id) == {"_"} and first in spans:
-                node.id = f"\0{int(spans[first])}"
-            node.col_offset, node.end_col_offset = places[first], places[last - 1] + 1
-    return tree
+        if not isinstance(node, ast.expr):
+            continue
+        node.col_offset, node.end_col_offset = places[node.col_offset], places[(node.end_col_offset or 1) - 1] + 1
+        if isinstance(node, ast.Constant) and type(node.value) in {int, float}:
+            node.value = spans.get(node.col_offset, node.value)
+            if not _finite(node.value):
+                raise Mistake("too_large", node.col_offset, node.end_col_offset, "1e15")
+    return tree  # type: ignore[no-any-return]
 
 
-def _float(value: Any, at: int, end: int) -> float:
+def _finite(number: Any) -> bool:
     try:
-        number = float(value)
+        return isfinite(number)
     except OverflowError:
-        number = float("inf")
-    if number == float("inf"):
-        raise Mistake("too_large", at, end, fix="1e15")
-    return number
+        return False
 
 
-def _near_expression(source: str) -> str | None:
-    """Return what was probably meant by a text that is not an expression."""
-    words = {"minutes": "m", "minute": "m", "min": "m", "seconds": "s", "sec": "s", "hours": "h", "hour": "h",
-             "دقیقه": "m", "ثانیه": "s", "ساعت": "h"}  # fmt: skip
-    near = re.sub(rf"(\d+)\s*({'|'.join(words)})\b", lambda found: found[1] + words[found[2]], source)
-    for wrong, right in ((r"\bAND\b|&&|&", "and"), (r"\bOR\b|\|\||\|", "or"), (r"=>", ">="), (r"=<", "<="),
-                         (r"<>", "!="), (r"(?<![<>=!])=(?!=)", "=="), (r"(?<=\d)\s*[%٪]", ""),
-                         (r"(?<=\d),(?=\d{3}\b)", "_"),
-                         (r"\b0+(?=\d)", "")):  # fmt: skip
-        near = re.sub(wrong, right, near)
-    near += ")" * (near.count("(") - near.count(")"))
-    try:
-        ast.parse(DURATION.sub(lambda found: "_" * len(found[0]), near), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return near if near != source else None
+class _Expand(ast.NodeTransformer):
+    """Puts what names stand for in their place; the positions are those of the use. A table's columns get braces."""
 
-
-class Expand(ast.NodeTransformer):
-    """Puts what names stand for in their place; the positions are those of the use."""
-
-    def __init__(self, lets: Mapping[str, ast.expr]) -> None:
-        self._lets, self.size = lets, 0
+    def __init__(self, names: Mapping[str, ast.expr], table: Sequence[str]) -> None:
+        self._names, self._table, self._size, self._open = names, table, 0, list[str]()
 
     def visit(self, node: ast.AST) -> Any:
-        self.size += 1
-        if self.size > LARGEST:
-            raise Mistake("too_long", getattr(node, "col_offset", 0), most=LARGEST)
+        self._size += 1
+        if self._size > LARGEST:
+            raise Mistake(
+                "too_long", getattr(node, "col_offset", 0), getattr(node, "end_col_offset", None), most=LARGEST
+            )
         return super().visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id.startswith("\0"):
-            return ast.copy_location(ast.Constant(Span(node.id[1:])), node)
-        found = self._lets.get(node.id)
-        if found is None:
+        if node.id in self._open:
+            raise Mistake("let_circle", node.col_offset, node.end_col_offset, "1", name=node.id)
+        if node.id in self._table:
+            return ast.copy_location(ast.Name(f"{{{node.id}}}"), node)
+        if node.id not in self._names:
             return node
-        tree = copy.deepcopy(found)
+        self._open.append(node.id)
+        tree: ast.expr = self.visit(copy.deepcopy(self._names[node.id]))
+        self._open.pop()
         for each in ast.walk(tree):
-            self.size += 1
             if isinstance(each, ast.expr):
                 ast.copy_location(each, node)
         return tree
@@ -305,27 +273,25 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 
 def fold(tree: ast.expr) -> float | None:
     """Return the value of an expression of numbers only; None if it is not one, or unknown."""
+    value = nan
     match tree:
-        case ast.Constant(value=Number() as number):
-            return float(number)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = fold(operand)
-            return None if value is None else -value
+        case ast.Constant(value=number) if type(number) in {int, float}:
+            value = float(number)  # type: ignore[arg-type]
+        case ast.UnaryOp(op=ast.USub(), operand=operand) if (x := fold(operand)) is not None:
+            value = -x
         case ast.BinOp(left=left, op=op, right=right) if type(op).__name__ in ARITHMETIC:
             x, y = fold(left), fold(right)
-            if x is None or y is None or (isinstance(op, ast.Div) and y == 0):
-                return None
-            with np.errstate(all="ignore"):
-                value = float(ARITHMETIC[type(op).__name__](x, y))
-            return value if abs(value) < float("inf") else None
-    return None
+            if x is not None and y is not None:
+                with np.errstate(all="ignore"):
+                    value = float(ARITHMETIC[type(op).__name__](x, y))
+    return value if isfinite(value) else None
 
 
 def fill(text: str, numbers: Mapping[str, float]) -> str:
     """Return a text with the numbers of a table's row in the places of its columns."""
     if "{" not in text:
         return text
-    return re.sub(r"\{(\w+)\}", lambda found: f"{numbers.get(found[1], float('nan')):.15g}", text)
+    return re.sub(r"\{(\w+)\}", lambda found: f"{numbers.get(found[1], nan):.15g}", text)
 
 
 class Compiler:
@@ -339,39 +305,31 @@ class Compiler:
         self, scope: Scope, lets: Mapping[str, ast.expr], table: Sequence[str], needs: Needs, members: str = ""
     ) -> None:
         self._scope, self._needs, self._members, self._table = scope, needs, members, table
-        self._aliases = BUILT_IN if scope != "feed" else {}
-        self._lets = lets
-        self._inside = self._deep = False
-        self._literal = scope != "instrument"
+        self._names = {**({} if scope == "feed" else BUILT_IN), **lets}
+        self._inside = False  # of what a market rule counts
+        self._deep = False  # in what is looked back at: its numbers stay in its key, as its past is kept under it
         self.numbers: list[float | str] = []
 
-    def __call__(self, tree: ast.expr, kinds: Iterable[Kind] | None = None) -> Expression:
+    def __call__(self, tree: ast.expr, kinds: Sequence[Kind]) -> Expression:
         """Compile a tree; raise Mistake."""
         self._sides: dict[str, Side] = {}
-        self._inside = False
+        self._inside = self._deep = False
         try:
-            # Named expressions may hold aliases, which are expanded after them.
-            whole = Expand(self._aliases).visit(Expand(self._lets).visit(copy.deepcopy(tree)))
-            node = self._want(whole, *kinds) if kinds else self._node(whole)
+            whole = _Expand(self._names, self._table).visit(copy.deepcopy(tree))
+            node = self._want(whole, *kinds)
         except RecursionError:
-            raise Mistake("too_deep", 0, None) from None
-        return Expression(node, self._text(whole), tuple(self._sides.values()), whole)
+            raise Mistake("too_deep") from None
+        return Expression(node, ast.unparse(whole), tuple(self._sides.values()), whole)
 
-    def _text(self, tree: ast.expr) -> str:
-        if self._table:
-            tree = copy.deepcopy(tree)
-            for each in ast.walk(tree):
-                if isinstance(each, ast.Name) and each.id in self._table:
-                    each.id = f"{{{each.id}}}"
-        return ast.unparse(tree)
-
-    def _wrong(self, text: str, tree: ast.expr, fix: str | None = None, **values: Any) -> Mistake:
+    @staticmethod
+    def _wrong(text: str, tree: ast.expr, fix: str | None = None, **values: Any) -> Mistake:
         return Mistake(text, tree.col_offset, tree.end_col_offset, fix, **values)
 
     def _want(self, tree: ast.expr, *kinds: Kind) -> Node:
         node = self._node(tree)
         if node.kind not in kinds:
-            raise self._wrong("kind", tree, _as_kind(tree, kinds[0], node.kind), wanted=kinds[0], found=node.kind)
+            fix = f"{ast.unparse(tree)} > 0" if (kinds[0], node.kind) == ("truth", "number") else OF_KIND[kinds[0]]
+            raise self._wrong("kind", tree, fix, wanted=kinds[0], found=node.kind)
         return node
 
     def _node(self, tree: ast.expr) -> Node:
@@ -401,12 +359,13 @@ class Compiler:
                 return self._call(tree, name, args)
         raise self._wrong("not_part", tree, what=type(tree).__name__)
 
-    def _number(self, number: float) -> Node:
-        if self._literal:
-            return Node("number", repr(number), lambda _: number, number, fixed=True)
+    def _number(self, number: float | str) -> Node:
+        constant = None if isinstance(number, str) else number
+        if constant is not None and (self._deep or self._scope != "instrument"):
+            return Node("number", repr(number), lambda _: number, constant, fixed=True)
         self.numbers.append(number)
         k = len(self.numbers) - 1
-        return Node("number", f"${k}", lambda v: v.numbers[k], number, fixed=True)
+        return Node("number", f"${k}", lambda v: v.numbers[k], constant, fixed=True)
 
     def _name(self, tree: ast.Name, name: str) -> Node:
         if self._scope == "feed":
@@ -415,17 +374,15 @@ class Compiler:
                 return Node("state", name, lambda _: code, code, fixed=True)
             if name in {"feed_state", "silent"}:
                 return Node("state" if name == "feed_state" else "time", name, lambda v: v.column(name))
-            raise self._unknown("name", tree, name, ["feed_state", "silent", *STATES, *self._lets])
-        if name in self._table:
-            if self._literal:
-                raise self._wrong("table_in_past", tree, name=name)
-            self.numbers.append(name)
-            k = len(self.numbers) - 1
-            return Node("number", f"${k}", lambda v: v.numbers[k], fixed=True)
+            raise self._unknown("name", tree, name, ["feed_state", "silent", *STATES, *self._names])
+        if name.startswith("{"):
+            if self._deep or self._scope != "instrument":
+                raise self._wrong("table_in_past", tree, name=name.strip("{}"))
+            return self._number(name.strip("{}"))
         if name != "quiet" and name not in COLUMNS:
             if name in FUNCTIONS:
-                raise self._wrong("brackets", tree, _example(name), name=name)
-            raise self._unknown("name", tree, name, ["quiet", *COLUMNS, *ALIASES, *self._table, *self._lets])
+                raise self._wrong("brackets", tree, FUNCTIONS[name], name=name)
+            raise self._unknown("name", tree, name, ["quiet", *COLUMNS, *self._names, *self._table])
         if self._scope == "market" and not self._inside:
             raise self._wrong("of_one_instrument", tree, f"total({name})", name=name)
         if name == "quiet":
@@ -438,26 +395,25 @@ class Compiler:
     def _unknown(self, what: str, tree: ast.expr, name: str, known: Sequence[str]) -> Mistake:
         if what == "name" and NOT_SENT.fullmatch(name):
             return self._wrong("not_sent", tree, name=name)
-        near = get_close_matches(name, known, 1, 0.5)
-        at, end = tree.col_offset, tree.col_offset + len(name) if what == "function" else tree.end_col_offset
-        return Mistake(f"unknown_{what}", at, end, near[0] if near else None, name=name, known=", ".join(known))
+        fix = next(iter(get_close_matches(name, known, 1, 0.5)), None)
+        end = tree.col_offset + len(name) if what == "function" else tree.end_col_offset
+        return Mistake(f"unknown_{what}", tree.col_offset, end, fix, name=name, known=", ".join(known))
 
     def _side(self, tree: ast.expr, node: Node) -> None:
         if not (node.fixed or self._inside or self._deep or node.kind == "state"):
-            text = self._text(tree)
+            text = ast.unparse(tree)
             self._sides.setdefault(text, Side(text, node, tree))
 
     def _compared(self, tree: ast.expr, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Node:
         name = type(op).__name__
         if name in {"In", "NotIn"} and isinstance(right, ast.Tuple | ast.List | ast.Set) and right.elts:
-            ones = [self._compared(tree, left, ast.Eq(), one) for one in right.elts]
-            found = _joined(ones, every=False)
+            found = _joined([self._compared(tree, left, ast.Eq(), one) for one in right.elts], every=False)
             return found if name == "In" else Node("truth", f"not {found.key}", lambda v: found.run(v)[::-1])
         if name not in COMPARISONS:
             raise self._wrong("not_part", tree, what=name)
         x, y = self._want(left, "number", "time", "state"), self._node(right)
         if x.kind != y.kind:
-            raise self._wrong("compared", right, _as_kind(right, x.kind, y.kind), left=x.kind, right=y.kind)
+            raise self._wrong("compared", right, OF_KIND[x.kind], left=x.kind, right=y.kind)
         if x.kind == "state" and name not in {"Eq", "NotEq"}:
             raise self._wrong("no_order", tree, f"{ast.unparse(left)} == {ast.unparse(right)}")
         self._side(left, x)
@@ -473,10 +429,9 @@ class Compiler:
             raise self._unknown("function", tree, name, [*FUNCTIONS])
         if self._scope == "feed" and name not in {"abs", "min", "max"}:
             raise self._wrong("not_for_feed", tree, name=name)
-        if len(args) != FUNCTIONS[name] and not (name in {"min", "max"} and len(args) > 2):
-            raise self._wrong(
-                "arguments", tree, _example(name, args), name=name, count=FUNCTIONS[name], given=len(args)
-            )
+        count = FUNCTIONS[name].count(",") + 1
+        if len(args) != count and not (name in {"min", "max"} and len(args) > 2):
+            raise self._wrong("arguments", tree, FUNCTIONS[name], name=name, count=count, given=len(args))
         if name in MARKET:
             return self._market(tree, name, args[0])
         if name == "abs":
@@ -486,12 +441,12 @@ class Compiler:
             xs, f = [self._want(arg, "number") for arg in args], np.minimum if name == "min" else np.maximum
             key = f"{name}({[each.key for each in xs]})"
             return Node("number", key, lambda v: reduce(f, [o.run(v) for o in xs]), fixed=all(o.fixed for o in xs))
-        if name in {"crossed_up", "crossed_down"}:
-            return self._crossed(args[0], args[1], name)
-        if name == "percent" and not isinstance(args[1], ast.Constant) and self._kind(args[1]) == "number":
+        if name == "percent" and not (isinstance(args[1], ast.Constant) and isinstance(args[1].value, Span)):
             x, y = self._want(args[0], "number"), self._want(args[1], "number")
             return Node("number", f"percent({x.key}, {y.key})", lambda v: percent(x.run(v), y.run(v)))
         x = self._past(args[0])
+        if name in {"crossed_up", "crossed_down"}:
+            return self._crossed(x, args[0], args[1], name)
         if name == "before":
             return self._before(x)
         if name == "annulled":
@@ -512,49 +467,45 @@ class Compiler:
             return Node("truth", f"stepped({x.key}, {n.key})", stepped, momentary=True)
         return self._window(x, args[1], name)
 
-    def _kind(self, tree: ast.expr) -> Kind:
-        """Return the kind of an expression without a trace of having looked."""
-        numbers, sides = [*self.numbers], {**self._sides}
-        kind = self._node(tree).kind
-        self.numbers[:], self._sides = numbers, sides
-        return kind
-
     def _past(self, tree: ast.expr) -> Node:
-        """Compile what is looked back at: its numbers stay in its key, as its past is kept under it."""
-        literal, self._literal, deep, self._deep = self._literal, True, self._deep, True
+        """Compile what is looked back at."""
+        deep, self._deep = self._deep, True
         try:
             return self._want(tree, "number")
         finally:
-            self._literal, self._deep = literal, deep
+            self._deep = deep
 
     def _window(self, x: Node, tree: ast.expr, name: str) -> Node:
         window = self._want(tree, "time")
-        if not window.constant or window.constant <= 0:
+        if not window.constant:
             raise self._wrong("window", tree, "5m")
-        ms, key = int(window.constant), f"{name}({x.key}, {window.key})"
-        if name in {"highest", "lowest", "mean"}:
-            return self._history(key, x, lambda v, m: v.over(m, ms, name))
+        ms, key, members = int(window.constant), f"{name}({x.key}, {window.key})", self._members_of()
+        self._needs.window = max(self._needs.window, ms)
+        if x.key not in COLUMNS:
+            self._needs.past.setdefault(x.key, Past(x, members))
         if name == "pace":
-            return self._history(key, x, lambda v, m: v.pace(m, ms))
-        ago = self._history(f"ago({x.key}, {window.key})", x, lambda v, m: v.ago(m, ms))
-        match name:
-            case "ago":
-                return ago
-            case "change":
-                return Node("number", key, lambda v: x.run(v) - ago.run(v))
-        return Node("number", key, lambda v: percent(x.run(v), ago.run(v)))
+            self._needs.firsts.add(x.key)
+            return Node("number", key, lambda v: v.shared(key, members, lambda w: w.pace(x.key, ms)))
+        if name in {"highest", "lowest", "mean"}:
+            return Node("number", key, lambda v: v.shared(key, members, lambda w: w.over(x.key, ms, name)))
+        past = f"ago({x.key}, {window.key})"
+        ago = Node("number", past, lambda v: v.shared(past, members, lambda w: w.ago(x.key, ms)))
+        if name == "ago":
+            return ago
+        work = percent if name == "percent" else np.subtract
+        return Node("number", key, lambda v: work(x.run(v), ago.run(v)))
 
-    def _crossed(self, left: ast.expr, right: ast.expr, name: str) -> Node:
-        x, y = self._past(left), self._want(right, "number")
+    def _crossed(self, x: Node, left: ast.expr, right: ast.expr, name: str) -> Node:
+        y = self._want(right, "number")
         if not y.fixed:
             y = self._past(right)
         self._side(left, x)
         self._side(right, y)
         x0, y0 = self._earlier(x), self._earlier(y)
-        far, near = ("Lt", "GtE") if name == "crossed_up" else ("Gt", "LtE")
+        far, close = ("Lt", "GtE") if name == "crossed_up" else ("Gt", "LtE")
 
         def crossed(v: Any) -> Any:
-            then, now = compare(far, x0.run(v), y0.run(v)), compare(near, x.run(v), y.run(v))
+            then, now = compare(far, x0.run(v), y0.run(v)), compare(close, x.run(v), y.run(v))
             return then[0] & now[0], then[1] | now[1]
 
         return Node("truth", f"{name}({x.key}, {y.key})", crossed, momentary=True)
@@ -574,13 +525,6 @@ class Compiler:
 
     def _members_of(self) -> str | None:
         return self._members if self._scope == "market" and not self._inside else None
-
-    def _history(self, key: str, x: Node, f: Callable[[Any, Any], Any]) -> Node:
-        """Return a node that reads the past of x, which the board keeps; shared by all rules."""
-        members = self._members_of()
-        if x.key not in COLUMNS:
-            self._needs.past.setdefault(x.key, Past(x, members))
-        return Node("number", key, lambda v: v.shared(key, members, lambda w: f(w, w.matrix(x.key))))
 
     def _market(self, tree: ast.expr, name: str, arg: ast.expr) -> Node:
         if self._scope != "market" or self._inside:
@@ -619,70 +563,36 @@ def _joined(parts: list[Node], *, every: bool) -> Node:
     return Node("truth", key, run, momentary=moment)
 
 
-def _as_kind(tree: ast.expr, wanted: Kind, found: Kind) -> str | None:
-    """Return an example of how an expression of the wrong kind may have been meant."""
-    match wanted, found:
-        case "truth", "number":
-            return f"{ast.unparse(tree)} > 0"
-        case "truth", "time":
-            return f"{ast.unparse(tree)} >= 10m"
-        case "time", "number" if (number := fold(tree)) is not None:
-            return f"{number:.0f}m"
-        case "number", "time" if isinstance(tree, ast.Constant) and isinstance(tree.value, Span):
-            return f"{tree.value / 60_000:.0f}"
-    return None
-
-
-def _example(name: str, args: Sequence[ast.expr] = ()) -> str:
-    """Return a call of a function that is right, with the values given as far as they go."""
-    given = [ast.unparse(arg) for arg in args]
-    usual = ["last_price > previous_close" if name in {"count", "share"} else "last_price"]
-    if FUNCTIONS[name] == 2:
-        second = {"crossed_up": "5_000", "crossed_down": "5_000", "min": "closing_price", "max": "closing_price",
-                  "stepped": "100"}  # fmt: skip
-        usual.append(second.get(name, "5m"))
-    return f"{name}({', '.join((given + usual[len(given) :])[: FUNCTIONS[name]])})"
-
-
 def overlap(when: ast.expr, until: ast.expr) -> str | None:
     """Return a quantity for which values exist that make both `when` and `until` true; None if none is seen.
 
     Seen are comparisons of one quantity with numbers, joined by `and` in `when`, by `or` in `until`.
     """
-    wanted: dict[str, tuple[float, bool, float, bool]] = {}
-    for text, found in limits(when, ast.And):
-        wanted[text] = _both(wanted[text], found) if text in wanted else found
-    for text, found in limits(until, ast.Or):
-        if text in wanted:
-            low, low_in, high, high_in = _both(wanted[text], found)
-            if low < high or (low == high and low_in and high_in):
-                return text
+    wanted: dict[str, tuple[float, float]] = {}
+    for text, low, high in limits(when, ast.And):
+        a, b = wanted.get(text, (-inf, inf))
+        wanted[text] = max(a, low), min(b, high)
+    for text, low, high in limits(until, ast.Or):
+        a, b = wanted.get(text, (inf, -inf))
+        if max(a, low) <= min(b, high):
+            return text
     return None
 
 
-def _both(a: tuple[float, bool, float, bool], b: tuple[float, bool, float, bool]) -> tuple[float, bool, float, bool]:
-    low, low_out = max((a[0], not a[1]), (b[0], not b[1]))
-    high, high_in = min((a[2], a[3]), (b[2], b[3]))
-    return low, not low_out, high, high_in
-
-
-def limits(tree: ast.expr, joined: type[ast.boolop]) -> Iterator[tuple[str, tuple[float, bool, float, bool]]]:
-    """Yield each quantity that a comparison limits, and its limits: low, itself allowed, high, itself allowed."""
-    most = float("inf")
+def limits(tree: ast.expr, joined: type[ast.boolop]) -> Iterator[tuple[str, float, float]]:
+    """Yield each quantity that a comparison limits, with its lowest and highest value."""
     if isinstance(tree, ast.BoolOp) and isinstance(tree.op, joined):
         for value in tree.values:
             yield from limits(value, joined)
     elif isinstance(tree, ast.Compare) and len(tree.ops) == 1:
         op, left, right = type(tree.ops[0]).__name__, tree.left, tree.comparators[0]
-        x, y = _fixed(left), _fixed(right)
-        if x is not None and y is None:
-            turned = {"Lt": "Gt", "LtE": "GtE", "Gt": "Lt", "GtE": "LtE"}
-            op, left, y, x = turned.get(op, op), right, x, None
-        if x is None and y is not None:
-            allowed = {"Lt": (-most, False, y, False), "LtE": (-most, False, y, True), "Gt": (y, False, most, False),
-                      "GtE": (y, True, most, False), "Eq": (y, True, y, True)}  # fmt: skip
-            if op in allowed:
-                yield ast.unparse(left), allowed[op]
+        if _fixed(left) is not None:
+            op = {"Lt": "Gt", "LtE": "GtE", "Gt": "Lt", "GtE": "LtE"}.get(op, op)
+            left, right = right, left
+        number = _fixed(right)
+        if number is not None and op in COMPARISONS - {"NotEq"}:
+            low = {"Gt": nextafter(number, inf), "GtE": number, "Eq": number}.get(op, -inf)
+            yield ast.unparse(left), low, {"Lt": nextafter(number, -inf), "LtE": number, "Eq": number}.get(op, inf)
 
 
 def _fixed(tree: ast.expr) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from math import isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bourse_consumers.alerts.expressions import STATES, Expression, Kind, Number, Side, Span
-from bourse_consumers.alerts.words import WORDS
+from bourse_consumers.alerts.expressions import STATES, Expression, Kind, Side, Span
 
 __all__ = [
     "FIELDS",
@@ -33,6 +34,7 @@ UNKNOWN = "–"
 PERSIAN = str.maketrans("0123456789,.%", "۰۱۲۳۴۵۶۷۸۹٬٫٪")
 LRI, PDI = "\u2066", "\u2069"
 UNITS = {"fa": ("ساعت", "دقیقه", "ثانیه"), "en": ("h", "min", "s")}
+WORDS: dict[str, Any] = tomllib.loads((files("bourse_consumers.alerts") / "words.toml").read_text("utf-8"))
 COLUMNS: dict[str, dict[str, str]] = WORDS["columns"]
 FUNCTIONS: dict[str, dict[str, str]] = WORDS["functions"]
 SIGNS = {"Lt": "<", "LtE": "≤", "Gt": ">", "GtE": "≥", "Eq": "=", "NotEq": "≠", "Add": "+", "Sub": "−", "Mult": "×",
@@ -113,8 +115,8 @@ def describe(tree: ast.expr, language: str) -> str:
             return COLUMNS[name][language]
         case ast.Constant(value=Span() as ms):
             return _duration(int(ms), language)
-        case ast.Constant(value=Number() as number):
-            return show(float(number), "number", "", language)
+        case ast.Constant(value=number) if type(number) in {int, float}:
+            return show(float(number), "number", "", language)  # type: ignore[arg-type]
         case ast.Call(func=ast.Name(id="percent"), args=[x, y]) if not isinstance(y, ast.Constant):
             return FUNCTIONS["percent of"][language].format(words(x), words(y))
         case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTIONS:
@@ -128,7 +130,7 @@ def describe(tree: ast.expr, language: str) -> str:
             return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
         case ast.BoolOp(op=op, values=values):
             return f" {SIGNS[type(op).__name__][n]} ".join(words(each) for each in values)
-    return ast.unparse(tree)
+    return ast.unparse(tree).strip("{}")
 
 
 def quantity(side: Side, value: float | None, language: str) -> str:

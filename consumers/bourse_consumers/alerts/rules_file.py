@@ -8,25 +8,21 @@ import keyword
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from bourse_consumers.alerts import messages
 from bourse_consumers.alerts.expressions import (
-    ALIASES,
-    COLUMNS,
-    FUNCTIONS,
     PLAIN,
-    STATES,
+    RESERVED,
     Compiler,
-    Expand,
     Expression,
-    Mistake,
+    Kind,
     Needs,
     Scope,
     overlap,
@@ -34,8 +30,8 @@ from bourse_consumers.alerts.expressions import (
     span,
 )
 from bourse_consumers.alerts.rule import CODE, MARKETS, Match, Rule, Table, form
-from bourse_consumers.alerts.words import WORDS, WRITE, explain
-from bourse_consumers.yaml_file import LARGEST, Document, entries, pointed
+from bourse_consumers.mistakes import Mistake, explain, near
+from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, pointed, printable
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Severity, tidy
 
@@ -44,458 +40,342 @@ __all__ = ["RuleFiles", "compile_rule", "load", "strangers"]
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)")
 DAY_MS = 86_400_000
 LONGEST_TEXT, LONGEST_NAME = 4_000, 100
-SEVERITIES = ("info", "warning", "critical")
-RESERVED = {*COLUMNS, *ALIASES, *FUNCTIONS, *STATES, "quiet", "silent", "feed_state"}
-# What a corrected line has if nothing better is known.
-EXAMPLES = WORDS["examples"]
+EMPTY: dict[str, Any] = {}
 
 
-def compile_rule(when: str, scope: Any = "instrument", **given: Any) -> Rule:
+def compile_rule(when: str, scope: Scope = "instrument", **given: Any) -> Rule:
     """Return a rule of one expression; raise Mistake. Rules of files are made by `load`."""
-    needs = Needs()
-    compiler = Compiler(scope, {}, (), needs, "one" if scope == "market" else "")
+    needs, members = Needs(), "one" if scope == "market" else ""
+    compiler = Compiler(scope, {}, (), needs, members)
     expression = compiler(parse(when), ["truth"])
+    numbers = tuple(compiler.numbers)
     return Rule(
-        "try", expression, scope=scope, needs=needs, numbers=tuple(compiler.numbers), places=len(compiler.numbers),
-        members="one" if scope == "market" else "", **given,
-    )  # fmt: skip
+        "try", expression, scope=scope, needs=needs, numbers=numbers, places=len(numbers), members=members, **given
+    )
 
 
-@dataclass
+# --- values of keys ---------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, most: int = LONGEST_TEXT) -> str:
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise Mistake("text")
+    if len(str(value)) > most:
+        raise Mistake("long_text", 0, 1, most=most)
+    return str(value)
+
+
+def _name(value: str) -> str:
+    if "/" in value or len(value) > LONGEST_NAME:
+        raise Mistake("name", fix=value.replace("/", "-")[:LONGEST_NAME])
+    return value
+
+
+def _many(value: Any) -> Any:
+    if value == []:
+        raise Mistake("names_nothing")
+    return value if isinstance(value, list) else [value]
+
+
+def _duration(value: Any) -> int:
+    ms = span(text := _text(value))
+    if ms is None:
+        raise Mistake("duration", fix=near("duration", text.translate(PLAIN).strip(), span))
+    if ms > DAY_MS:
+        raise Mistake("long_duration")
+    return int(ms)
+
+
+def _day_hours(text: str) -> tuple[int, int] | None:
+    found = HOURS.fullmatch(text)
+    low, high = [(int(found[n]) * 60 + int(found[n + 1])) * 60_000 for n in (1, 3)] if found else (0, 0)
+    return (low, high) if low < high <= DAY_MS else None
+
+
+def _hours(value: Any) -> tuple[int, int]:
+    text = _text(value).translate(PLAIN).strip()
+    found = _day_hours(text)
+    if found is None:
+        raise Mistake("hours", fix=near("hours", text, _day_hours))
+    return found
+
+
+def _code(text: str) -> str:
+    if not CODE.fullmatch(form(text)):
+        raise Mistake("code")
+    return form(text)
+
+
+def _channel(name: str, info: ValidationInfo[Any]) -> str:
+    known = info.context.channels
+    if known is not None and name not in known:
+        fix = next(iter([*get_close_matches(name, known, 1), *known]), None)
+        raise Mistake("channel", fix=fix, name=name, known=", ".join(known))
+    return name
+
+
+def _message(value: Any) -> Any:
+    """Return a message per language and state."""
+    if isinstance(value, dict) and value.keys() & {*messages.LANGUAGES}:
+        return {key: _states(each) for key, each in value.items()}
+    return dict.fromkeys(messages.LANGUAGES, _states(value))
+
+
+def _states(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"firing": value, "resolved": value}
+
+
+def _parsed(value: Any) -> ast.expr:
+    return parse(_text(value))
+
+
+def _pieces(value: Any) -> Any:
+    text = _text(value)
+    try:
+        return messages.split(text)
+    except ValueError as error:
+        at = int(error.args[0])
+        raise Mistake("brace", at, at + 1, text[at] * 2) from None
+
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], BeforeValidator(_many)]
+Text = Annotated[str, BeforeValidator(_text)]
+Duration = Annotated[int, BeforeValidator(_duration)]
+Tree = Annotated[ast.expr, BeforeValidator(_parsed)]
+Pieces = Annotated[Any, BeforeValidator(_pieces)]
+
+
+class _Match(Strict):
+    instruments: Many[Annotated[Text, AfterValidator(_code)]] = ()
+    symbols: Many[Annotated[Text, AfterValidator(form)]] = ()
+    patterns: Many[Annotated[str, BeforeValidator(partial(_text, most=LONGEST_NAME)), AfterValidator(form)]] = ()
+    lists: Many[Annotated[Any, BeforeValidator(lambda name, info: info.context.names(name))]] = ()
+    market: Many[Literal["bourse", "farabourse", "base", "rights", "funds"]] = ()
+    rights: bool | None = None
+    table: Annotated[Table, BeforeValidator(lambda name, info: info.context.table(name))] = Table()
+
+
+class _States(Strict):
+    firing: Pieces
+    resolved: Pieces = None
+
+
+class _Message(Strict):
+    fa: _States | None = None
+    en: _States | None = None
+
+
+class _Common(Strict):
+    hold: Duration = Field(default=0, alias="for")
+    cooldown: Duration = 0
+    once: bool = False
+    active: Annotated[tuple[int, int], BeforeValidator(_hours)] | None = None
+    match: _Match | None = None
+    excluded: _Match | None = Field(default=None, alias="except")
+    severity: Literal["info", "warning", "critical"] = "info"
+    labels: dict[str, Text] | None = None
+    notify: Many[Annotated[Text, AfterValidator(_channel)]] = ()
+    message: Annotated[_Message, BeforeValidator(_message)] | None = None
+
+
+class _Rule(_Common):
+    name: Annotated[Text, AfterValidator(_name)] | None = None
+    title: Text | None = None
+    when: Tree | None = None
+    until: Tree | None = None
+    scope: Scope = "instrument"
+    let: dict[str, Any] = EMPTY
+
+
+class _Head(Strict):
+    version: Literal[1] | None = None
+    defaults: _Common = _Common()
+    let: dict[str, Any] = EMPTY
+    rules: tuple[Any, ...] = ()
+
+
+def _given(model: Strict | None) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in model.model_fields_set} if model else {}
+
+
+def _matched(*given: _Match | None) -> tuple[Match, Table]:
+    """Return what the last of the given ones say per key."""
+    found = _Match.model_construct(**{key: value for each in given for key, value in _given(each).items()})
+    named = {*(name for names in found.lists for name in names), *found.table.rows}
+    codes = {name for name in named if CODE.fullmatch(name)}
+    markets = tuple(letters for market in found.market for letters in MARKETS[market])
+    return Match(
+        frozenset({*found.instruments, *codes}), frozenset({*found.symbols, *named - codes}), tuple(found.patterns),
+        markets, found.rights,
+    ), found.table  # fmt: skip
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
 class _Reader:
-    """Reads one file of rules. `depends` are the other files it was made of."""
+    """Reads one file of rules. `depends` are the other files it was made of, `wrong` the mistakes in those."""
 
-    document: Document
-    language: str
-    channels: Sequence[str] | None
-    depends: list[Path] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    def __init__(self, document: Document, language: str, channels: Sequence[str] | None) -> None:
+        self.document, self.language, self.channels = document, language, channels
+        self.depends: list[Path] = []
+        self.wrong: list[str] = []
 
-    def mistake(
-        self, node: Any, text: str, at: int = 0, end: int | None = None, fix: str | None = None, *, key: str = "",
-        prefix: str = "", example: str | None = None, **values: Any,
-    ) -> None:  # fmt: skip
-        """Add a mistake in a node; without a better one the corrected line has the key's example."""
-        whole = None if fix is not None else example or EXAMPLES.get(key)
-        if whole is not None and getattr(node, "style", None):
-            whole = whole.strip('"')
-        self.document.mistake(node, prefix + explain(text, self.language, fix, **values), at, end, fix=fix, whole=whole)
+    def names(self, name: Any) -> list[str]:
+        """Return the codes and symbols of a list, a line each."""
+        names = [text for line in self._lines(name)[1] if (text := line.partition("#")[0].strip())]
+        if not names:
+            raise Mistake("names_nothing")
+        return [*map(form, names)]
 
-    # --- mappings -----------------------------------------------------------------------------------------------------
+    def table(self, name: Any) -> Table:
+        """Return a table."""
+        table, wrong = read_table(*self._lines(name), self.language)
+        self.wrong += wrong
+        return table
 
-    def keys(self, node: Any, known: Mapping[str, Callable[[Any], Any]], what: str, key: str = "") -> dict[str, Any]:
-        """Return the values of a mapping by its keys, each as its reader returns it."""
-        if not isinstance(node, yaml.MappingNode):
-            self.mistake(node, "mapping", key=key, what=what)
-            return {}
-        found: dict[str, Any] = {}
-        own = {id(key_node) for key_node, _ in node.value}
-        before: Any = None
-        last: Any = None
-        for key_node, value in entries(node):
-            name = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
-            before, last = last, (name, value)
-            if name in known:
-                if name in found and id(key_node) in own:
-                    self.mistake(key_node, "twice", fix=f"# {name}", name=name)
-                found[name] = known[name](value)
-            elif node.flow_style and ")" in name and before is not None:
-                self.document.unquoted(before[1], key_node, explain("comma", self.language))
-                found[before[0]] = None
-            else:
-                near = next(iter(get_close_matches(name, known, 1)), None)
-                self.mistake(
-                    key_node, "unknown_key", fix=near, example="# " + name, what=what, name=name, known=", ".join(known)
-                )
-        return found
-
-    def text(self, node: Any, key: str = "", most: int = LONGEST_TEXT) -> str | None:
-        """Return a scalar as it was written."""
-        if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
-            self.mistake(node, "text", key=key)
-            return None
-        if len(node.value) > most:
-            self.mistake(node, "long_text", 0, 1, key=key, most=most)
-            return None
-        return str(node.value)
-
-    def texts(self, node: Any, key: str) -> list[tuple[Any, str]]:
-        """Return a scalar or the scalars of a list, with their nodes."""
-        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not nodes:
-            self.mistake(node, "names_nothing", example=f"[{EXAMPLES.get(key, '…')}]")
-        return [(each, text) for each in nodes if (text := self.text(each, key)) is not None]
-
-    def one_of(self, key: str, *known: str) -> Callable[[Any], str | None]:
-        def read(node: Any) -> str | None:
-            text = (self.text(node, key) or known[0]).strip()
-            if text in known:
-                return text
-            near = next(iter(get_close_matches(text.lower(), known, 1, 0.5)), known[0])
-            self.mistake(node, "one_of", fix=near, known=", ".join(known))
-            return None
-
-        return read
-
-    def span(self, node: Any, key: str) -> int:
-        text = self.text(node, key) or "1s"
-        ms = span(text)
-        if ms is None:
-            clock = re.fullmatch(r"(\d{1,2}):([0-5]\d)", text)
-            number = re.fullmatch(r"0*(\d{1,5})\s*(m|min|minutes?|دقیقه)?", text.translate(PLAIN))
-            near = f"{clock[1]}m{clock[2]}s" if clock else f"{number[1]}m" if number else None
-            self.mistake(node, "duration", fix=near, key=key)
-        elif ms > DAY_MS:
-            self.mistake(node, "long_duration", key=key)
-        return ms or 0
-
-    def hours(self, node: Any) -> tuple[int, int]:
-        text = (self.text(node, "active") or "00:00-24:00").translate(PLAIN).strip()
-        found = HOURS.fullmatch(text)
-        low, high = (0, 0) if not found else (_ms(found[1], found[2]), _ms(found[3], found[4]))
-        if low >= high or high > DAY_MS:
-            near = re.fullmatch(r"(\d{1,2}):(\d\d)\s*(?:-|to|تا)\s*(\d{1,2}):(\d\d)", text)
-            fix = f"{near[1]:0>2}:{near[2]}-{near[3]:0>2}:{near[4]}" if near else None
-            good = fix is not None and fix != text and HOURS.fullmatch(fix)
-            self.mistake(node, "hours", fix=fix if good else None, key="active")
-        return low, high
-
-    def labels(self, node: Any) -> dict[str, str]:
-        if not isinstance(node, yaml.MappingNode):
-            self.mistake(node, "mapping", key="labels", what="labels")
-            return {}
-        pairs = [(self.text(key), self.text(value)) for key, value in entries(node)]
-        return {key: value for key, value in pairs if key is not None and value is not None}
-
-    def notify(self, node: Any) -> list[str]:
-        found = self.texts(node, "notify")
-        for each, name in found if self.channels is not None else ():
-            known = self.channels or ()
-            if name not in known:
-                near = next(iter(get_close_matches(name, known, 1)), None)
-                self.mistake(
-                    each, "channel", fix=near, example=next(iter(known), "…"), name=name, known=", ".join(known)
-                )
-        return [name for _, name in found]
-
-    # --- instruments --------------------------------------------------------------------------------------------------
-
-    def match(self, node: Any) -> dict[str, Any]:
-        """Return what a `match` or `except` gives, ready for Match."""
-        return self.keys(
-            node,
-            {
-                "instruments": self._codes,
-                "symbols": lambda n: frozenset(form(text) for _, text in self.texts(n, "symbols")),
-                "patterns": self._patterns,
-                "lists": lambda n: [each for path, text in self.texts(n, "lists") for each in self._list(path, text)],
-                "market": lambda n: tuple(p for _, text in self._markets(n) for p in MARKETS[text]),
-                "rights": lambda n: self.one_of("rights", "true", "false")(n) == "true",
-                "table": self._table,
-            },
-            "match",
-            "match",
-        )
-
-    def _codes(self, node: Any) -> frozenset[str]:
-        codes = set()
-        for each, text in self.texts(node, "instruments"):
-            if CODE.fullmatch(form(text)):
-                codes.add(form(text))
-            else:
-                self.mistake(each, "code", key="instruments")
-        return frozenset(codes)
-
-    def _patterns(self, node: Any) -> tuple[str, ...]:
-        patterns = self.texts(node, "patterns")
-        for each, text in patterns:
-            if len(text) > LONGEST_NAME:
-                self.mistake(each, "pattern", 0, 1, key="patterns")
-        return tuple(form(text) for _, text in patterns if len(text) <= LONGEST_NAME)
-
-    def _markets(self, node: Any) -> list[tuple[Any, str]]:
-        found = []
-        for each, text in self.texts(node, "market"):
-            if self.one_of("market", *MARKETS)(each) is not None:
-                found.append((each, text.strip()))
-        return found
-
-    def _lines(self, node: Any, name: str) -> tuple[Path, list[str]] | None:
-        path = self.document.path.parent / name
+    def _lines(self, name: Any) -> tuple[Path, list[str]]:
+        path = self.document.path.parent / _text(name)
+        self.depends.append(path)
         try:
-            self.depends.append(path)
             if path.stat().st_size > LARGEST:
                 raise OSError(0, f"larger than {LARGEST >> 20} MiB")
             data = path.read_bytes()
             text = data.decode("utf-16" if data[:2] in {b"\xff\xfe", b"\xfe\xff"} else "utf-8-sig")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not UTF-8 text"
-            self.mistake(node, "unreadable", example=name, name=name, why=why)
-            return None
+            raise Mistake("unreadable", fix=str(name), name=str(name), why=why) from None
         return path, text.splitlines()
-
-    def _list(self, node: Any, name: str) -> Iterator[str]:
-        found = self._lines(node, name)
-        names = [text for line in (found[1] if found else ()) if (text := line.partition("#")[0].strip())]
-        if found and not names:
-            self.mistake(node, "names_nothing", key="lists")
-        yield from map(form, names)
-
-    def _table(self, node: Any) -> Table:
-        found = self._lines(node, self.text(node, "table") or "")
-        if found is None:
-            return Table()
-        path, lines = found
-        table, wrong = read_table(path, lines, self.language)
-        self.wrong += wrong
-        return table
-
-    @staticmethod
-    def matched(found: Mapping[str, Any]) -> tuple[Match, Table]:
-        table = found.get("table", Table())
-        named = [*found.get("lists", ()), *table.rows]
-        codes = {name for name in named if CODE.fullmatch(name)}
-        match = Match(
-            found.get("instruments", frozenset()) | codes,
-            found.get("symbols", frozenset()) | (set(named) - codes),
-            found.get("patterns", ()),
-            found.get("market", ()),
-            found.get("rights"),
-        )
-        return match, table
-
-    # --- expressions --------------------------------------------------------------------------------------------------
-
-    def lets(self, node: Any) -> dict[str, tuple[Any, ast.expr]]:
-        """Return the named expressions of a mapping, each with its node; they may name each other."""
-        found: dict[str, tuple[Any, ast.expr]] = {}
-        if not isinstance(node, yaml.MappingNode):
-            self.mistake(node, "mapping", key="let", what="let")
-            return found
-        for key, value in entries(node):
-            name = identifier(str(key.value))
-            if name is None:
-                self.mistake(key, "let_name", fix="limit", name=str(key.value))
-            elif (text := self.text(value, "when")) is not None:
-                tree = self.guard(value, partial(parse, text))
-                if tree is not None:
-                    found[name] = value, tree
-        return found
-
-    def guard(self, node: Any, work: Callable[[], Any], key: str = "when", prefix: str = "", begin: int = 0) -> Any:
-        """Return what `work` does; a mistake in an expression becomes one of the file."""
-        try:
-            return work()
-        except Mistake as mistake:
-            end = None if mistake.end is None else begin + mistake.end
-            whole = mistake.whole if begin == 0 else None
-            self.mistake(
-                node, mistake.text, begin + mistake.at, end, mistake.fix, key=key, prefix=prefix, example=whole,
-                **mistake.values,
-            )  # fmt: skip
-        return None
-
-    def resolve(self, written: Mapping[str, tuple[Any, ast.expr]]) -> dict[str, ast.expr] | None:
-        """Return the named expressions with those in them filled in; None if one depends on itself."""
-        done: dict[str, ast.expr] = {}
-        begun: set[str] = set()
-
-        def fill(name: str) -> None:
-            tree = written[name][1]
-            begun.add(name)
-            for each in ast.walk(tree):
-                if isinstance(each, ast.Name) and each.id in written and each.id not in done:
-                    if each.id in begun:
-                        raise Mistake("let_circle", each.col_offset, each.end_col_offset, "1", name=each.id)
-                    fill(each.id)
-            done[name] = Expand(done).visit(tree)
-
-        for name, (node, _) in written.items():
-            if name not in done:
-                self.guard(node, partial(fill, name))
-                if name not in done:
-                    return None
-        return done
-
-    # --- rules --------------------------------------------------------------------------------------------------------
-
-    def common(self) -> dict[str, Callable[[Any], Any]]:
-        return {
-            "for": lambda n: self.span(n, "for"),
-            "cooldown": lambda n: self.span(n, "cooldown"),
-            "once": lambda n: self.one_of("once", "true", "false")(n) == "true",
-            "active": self.hours,
-            "match": self.match,
-            "except": self.match,
-            "severity": self.one_of("severity", *SEVERITIES),
-            "labels": self.labels,
-            "notify": self.notify,
-            "message": lambda n: n,
-        }
 
     def rules(self) -> list[Rule]:
         """Return the rules of the file; what is wrong is in the document."""
-        head = self.keys(
-            self.document.root,
-            {
-                "version": self.one_of("version", "1"),
-                "defaults": lambda n: self.keys(n, self.common(), "defaults", "defaults"),
-                "let": self.lets,
-                "rules": lambda n: n,
-            },
-            "the file",
-        )
+        document, data = self.document, self.document.data
+        head = document.check(_Head, data, context=self) or _Head()
         for key in ("version", "rules"):
-            if key not in head and isinstance(self.document.root, yaml.MappingNode):
-                self.mistake(
-                    self.document.root, "missing", what="the file", name=key, example=f"{key}: {EXAMPLES[key]}"
-                )
-        node = head.get("rules")
-        items = node.value if isinstance(node, yaml.SequenceNode) else []
-        if node is not None and not items:
-            self.mistake(node, "no_rules", key="rules", example=EXAMPLES["rules"])
-        rules, names = list[Rule](), set[str]()
-        for item in items:
-            rule = self.rule(item, head.get("defaults", {}), head.get("let", {}))
+            if data.get(key) is None:
+                document.mistake((), Mistake("missing", name=key))
+        if data.get("rules") == []:
+            document.mistake(("rules",), Mistake("no_rules"))
+        lets, rules, names = self._lets(head.let, ("let",)), list[Rule](), set[str]()
+        for n, item in enumerate(head.rules):
+            rule = self._rule(("rules", n), item, head.defaults, lets)
             if rule is not None:
                 if rule.name in names:
-                    self.mistake(_value(item, "name"), "name_twice", fix=f"{rule.name}-2", name=rule.name)
+                    document.mistake(("rules", n, "name"), Mistake("name_twice", fix=f"{rule.name}-2", name=rule.name))
                 names.add(rule.name)
                 rules.append(rule)
         return rules
 
-    def rule(self, node: Any, defaults: Mapping[str, Any], lets: Mapping[str, tuple[Any, ast.expr]]) -> Rule | None:
-        known = {
-            "name": lambda n: self.text(n, "name"),
-            "title": lambda n: self.text(n, "title"),
-            "when": lambda n: self.text(n, "when") and n,
-            "until": lambda n: self.text(n, "until") and n,
-            "scope": self.one_of("scope", "instrument", "market", "feed"),
-            "let": self.lets,
-            **self.common(),
-        }
-        named = str(getattr(_value(node, "name"), "value", ""))
-        own = self.keys(node, known, f"rule {named}".strip(), "rules")
-        if not isinstance(node, yaml.MappingNode):
+    def _lets(self, written: Mapping[str, Any], location: Location) -> dict[str, ast.expr]:
+        """Return named expressions; they may name each other."""
+        found: dict[str, ast.expr] = {}
+        for key, value in written.items():
+            name = identifier(key)
+            if name is None:
+                self.document.mistake([*location, key], Mistake("let_name", fix="limit", name=key))
+            elif (tree := self._guard([*location, key], partial(_parsed, value))) is not None:
+                found[name] = tree
+        return found
+
+    def _guard(
+        self,
+        location: Location,
+        work: Callable[[], T],
+        prefix: str = "",
+        scope: str = "",
+        piece: tuple[int, int] = (0, 0),
+    ) -> T | None:
+        """Return what `work` does; a mistake becomes one of the file, in the characters of a `piece` of the text."""
+        try:
+            return work()
+        except Mistake as mistake:
+            mistake.at += piece[0]
+            if piece[1]:
+                mistake.end = min(piece[1] if mistake.end is None else piece[0] + mistake.end, piece[1])
+            self.document.mistake(location, mistake, prefix, scope)
             return None
+
+    def _rule(self, at: Location, item: Any, defaults: _Common, lets: Mapping[str, ast.expr]) -> Rule | None:
+        document = self.document
+        raw = item if isinstance(item, dict) else {}
+        named = raw.get("name") or "rule"
+        what = f"rule {named}" if named != "rule" else "rule"
+        own = document.check(_Rule, item, at, what, self)
+        if own is None:
+            return None
+        scope, given = own.scope, {**_given(defaults), **_given(own)}
         for key in ("name", "when"):
-            if key not in own:
-                self.mistake(node, "missing", what=f"rule {named}".strip(), name=key, example=f"{key}: {EXAMPLES[key]}")
-        if own.get("name") is None or own.get("when") is None:
-            return None
-        if "/" in own["name"] or len(own["name"]) > LONGEST_NAME:
-            self.mistake(_value(node, "name"), "name", fix=own["name"].replace("/", "-")[:LONGEST_NAME])
-        given = {**defaults, **own}
-        scope: Scope = own.get("scope") or "instrument"
-        if scope == "feed" and "match" in own:
-            self.mistake(_key(node, "match"), "feed_match", fix="# match")
-        match, table = self.matched({**defaults.get("match", {}), **own.get("match", {})} if scope != "feed" else {})
-        excluded = self.matched(given["except"])[0] if "except" in given and scope != "feed" else None
+            if raw.get(key) is None:
+                document.mistake(at, Mistake("missing", name=key), f"{what}: ", scope)
+        match, table = _matched(defaults.match, own.match) if scope != "feed" else (Match(), Table())
+        excluded = _matched(given["excluded"])[0] if given.get("excluded") and scope != "feed" else None
+        if scope == "feed" and own.match:
+            document.mistake([*at, "match"], Mistake("feed_match", fix="# match"))
         members = f"{match!r} {excluded!r}" if scope == "market" else ""
-        needs = Needs()
-        trees = self.resolve({**lets, **own.get("let", {})})
-        if trees is None:
-            return None
-        for name, (each, tree) in own.get("let", {}).items() if scope != "market" else ():
-            alone = Compiler(scope, trees, table.columns, Needs())
-            self.guard(each, partial(alone, tree), prefix=f"let {name}: ")
-        compiler = Compiler(scope, trees, table.columns, needs, members)
+        own_lets, needs = self._lets(own.let, [*at, "let"]), Needs()
+        names = {**lets, **own_lets}
+        for name, tree in own_lets.items() if scope != "market" else ():
+            alone = Compiler(scope, names, table.columns, Needs())
+            self._guard([*at, "let", name], partial(alone, tree, ["number", "truth", "time", "state"]), f"let {name}: ")
+        compiler = Compiler(scope, names, table.columns, needs, members)
 
-        def compiled(key: str) -> Expression | None:
-            each = own.get(key)
-            if each is None:
+        def compiled(key: str, tree: ast.expr | None) -> Expression | None:
+            if tree is None:
                 return None
-            found: Expression | None = self.guard(
-                each, lambda: compiler(parse(each.value), ["truth"]), key, f"{named}: {key}: "
-            )
-            return found
+            return self._guard([*at, key], partial(compiler, tree, ["truth"]), f"{named}: {key}: ", scope)
 
-        when, until = compiled("when"), compiled("until")
+        when, until = compiled("when", own.when), compiled("until", own.until)
         places = len(compiler.numbers)
-        texts = self._texts(given.get("message"), compiler, f"{named}: message: ")
-        if when is None:
+        place = [*at, "message"] if own.message else ["defaults", "message"]
+        texts = self._texts(place, given.get("message"), compiler, f"{named}: message: ", scope)
+        if own.name is None or when is None:
             return None
-        if given.get("for") and when.node.momentary:
-            where, fix = (_value(node, "for"), "0s") if "for" in own else (own["when"], None)
-            self.mistake(where, "moment", fix=fix, prefix=f"{named}: for: ")
-        if until is not None and (name := overlap(when.tree, until.tree)) is not None:
-            self.mistake(
-                own["until"], "overlap", fix=f"not ({own['when'].value.strip()})", prefix=f"{named}: until: ", name=name
-            )
+        if given.get("hold") and when.node.momentary:
+            document.mistake([*at, "for" if own.hold else "when"], Mistake("moment", fix="0s" if own.hold else None),
+                             f"{named}: for: ")  # fmt: skip
+        if until is not None and (both := overlap(when.tree, until.tree)) is not None:
+            fix = f"not ({str(raw['when']).strip()})"
+            document.mistake([*at, "until"], Mistake("overlap", fix=fix, name=both), f"{named}: until: ")
         return Rule(
-            own["name"], when, until, scope, own.get("title"), given.get("for", 0), given.get("cooldown", 0),
+            own.name, when, until, scope, own.title, given.get("hold", 0), given.get("cooldown", 0),
             given.get("once", False), given.get("active"), match, excluded, table,
-            Severity[(given.get("severity") or "info").upper()],
-            {**defaults.get("labels", {}), **own.get("labels", {})},
+            Severity[given.get("severity", "info").upper()], {**(defaults.labels or {}), **(own.labels or {})},
             tuple(given.get("notify", ())), texts, tuple(compiler.numbers), places, needs, members,
         )  # fmt: skip
 
-    def _texts(self, node: Any, compiler: Compiler, prefix: str) -> messages.Texts:
+    def _texts(
+        self, at: Location, message: _Message | None, compiler: Compiler, prefix: str, scope: str
+    ) -> messages.Texts:
         """Return the texts of a message: per language and state the parts."""
-        if node is None:
-            return {}
-        names = {str(key.value) for key, _ in entries(node)} if isinstance(node, yaml.MappingNode) else set()
-        if names & {*messages.LANGUAGES}:
-            return self.keys(
-                node, {each: lambda n: self._states(n, compiler, prefix) for each in messages.LANGUAGES}, "message"
-            )
-        return dict.fromkeys(messages.LANGUAGES, self._states(node, compiler, prefix))
-
-    def _states(self, node: Any, compiler: Compiler, prefix: str) -> Mapping[str, Sequence[messages.Part]]:
-        if isinstance(node, yaml.ScalarNode):
-            parts = self._parts(node, compiler, prefix)
-            return {"firing": parts, "resolved": parts}
-        known = {state: lambda n: self._parts(n, compiler, prefix) for state in ("firing", "resolved")}
-        found = self.keys(node, known, "message", "message")
-        if found and "firing" not in found:
-            self.mistake(node, "missing", what="message", name="firing", example=f"firing: {EXAMPLES['firing']}")
-        return {"firing": found.get("firing", ()), "resolved": found.get("resolved", found.get("firing", ()))}
-
-    def _parts(self, node: Any, compiler: Compiler, prefix: str) -> Sequence[messages.Part]:
-        text, parts = self.text(node, "message"), list[messages.Part]()
-        try:
-            pieces = messages.split(text or "")
-        except ValueError as error:
-            at = int(error.args[0])
-            self.mistake(node, "brace", at, at + 1, (text or "")[at] * 2, prefix=prefix)
-            return parts
-        for at, literal, inside, spec in pieces:
-            if inside is None:
-                parts += [messages.Part(literal)] if literal else []
-                continue
-            word = inside.strip()
-            if word in messages.FIELDS and not spec:
-                parts.append(messages.Part("", word=word))
-                continue
-            if not messages.SPEC.fullmatch(spec):
-                self.mistake(node, "spec", at + len(inside) + 1, at + len(inside) + 1 + len(spec), ",", prefix=prefix)
-                continue
-
-            def work(inside: str = inside, word: str = word) -> Expression:
-                try:
-                    return compiler(parse(inside), ["number", "time", "state"])
-                except Mistake as mistake:
-                    near = get_close_matches(word, messages.FIELDS, 1)
-                    if mistake.text == "unknown_name" and near and not mistake.fix:
-                        mistake.fix = near[0]
-                    raise
-
-            found = self.guard(node, work, "message", prefix, at)
-            if found is not None:
-                parts.append(messages.Part("", found, spec))
-        return parts
+        found: dict[str, dict[str, list[messages.Part]]] = {}
+        for language, states in _given(message).items():
+            for state, pieces in _given(states).items():
+                parts = found.setdefault(language, {})[state] = []
+                for piece in pieces or ():
+                    part = partial(_part, piece, compiler)
+                    place = piece[0], piece[0] + len(piece[2] or "") + len(piece[3]) + 1
+                    done = self._guard([*at, language, state], part, prefix, scope, place)
+                    parts += [done] if done else []
+        return {language: {"resolved": states.get("firing", []), **states} for language, states in found.items()}
 
 
-def _ms(hours: str, minutes: str) -> int:
-    return (int(hours) * 60 + int(minutes)) * 60_000
-
-
-def _value(node: Any, name: str) -> Any:
-    return next((value for key, value in reversed(entries(node)) if key.value == name), node)
-
-
-def _key(node: Any, name: str) -> Any:
-    return next((key for key, _ in reversed(entries(node)) if key.value == name), node)
+def _part(piece: tuple[int, str, str | None, str], compiler: Compiler) -> messages.Part | None:
+    _, literal, inside, spec = piece
+    if inside is None:
+        return messages.Part(literal) if literal else None
+    word = inside.strip()
+    if word in messages.FIELDS and not spec:
+        return messages.Part("", word=word)
+    if not messages.SPEC.fullmatch(spec):
+        raise Mistake("spec", len(inside) + 1, len(inside) + 1 + len(spec), ",")
+    kinds: list[Kind] = ["number", "time", "state"]
+    try:
+        return messages.Part("", compiler(parse(inside), kinds), spec)
+    except Mistake as mistake:
+        if mistake.text == "unknown_name" and not mistake.fix:
+            mistake.fix = next(iter(get_close_matches(word, messages.FIELDS, 1)), None)
+        raise
 
 
 def identifier(text: str) -> str | None:
@@ -504,19 +384,22 @@ def identifier(text: str) -> str | None:
     return name if name.isidentifier() and not keyword.iskeyword(name) and name not in RESERVED else None
 
 
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
 def read_table(path: Path, lines: Sequence[str], language: str = "en") -> tuple[Table, list[str]]:
     """Return a table of numbers per instrument, as Excel writes CSV, and what is wrong with it."""
     wrong: list[str] = []
 
     def mistake(number: int, cell: str, text: str, fix: str, **values: Any) -> None:
-        column = max(lines[number].find(cell), 0) if lines else 0
         line = lines[number] if lines else ""
+        column = max(line.find(cell), 0)
         corrected = line[:column] + fix + line[column + len(cell) :]
-        shown = pointed(line, column, column + len(cell), corrected, WRITE[language])
-        wrong.append(f"{path}:{number + 1}:{column + 1}: {explain(text, language, **values)}{shown}")
+        why = printable(explain(Mistake(text, **values), language))
+        shown = pointed(line, column, column + len(cell), corrected, language)
+        wrong.append(f"{path}:{number + 1}:{column + 1}: {why}{shown}")
 
-    head = next((line for line in lines if line.strip()), "")
-    delimiter = max(";\t,", key=head.count)
+    delimiter = max(";\t,", key=next((line for line in lines if line.strip()), "").count)
     columns: list[str] | None = None
     rows: dict[str, tuple[float, ...]] = {}
     for number, line in enumerate(lines):
@@ -527,44 +410,25 @@ def read_table(path: Path, lines: Sequence[str], language: str = "en") -> tuple[
         if not any(cells) or cells[0].startswith("#"):
             continue
         if columns is None:
-            while cells and not cells[-1]:
-                cells.pop()
             columns = []
-            for cell in cells[1:]:
+            for n, cell in enumerate(re.sub(f"{delimiter}+$", "", delimiter.join(cells)).split(delimiter)[1:], 1):
                 name = identifier(cell)
                 if name is None or name in columns:
-                    mistake(number, cell, "column", f"level{len(columns) + 1}", name=cell)
-                columns.append(name or f"level{len(columns) + 1}")
+                    mistake(number, cell, "column", f"level{n}", name=cell)
+                columns.append(name or f"level{n}")
             if not columns:
                 mistake(number, line, "no_columns", f"symbol{delimiter}stop")
             continue
-        name = form(cells[0])
-        if any(cells[len(columns) + 1 :]) or not name:
-            mistake(
-                number,
-                line,
-                "cells",
-                delimiter.join(cells[: len(columns) + 1]),
-                given=len(cells),
-                count=len(columns) + 1,
-            )
-            continue
-        if name in rows:
+        name, width = form(cells[0]), len(columns) + 1
+        if any(cells[width:]) or not name:
+            mistake(number, line, "cells", delimiter.join(cells[:width]), given=len(cells), count=width)
+        elif name in rows:
             mistake(number, cells[0], "row_twice", f"# {cells[0]}", name=cells[0])
-            continue
-        numbers = []
-        for cell in [*cells[1:], *[""] * len(columns)][: len(columns)]:
-            value = _number(cell)
-            if value is None:
-                mistake(
-                    number,
-                    cell,
-                    "cell",
-                    re.sub(r"[^0-9.-]", "", cell.translate(PLAIN)) or "0",
-                    name=cell,
-                )
-            numbers.append(float("nan") if value is None else value)
-        rows[name] = tuple(numbers)
+        else:
+            rows[name] = tuple(map(_number, [*cells[1:], *[""] * width][: width - 1]))
+            for cell, value in zip(cells[1:], rows[name], strict=False):
+                if value == NOT_A_NUMBER:
+                    mistake(number, cell, "cell", re.sub(r"[^0-9.-]", "", cell.translate(PLAIN)) or "0", name=cell)
     if columns is None:
         mistake(0, "", "no_columns", "symbol,stop")
     elif not rows and not wrong:
@@ -572,14 +436,20 @@ def read_table(path: Path, lines: Sequence[str], language: str = "en") -> tuple[
     return Table(tuple(columns or ()), rows), wrong
 
 
-def _number(cell: str) -> float | None:
-    """Return a cell as a number, NaN if it is empty, None if it is neither."""
+NOT_A_NUMBER = float("inf")
+
+
+def _number(cell: str) -> float:
+    """Return a cell as a number, NaN if it is empty, infinite if it is neither."""
     text = cell.replace("٬", "").replace("٫", ".").translate(PLAIN).replace(" ", "").replace("_", "")
-    if not text or text == "-":
+    if text in {"", "-"}:
         return float("nan")
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
-    return float(text) if re.fullmatch(r"-?\d{1,18}(\.\d{1,9})?", text) else None
+    return float(text) if re.fullmatch(r"-?\d{1,18}(\.\d{1,9})?", text) else NOT_A_NUMBER
+
+
+# --- all files --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -665,7 +535,7 @@ def load(
 ) -> tuple[list[Rule] | None, list[Path], str | None]:
     """Return the rules of a file, the other files they were made of, and every mistake; no rules if there is one."""
     try:
-        reader = _Reader(Document(path, "the rules", write=WRITE[language]), language, channels)
+        reader = _Reader(Document(path, "the rules", language=language), language, channels)
     except ConfigurationError as error:
         return None, [], str(error)
     rules = reader.rules()
@@ -681,7 +551,7 @@ def strangers(rules: Iterable[Rule], known: Mapping[str, str], language: str = "
     for rule in rules:
         for match in filter(None, (rule.match, rule.excluded)):
             for name in sorted((match.symbols - symbols.keys()) | (match.instruments - known.keys())):
-                near = get_close_matches(name, symbols if name in match.symbols else [*known], 1, 0.5)
-                meant = symbols.get(near[0], near[0]) if near else None
-                text = explain("nothing_matches", language, rule=rule.name, name=name)
-                yield text + (explain("meant", language, name=meant) if meant else "")
+                nearest = get_close_matches(name, symbols if name in match.symbols else [*known], 1, 0.5)
+                text = explain(Mistake("nothing_matches", rule=rule.name, name=name), language)
+                meant = [explain(Mistake("meant", meant=symbols.get(each, each)), language) for each in nearest]
+                yield "".join([text, *meant])

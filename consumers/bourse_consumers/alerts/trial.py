@@ -218,7 +218,7 @@ class Trial:
         if found is None:
             return
         sides = {ast.unparse(side.tree): side.node for side in rule.when.sides}
-        for text, (low, _, high, _) in limits(rule.when.tree, ast.And):
+        for text, low, high in limits(rule.when.tree, ast.And):
             if text not in sides:
                 continue
             with np.errstate(all="ignore"):
