@@ -18,10 +18,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.alerts import judging
 from benchmarks.figures import PEER, ROOT, Figure, chart, machine, page
+from benchmarks.firing import firing
 from benchmarks.peak import peak_mb
 from benchmarks.publishing import growth, publish, publishing, transaction
-from benchmarks.reading import reading
+from benchmarks.reading import READERS, reading
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.stack import Stack
 
@@ -154,13 +156,17 @@ def main() -> None:
         "growth": lambda: [growth()],
         "transaction": lambda: (figure for kind in ("mock", "kafka") for figure in transaction(kind)),
         "reading": lambda: reading(options.events, options.rounds),
+        "judging": judging,
+        "firing": firing,
         "memory": lambda: [memory()],
         "start": lambda: [start()],
         "visible": lambda: [visible()],
         "fresh": fresh,
     }
+    if options.only in READERS:
+        measures = {options.only: lambda: reading(options.events, options.rounds, [options.only])}
     if options.only not in {"", *measures}:
-        parser.error(f"--only: there are {', '.join(measures)}")
+        parser.error(f"--only: there are {', '.join([*measures, *READERS])}")
     figures = []
     for name, measure in measures.items():
         if options.only in {"", name} and (name != "fresh" or options.fresh or options.only):

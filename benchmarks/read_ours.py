@@ -1,7 +1,7 @@
 """The product's consumers as `bourse consume` runs them, timed: KIND BOOTSTRAP REGISTRY COUNT WHERE.
 
-KIND is parquet, postgres or executemany (postgres without COPY). They begin at the topic's start and end when
-so many events are through. Printed: seconds from the first batch to what is durable, and the most memory resident.
+KIND is parquet, postgres, executemany (postgres without COPY) or alerts. They begin at the topic's start and end when
+COUNT events are through. Printed: seconds from the first batch to what is durable, and the most memory resident.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from confluent_kafka import OFFSET_END, TopicPartition
+
 from benchmarks.peak import peak_mb
 from bourse_cli.logs import configure_logging
-from bourse_consumers.api import Batch, Consumer, Emit
+from bourse_consumers.alerts.command import consume
+from bourse_consumers.api import Batch, Consumer, Emit, WholePoll
+from bourse_consumers.kafka_market import KafkaMarket
 from bourse_consumers.kafka_stream import KafkaStream
+from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.reading import read
+from bourse_schemas.topics import ALERTS, POLLS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -54,10 +61,43 @@ def executemany(sink: PostgresArchive, rows: pl.DataFrame) -> None:
         cursor.executemany(into, rows.iter_rows())
 
 
+def alerts(cluster: Cluster, count: int, rules: str) -> dict[str, float | None]:
+    """Judge so many events by rules, whole polls; return the figures."""
+    consumer = consume.main(["--rules", rules], standalone_mode=False)
+    # A group that has committed nothing begins at the end; and what other laps published would be continued.
+    group, admin = f"bench-{uuid4().hex}", cluster.admin()
+    client = cluster.consumer(group)
+    client.commit(offsets=[TopicPartition(POLLS.full_name(cluster.prefix), 0, 0)], asynchronous=False)
+    client.close()
+    for deleted in admin.delete_records([TopicPartition(ALERTS.full_name(cluster.prefix), 0, OFFSET_END)]).values():
+        deleted.result(30)
+    process_poll, began, left = consumer.process_poll, 0.0, count
+
+    def timed(poll: WholePoll) -> Sequence[Emit] | None:
+        nonlocal began, left
+        began = began or time.perf_counter()
+        emits: Sequence[Emit] | None = process_poll(poll)
+        left -= poll.marker.traded
+        if left <= 0:
+            runner.stop()
+        return emits
+
+    consumer.process_poll = timed
+    stream = KafkaMarket(cluster, group, consumer.emits)
+    runner = Runner(Market(consumer, stream.polls, "alerts"), stream, stream.decode, name="alerts")
+    runner.run()
+    published = sum(1 for _ in read(cluster, ALERTS.full_name(cluster.prefix)))
+    return {"seconds": time.perf_counter() - began, "peak_mb": peak_mb(), "alerts": published}
+
+
 def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: str) -> None:
     """Run one consumer once."""
     configure_logging("warning")
-    consumer, cluster = make(kind, where), Cluster(bootstrap_servers, registry)
+    cluster = Cluster(bootstrap_servers, registry)
+    if kind == "alerts":
+        print(json.dumps(alerts(cluster, int(count), where)))
+        return
+    consumer = make(kind, where)
     process, close = consumer.process, consumer.close
     began = ended = 0.0
     left = int(count)

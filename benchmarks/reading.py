@@ -1,4 +1,4 @@
-"""Reading: a topic of real events into Parquet and into PostgreSQL, compared with others."""
+"""Reading: a topic of real events into Parquet, into PostgreSQL and through alert rules, compared with others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 
 from benchmarks.figures import NAMES, PEER, ROOT, Figure
+from benchmarks.rules import write
 from benchmarks.topic import events, fill
 from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
 from bourse_sandbox.stack import Stack
 
-__all__ = ["reading"]
+__all__ = ["READERS", "reading"]
+
+READERS = ("parquet", "postgres", "alerts")
 
 
 class Contestant(NamedTuple):
@@ -38,18 +41,23 @@ class Contestant(NamedTuple):
 Laps = dict[str, list[dict[str, float]]]
 
 
-def reading(count: int, rounds: int) -> Iterator[Figure]:
-    """Yield the figures of all that reads the topic of trades."""
+def reading(count: int, rounds: int, kinds: Sequence[str] = READERS) -> Iterator[Figure]:
+    """Yield the figures of what reads the topic of trades."""
     try:
         with Stack("kafka") as stack:
             found = events(count)
             fill(stack.cluster, found)
             traded = sum(event.value_delta for event in found)
             about = f"{count:,} real events, Apache Kafka {KAFKA_VERSION}"
+            symbols, instruments = {event.symbol for event in found}, len({event.instrument for event in found})
             del found
             where = stack.cluster.bootstrap_servers, stack.cluster.registry_url
-            yield from _parquet(where, rounds, about, (count, traded))
-            yield _postgres(where, count // 2, rounds, about)
+            if "parquet" in kinds:
+                yield from _parquet(where, rounds, about, (count, traded))
+            if "postgres" in kinds:
+                yield _postgres(where, count // 2, rounds, about)
+            if "alerts" in kinds:
+                yield from _alerts(where, (count, rounds), symbols, f"{instruments:,} instruments, {about}")
     except KafkaUnavailable as error:
         yield Figure("Reading a topic", None, "—", None, {"reason": str(error)})
 
@@ -130,6 +138,22 @@ def _postgres(where: tuple[str, str], count: int, rounds: int, about: str) -> Fi
                 if rows is None or rows[0] < count:
                     raise SystemExit(f"error: {rows} rows, not {count}")
     return next(_figure(what, laps, count, {"executemany": 5}))
+
+
+def _alerts(where: tuple[str, str], much: tuple[int, int], symbols: set[str], about: str) -> Iterator[Figure]:
+    """Yield the figures of alert rules: compared with those written by hand, and of memory."""
+    count, rounds = much
+    contestants = {
+        "ours": Contestant(Path(sys.executable), "read_ours", "alerts"),
+        "peer": Contestant(PEER, "read_peer", "alerts"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        rules = str(write(Path(folder) / "rules.yaml", symbols))
+        laps = _contest(where, count, rounds, contestants, lambda _: rules)
+    yield from _figure(f"100 alert rules, {about}", laps, count, {"peer": 6})
+    if peaks := [lap["peak_mb"] for lap in laps["ours"] if lap["peak_mb"]]:
+        what, met = f"Most memory resident, 100 alert rules, {about}", max(peaks) <= 190
+        yield Figure(what, f"{max(peaks):.0f} MB", "≤ 190 MB", met, {"mb": peaks})
 
 
 @contextmanager

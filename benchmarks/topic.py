@@ -1,4 +1,4 @@
-"""The topic that readers are timed on: the events of real days, over and over, each time of other instruments."""
+"""The topics that readers are timed on: the polls of real days, over and over, each time of other instruments."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import msgspec
 
+from bourse_consumers.alerts.trial import polls_of
 from bourse_producer.replay import Replay
 from bourse_schemas.codec import Serializer
-from bourse_schemas.events import TradeEvent
+from bourse_schemas.events import PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TRADES
+from bourse_schemas.topics import POLLS, TRADES
 
 __all__ = ["days", "events", "fill"]
 
-# Beside the checkout, where it is there: docs/reliability.md.
+# Next to the checkout, if it is there: docs/reliability.md.
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
-IN_ONE_TRANSACTION = 2000
 
 
 def days() -> list[Path]:
@@ -46,13 +46,14 @@ def _copy(originals: list[TradeEvent], number: int) -> Iterator[TradeEvent]:
 
 
 def fill(cluster: Cluster, found: list[TradeEvent]) -> None:
-    """Publish them as the producer does: in transactions, with headers, partitioned by instrument."""
-    serialize = Serializer[TradeEvent](TRADES, cluster.registry().register(TRADES, cluster.prefix), cluster.prefix)
+    """Publish them as the producer does: each poll a transaction with its marker, partitioned by instrument."""
+    registry, prefix = cluster.registry(), cluster.prefix
+    trades = Serializer[TradeEvent](TRADES, registry.register(TRADES, prefix), prefix)
+    marks = Serializer[PollMarker](POLLS, registry.register(POLLS, prefix), prefix)
     producer = cluster.transactional_producer("benchmark")
     producer.init_transactions(30)
-    for start in range(0, len(found), IN_ONE_TRANSACTION):
+    for marker, events in polls_of(found):
         producer.begin_transaction()
-        for event in found[start : start + IN_ONE_TRANSACTION]:
-            record = serialize(event)
+        for record in (*map(trades, events), marks(marker)):
             producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
         producer.commit_transaction(30)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -223,12 +223,8 @@ class WholePoll:
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """The trading day under way when a market consumer becomes active.
+    """The trading day under way when a market consumer becomes active; `read` is `Assignment.read`."""
 
-    `date` is the Tehran date of the last committed poll, None if the topic has no polls. `read` is `Assignment.read`.
-    """
-
-    date: date | None
     read: Callable[[Topic], Iterable[Event]] = lambda _: ()
 
 

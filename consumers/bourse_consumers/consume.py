@@ -132,27 +132,13 @@ def _serve(
     from bourse_consumers.market import Market
     from bourse_consumers.runner import Runner, connect
 
-    stream: KafkaStream | KafkaMarket | None
-    if isinstance(consumer, MarketConsumer):
-        stream = connect(lambda: KafkaMarket(cluster, group, consumer.emits), name, stop, monitor)
-        if stream is not None:
-            consumer = Market(consumer, stream.polls, name)
-    else:
-        stream = connect(
-            lambda: KafkaStream(cluster, group, consumer.topics, consumer.emits, from_end=consumer.from_end),
-            name,
-            stop,
-            monitor,
-        )
+    def make() -> KafkaStream | KafkaMarket:
+        if isinstance(consumer, MarketConsumer):
+            return KafkaMarket(cluster, group, consumer.emits)
+        return KafkaStream(cluster, group, consumer.topics, consumer.emits, from_end=consumer.from_end)
+
+    stream = connect(make, name, stop, monitor)
     if stream is not None:
-        Runner(
-            consumer,
-            stream,
-            stream.decode,
-            columns=stream.columns,
-            unknown=stream.unknown,
-            name=name,
-            stop=stop,
-            monitor=monitor,
-            **limits,
-        ).run()
+        ours = Market(consumer, stream.polls, name) if isinstance(stream, KafkaMarket) else consumer
+        how = {"columns": stream.columns, "unknown": stream.unknown, "stop": stop, "monitor": monitor, **limits}
+        Runner(ours, stream, stream.decode, name=name, **how).run()

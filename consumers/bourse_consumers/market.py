@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, date, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bourse_cli.health import Monitor
@@ -25,18 +26,18 @@ from bourse_consumers.api import (
     Start,
     WholePoll,
 )
-from bourse_consumers.records import Offsets, Partition, Places, Record
+from bourse_consumers.records import Partition, Places, Record
 from bourse_consumers.runner import dead_letter
 from bourse_schemas.errors import Undecodable
-from bourse_schemas.events import Event, PollMarker, Reason, TradeEvent
-from bourse_schemas.topics import DEAD_LETTERS, POLLS, Topic
+from bourse_schemas.events import PollMarker, Reason, TradeEvent
+from bourse_schemas.topics import DEAD_LETTERS, POLLS
 
 if TYPE_CHECKING:
     import polars as pl
 
     from bourse_consumers.columns import Decoded
 
-__all__ = ["Market", "MarketAssignment", "Polls"]
+__all__ = ["Market", "Polls"]
 
 # A poll that waits so long for its events is checked against the ends of the topic.
 CHECK_SECONDS = 5.0
@@ -58,70 +59,54 @@ class Polls:
 
     def __init__(self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None]) -> None:
         self._decode, self._columns = decode, columns
-        self.letters: list[tuple[Record, str]] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
+        self.letters: list[tuple[Record, str]] = []
         self._markers: deque[tuple[Record, PollMarker]] = deque()
         self._pieces: dict[int, list[_Piece]] = {}
         self._newest: dict[Partition, int] = {}
         self._ready: dict[int, WholePoll] = {}
-        self._taken = 0
-        self._checked = -1
+        self._taken, self._checked = 0, -1
         self._waiting_since: float | None = None
-        self.letters.clear()
 
     def __len__(self) -> int:
         """Return how many markers wait for their events."""
         return len(self._markers)
 
     def add_markers(self, records: Sequence[Record]) -> None:
-        """Add records of the polls topic."""
-        for record in records:
-            try:
-                self._markers.append((record, self._decode(record)))
-            except Undecodable as error:
-                self.letters.append((record, str(error)))
+        """Add records of the polls topic. Raises Unreachable."""
+        self._markers.extend(self._decodable(records))
 
     def add_trades(self, records: Sequence[Record]) -> None:
         """Add records of the trades topic. Raises Unreachable; then none was added."""
-        import polars as pl
+        from bourse_consumers.columns import to_frame
 
-        if not records:
-            return
-        found = self._columns(Places.of(records))
+        found = self._columns(Places.of(records)) if records else None
         if found is not None:
             frame = found.frame
         else:
-            records, frame = self._one_by_one(records)
-        if not records:
-            return
-        sequences = frame["poll_sequence"].to_list()
-        for record, sequence in zip(records, sequences, strict=True):
-            self._newest[record.partition] = max(sequence, self._newest.get(record.partition, 0))
-        if len(set(sequences)) == 1:
-            self._pieces.setdefault(sequences[0], []).append(_Piece(records, frame))
-            return
+            good = self._decodable(records)
+            records, frame = [record for record, _ in good], to_frame([event for _, event in good], TradeEvent)
         rows: dict[int, list[int]] = {}
-        for row, sequence in enumerate(sequences):
+        for row, (record, sequence) in enumerate(zip(records, frame["poll_sequence"].to_list(), strict=True)):
             rows.setdefault(sequence, []).append(row)
+            self._newest[record.partition] = max(sequence, self._newest.get(record.partition, 0))
         for sequence, mine in rows.items():
             if sequence > self._taken:
-                piece = _Piece([records[row] for row in mine], frame[pl.Series(mine)])
+                piece = _Piece([records[row] for row in mine], frame if len(rows) == 1 else frame[mine])
                 self._pieces.setdefault(sequence, []).append(piece)
 
-    def _one_by_one(self, records: Sequence[Record]) -> tuple[Sequence[Record], pl.DataFrame]:
-        from bourse_consumers.columns import to_frame
-
-        good, events = [], []
+    def _decodable(self, records: Sequence[Record]) -> list[tuple[Record, Any]]:
+        """Return the records that can be decoded, with their events; the others become dead letters."""
+        good = []
         for record in records:
             try:
-                events.append(self._decode(record))
-                good.append(record)
+                good.append((record, self._decode(record)))
             except Undecodable as error:
                 self.letters.append((record, str(error)))
-        return good, to_frame(events, TradeEvent)
+        return good
 
     def ready(self, limit: int) -> list[Record]:
         """Return the markers of the next polls that are complete, in order; `take` returns the polls."""
@@ -160,13 +145,11 @@ class Polls:
 
     def take(self, offset: int, *, replay: bool) -> WholePoll:
         """Return the poll whose marker has this offset."""
-        poll = self._ready[offset]
-        return WholePoll(poll.marker, replay, poll.complete, poll.load_events, poll.load_frame)
+        return replace(self._ready[offset], replay=replay)
 
     def done(self, offset: int) -> None:
         """Forget the polls up to this offset."""
-        for each in [each for each in self._ready if each <= offset]:
-            del self._ready[each]
+        self._ready = {at: poll for at, poll in self._ready.items() if at > offset}
 
     def _missing(self, marker: PollMarker) -> int:
         expected = marker.opened + marker.traded + marker.revised + marker.cancelled
@@ -176,8 +159,7 @@ class Polls:
         record, marker = self._markers.popleft()
         pieces = self._pieces.pop(marker.poll_sequence, [])
         self._taken, self._waiting_since = marker.poll_sequence, None
-        for old in [sequence for sequence in self._pieces if sequence < marker.poll_sequence]:
-            del self._pieces[old]
+        self._pieces = {sequence: kept for sequence, kept in self._pieces.items() if sequence > marker.poll_sequence}
 
         def events() -> Sequence[TradeEvent]:
             return [self._decode(each) for piece in pieces for each in piece.records]
@@ -191,16 +173,6 @@ class Polls:
 
         self._ready[record.offset] = WholePoll(marker, False, complete, events, frame)
         return record
-
-
-class MarketAssignment(Assignment):
-    """The polls partition, for the active member: `day` is the Tehran date of the last committed poll."""
-
-    def __init__(
-        self, committed: Offsets, begin: Offsets, day: date | None, read: Callable[[Topic], Iterable[Event]]
-    ) -> None:
-        super().__init__(committed, lambda: begin, read=read)
-        self.day = day
 
 
 class Market(Consumer):
@@ -222,7 +194,7 @@ class Market(Consumer):
         self._active, self._next, self._replayed, self._emits = bool(assigned), 0, 0, []
         if not self._active:
             return Resume()
-        self._consumer.open(Day(assigned.day if isinstance(assigned, MarketAssignment) else None, assigned.read))
+        self._consumer.open(Day(assigned.read))
         return Rebuild(assigned.day_start())
 
     def process(self, batch: Batch) -> list[Emit]:
@@ -236,8 +208,7 @@ class Market(Consumer):
                 self._next = record.offset + 1
         self._polls.done(self._next - 1)
         if batch.replay:
-            self._replayed = batch.records[-1].timestamp
-            self._emits = []
+            self._replayed, self._emits = batch.records[-1].timestamp, []
             return []
         for record, why in self._polls.letters:
             # Those of polls that are only replayed were published when they were processed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 __all__ = ["Offsets", "Partition", "Places", "Record", "Records"]
 
@@ -67,11 +67,7 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.places.offsets)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+    def __getitem__(self, index: Any) -> Any:
         return self._all()[index]
 
     def __iter__(self) -> Iterator[Record]:

@@ -12,18 +12,19 @@ restarts, kills, rebalances, failed transactions, a second writer, bad records a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import structs
 
 from bourse_consumers.api import Assignment, Consumer, Emit, MarketConsumer, Offsets, Partition, Places, Record
-from bourse_consumers.market import Market, MarketAssignment, Polls
+from bourse_consumers.market import Market, Polls
 from bourse_consumers.runner import Poll, Runner, StreamBroken
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
-from bourse_schemas.events import TEHRAN, DeadLetter, Event, FeedState, Op, Outcome, Phase, PollMarker, TradeEvent
+from bourse_schemas.events import TEHRAN, DeadLetter, Event, Op, Outcome, PollMarker, TradeEvent
 from bourse_schemas.topics import DEFAULT_PREFIX, POLLS, TOPICS, TRADES, Topic, event_id, topic_of
 
 __all__ = [
@@ -48,71 +49,31 @@ SCHEMAS = {number: avro_schema(topic.event) for number, topic in enumerate(TOPIC
 DECODERS: dict[str, Deserializer[Any]] = {
     topic.full_name(): Deserializer(topic.event, SCHEMAS.__getitem__) for topic in TOPICS
 }
+PLAUSIBLE = msgspec.json.decode(Path(__file__).with_name("plausible.json").read_bytes())
+TRADE, MARKER = msgspec.convert(PLAUSIBLE["trade"], TradeEvent), msgspec.convert(PLAUSIBLE["marker"], PollMarker)
 
 
 def trade(**fields: Any) -> TradeEvent:
-    """Return a plausible TradeEvent; any field can be given, `event_id` is derived from the others."""
-    trading_day = fields.get("trading_day", date(2026, 11, 23))
-    sequence = fields.get("sequence", 1)
-    instrument = fields.get("instrument", "IRO1MADN0001")
-    opened = datetime(trading_day.year, trading_day.month, trading_day.day, 5, 30, tzinfo=UTC)
-    observed_at = opened + timedelta(minutes=sequence)
-    plausible: dict[str, Any] = {
-        "event_id": event_id(instrument, trading_day, sequence),
-        "op": Op.OPENED if sequence == 1 else Op.TRADED,
-        "instrument": instrument,
-        "sequence": sequence,
-        "trading_day": trading_day,
-        "traded_at": fields.get("observed_at", observed_at),
-        "traded_at_estimated": False,
-        "observed_at": observed_at,
-        "poll_sequence": sequence,
-        "source": "finnotech/trades-realtime",
-        "symbol": "ومعادن",
-        "symbol_raw": "ومعادن",
-        "title": "سرمایه گذاری توسعه معادن و فلزات",
-        "is_right": False,
-        "last_price": 5488,
-        "closing_price": 5477,
-        "previous_close": 5477,
-        "volume": 51205 * sequence,
-        "value": 281013040 * sequence,
-        "trade_count": 16 * sequence,
-        "volume_delta": 51205,
-        "value_delta": 281013040,
-        "trade_count_delta": 16,
-    }
-    return TradeEvent(**{**plausible, **fields})
+    """Return a plausible TradeEvent; any field can be given, times, totals and `event_id` are derived from others."""
+    day, sequence = fields.get("trading_day", TRADE.trading_day), fields.get("sequence", 1)
+    at = fields.get("observed_at", datetime.combine(day, time(5, 30), UTC) + timedelta(minutes=sequence))
+    derived: dict[str, Any] = {name: getattr(TRADE, name) * sequence for name in ("volume", "value", "trade_count")}
+    derived |= {"observed_at": at, "traded_at": at, "poll_sequence": sequence}
+    derived["event_id"] = event_id(fields.get("instrument", TRADE.instrument), day, sequence)
+    derived["op"] = Op.OPENED if sequence == 1 else Op.TRADED
+    return structs.replace(TRADE, **{**derived, **fields})
 
 
 def marker(*events: TradeEvent, **fields: Any) -> PollMarker:
     """Return a plausible marker of the poll that these events belong to; any field can be given."""
-    sequence = fields.get("poll_sequence", events[0].poll_sequence if events else 1)
-    at = fields.get("requested_at", events[0].observed_at if events else datetime(2026, 11, 23, 5, 30, tzinfo=UTC))
-    counts = {op: sum(event.op == op for event in events) for op in Op}
-    plausible: dict[str, Any] = {
-        "poll_sequence": sequence,
-        "simulated": False,
-        "source": "finnotech/trades-realtime",
-        "outcome": Outcome.PUBLISHED if events else Outcome.UNCHANGED,
-        "phase": Phase.OPEN,
-        "feed_state": FeedState.FRESH,
-        "session_day": at.astimezone(TEHRAN).date(),
-        "requested_at": at,
-        "received_at": at,
-        "next_poll_at": at + timedelta(minutes=1),
-        "day_final": False,
-        "rows": len(events),
-        "opened": counts[Op.OPENED],
-        "traded": counts[Op.TRADED],
-        "revised": counts[Op.REVISED],
-        "cancelled": counts[Op.CANCELLED],
-        "stale_rows": 0,
-        "rejected_rows": 0,
-        "duplicate_rows": 0,
-        "charged_calls": 1,
-    }
-    return PollMarker(**{**plausible, **fields})
+    at = fields.get("requested_at", events[0].observed_at if events else MARKER.requested_at)
+    counted = (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
+    derived: dict[str, Any] = {op.lower(): sum(event.op == op for event in events) for op in counted}
+    derived |= {"requested_at": at, "received_at": at, "next_poll_at": at + timedelta(minutes=1), "rows": len(events)}
+    derived["session_day"] = at.astimezone(TEHRAN).date()
+    if events:
+        derived |= {"poll_sequence": events[0].poll_sequence, "outcome": Outcome.PUBLISHED}
+    return structs.replace(MARKER, **{**derived, **fields})
 
 
 class Memory:
@@ -123,8 +84,7 @@ class Memory:
     """
 
     def __init__(self, partitions: int = 1, *, markers: bool = False) -> None:
-        self.partitions = partitions
-        self.markers = markers
+        self.partitions, self.markers = partitions, markers
         self.records: dict[Partition, list[Record | None]] = {}
         self.committed: dict[Partition, int] = {}
         self.emitted: list[Emit] = []
@@ -173,8 +133,7 @@ class MemoryStream:
         self._partitions = [Partition(name, number) for name in names for number in range(memory.partitions)]
         self._next: dict[Partition, int] = {}
         self._changed = True
-        self._generation = 0
-        self.failing = 0
+        self._generation = self.failing = 0
         self.waited: list[float] = []
 
     def poll(self, timeout: float, limit: int) -> Poll:  # noqa: ARG002  # nothing arrives later
@@ -211,8 +170,7 @@ class MemoryStream:
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Note that it would wait."""
         self.waited.append(seconds)
-        if len(self.waited) > PATIENCE:
-            raise AssertionError(f"the consumer has asked to wait {PATIENCE} times: does it ever get on?")
+        assert len(self.waited) <= PATIENCE, f"the consumer has asked to wait {PATIENCE} times: does it ever get on?"
         return not self._changed and not stopped()
 
     def commit(self, emits: Sequence[Emit], offsets: Offsets) -> None:
@@ -225,10 +183,6 @@ class MemoryStream:
         for topic, event in emits:
             SERIALIZERS[topic.event](event)  # what cannot be encoded could not be published
         self._memory.emitted += emits
-        self._memory.committed.update(offsets)
-
-    def hint(self, offsets: Offsets) -> None:
-        """Commit for dashboards."""
         self._memory.committed.update(offsets)
 
     def reset(self) -> None:
@@ -255,10 +209,7 @@ class MemoryMarket(MemoryStream):
     def _assignment(self) -> Assignment:
         self.polls.clear()
         self._trades = {}
-        begun = super()._assignment()
-        last = [each for each in self._memory.records.get(POLLS_0, [])[: begun[POLLS_0]] if each is not None]
-        day = self._memory.decode(last[-1]).requested_at.astimezone(TEHRAN).date() if last else None
-        return MarketAssignment(begun, {POLLS_0: 0}, day, self._memory.read)
+        return super()._assignment()
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return the assignment, then the markers of whole polls; what is missing now is missing for good."""
@@ -290,8 +241,7 @@ def runner(
     """Return a runner of a consumer over what is in memory; `stream` is one that `stream_of` returned."""
     stream = stream or stream_of(consumer, memory)
     if isinstance(consumer, MarketConsumer):
-        if not isinstance(stream, MemoryMarket):
-            raise TypeError("a market consumer needs a MemoryMarket")
+        assert isinstance(stream, MemoryMarket), "a market consumer needs a MemoryMarket"
         consumer = Market(consumer, stream.polls, "test")
     return Runner(consumer, stream, memory.decode, name="test", batch_size=batch_size)
 
@@ -318,7 +268,7 @@ def run(
     """
     stream = stream or stream_of(consumer, memory)
     running = runner(consumer, memory, batch_size=batch_size, stream=stream)
-    for _ in range(rounds) if rounds is not None else count():
+    for _ in count() if rounds is None else range(rounds):
         try:
             if not running.step() and rounds is None:
                 break
@@ -348,98 +298,62 @@ class ConsumerContract:
         """Return the consumer's whole outcome: by default what it published."""
         return [structs.astuple(emit.event) for emit in memory.emitted]
 
-    def _memory(self, *, markers: bool = False) -> Memory:
-        memory = Memory(markers=markers)
-        memory.committed[POLLS_0] = 0
-        memory.append(*self.events())
-        return memory
-
-    def _expected(self, folder: Path) -> object:
-        memory = self._memory()
-        run(self.make(folder), memory)
-        return self.outcome(memory, folder)
-
     def test_has_an_outcome(self, tmp_path: Path) -> None:
         """The other tests compare outcomes: an empty one would prove nothing."""
-        assert self._expected(tmp_path)
+        assert self._undisturbed(tmp_path)
 
     def test_the_size_of_batches_does_not_matter(self, tmp_path: Path) -> None:
         """One record at a time gives the same as all at once."""
-        memory = self._memory()
-        run(self.make(tmp_path / "found"), memory, batch_size=1)
-        assert self.outcome(memory, tmp_path / "found") == self._expected(tmp_path / "expected")
+        self._survives(tmp_path, "one by one", lambda memory, make, _: run(make(), memory, batch_size=1), 1)
 
     def test_a_stop_and_a_start_lose_and_repeat_nothing(self, tmp_path: Path) -> None:
         """Stopped after any event and started again, the outcome is that of an undisturbed run."""
-        expected, events = self._expected(tmp_path / "expected"), self.events()
-        for split in range(len(events) + 1):
-            memory, folder = Memory(markers=True), tmp_path / str(split)
-            memory.append(*events[:split])
-            run(self.make(folder), memory)
-            memory.append(*events[split:])
-            run(self.make(folder), memory)
-            assert self.outcome(memory, folder) == expected, f"stopped after {split} events"
+
+        def stop(memory: Memory, make: Make, events: int) -> None:
+            memory.records.clear()
+            memory.append(*self.events()[:events])
+            run(make(), memory)
+            memory.append(*self.events()[events:])
+
+        self._survives(tmp_path, "stopped", stop)
 
     def test_a_kill_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
         """Killed between any two batches, the outcome is that of an undisturbed run."""
-        expected = self._expected(tmp_path / "expected")
-        for rounds in range(1, len(self.events()) + 2):
-            memory, folder = self._memory(markers=True), tmp_path / str(rounds)
-            run(self.make(folder), memory, batch_size=1, rounds=rounds)
-            run(self.make(folder), memory)
-            assert self.outcome(memory, folder) == expected, f"killed after {rounds} rounds"
+        self._survives(tmp_path, "killed", lambda memory, make, n: run(make(), memory, batch_size=1, rounds=n))
 
     def test_a_rebalance_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
         """Opened again between any two batches, it knows only what is committed or in its sink."""
-        expected = self._expected(tmp_path / "expected")
-        for rounds in range(1, len(self.events()) + 2):
-            memory, folder = self._memory(), tmp_path / str(rounds)
-            consumer = self.make(folder)
-            stream = stream_of(consumer, memory)
-            run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
-            stream.reset()
-            run(consumer, memory, stream=stream)
-            assert self.outcome(memory, folder) == expected, f"rebalanced after {rounds} rounds"
+        self._survives(tmp_path, "rebalanced", lambda memory, make, n: _interrupted(make(), memory, n, fails=False))
 
     def test_a_failed_transaction_loses_and_repeats_nothing(self, tmp_path: Path) -> None:
         """What could not be committed is delivered again, after `open`."""
-        expected = self._expected(tmp_path / "expected")
-        for rounds in range(len(self.events()) + 1):
-            memory, folder = self._memory(), tmp_path / str(rounds)
-            consumer = self.make(folder)
-            stream = stream_of(consumer, memory)
-            run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
-            stream.failing = 1
-            run(consumer, memory, batch_size=1, stream=stream)
-            assert self.outcome(memory, folder) == expected, f"failed after {rounds} rounds"
+        self._survives(tmp_path, "failed", lambda memory, make, n: _interrupted(make(), memory, n, fails=True))
 
     def test_a_redelivery_changes_nothing(self, tmp_path: Path) -> None:
         """If the group's offsets are lost, a sink goes on at its own."""
-        expected = self._expected(tmp_path / "expected")
-        memory, folder = self._memory(), tmp_path / "found"
-        first = runner(self.make(folder), memory)
-        while first.step():
-            pass
-        first.stop()
-        first.run()
-        if first.owns_offsets:
-            memory.committed.clear()
-        run(self.make(folder), memory)
-        assert self.outcome(memory, folder) == expected
+
+        def lose(memory: Memory, make: Make, _: int) -> None:
+            first = runner(make(), memory)
+            while first.step():
+                pass
+            first.stop()
+            first.run()
+            if first.owns_offsets:
+                memory.committed.clear()
+
+        self._survives(tmp_path, "redelivered", lose, 1)
 
     def test_two_writers_lose_and_repeat_nothing(self, tmp_path: Path) -> None:
         """A member that does not know yet that it was replaced goes on; the group refuses its commits, not its sink's.
 
         A sink with its own offsets has to notice that another writer was faster, and raise Reopen.
         """
-        expected = self._expected(tmp_path / "expected")
-        for rounds in range(1, len(self.events()) + 2):
-            memory, folder = self._memory(markers=True), tmp_path / str(rounds)
-            old, new = (runner(self.make(folder), memory, batch_size=1) for _ in range(2))
+
+        def double(memory: Memory, make: Make, rounds: int) -> None:
+            old, new = writers = [runner(make(), memory, batch_size=1) for _ in range(2)]
             for _ in range(rounds):
                 old.step()
             new.step()
-            writers = [old, new]
             for _ in range(len(self.events()) + 5):
                 for writer in list(writers):
                     try:
@@ -449,19 +363,54 @@ class ConsumerContract:
             for writer in writers:
                 writer.stop()
                 writer.run()
-            run(self.make(folder), memory)
-            assert self.outcome(memory, folder) == expected, f"a second writer after {rounds} rounds"
+
+        self._survives(tmp_path, "a second writer", double)
 
     def test_an_undecodable_record_does_not_stop_it(self, tmp_path: Path) -> None:
         """It becomes a dead letter, and the rest is consumed as if it were not there."""
-        memory, folder = Memory(), tmp_path / "found"
-        memory.committed[POLLS_0] = 0
-        events = self.events()
+        events, memory = self.events(), self._filled()
+        memory.records.clear()
         memory.append(*events[:1])
         memory.append_bytes(type(events[0]), b"not ours")
         memory.append(*events[1:])
-        run(self.make(folder), memory)
+        run(self.make(tmp_path / "found"), memory)
         letters = [emit.event for emit in memory.emitted if isinstance(emit.event, DeadLetter)]
         memory.emitted = [emit for emit in memory.emitted if not isinstance(emit.event, DeadLetter)]
         assert [letter.payload for letter in letters] == [b"not ours"]
-        assert self.outcome(memory, folder) == self._expected(tmp_path / "expected")
+        assert self.outcome(memory, tmp_path / "found") == self._undisturbed(tmp_path / "expected")
+
+    def _filled(self) -> Memory:
+        memory = Memory(markers=True)
+        memory.committed[POLLS_0] = 0
+        memory.append(*self.events())
+        return memory
+
+    def _undisturbed(self, folder: Path) -> object:
+        memory = self._filled()
+        run(self.make(folder), memory)
+        return self.outcome(memory, folder)
+
+    def _survives(
+        self, tmp_path: Path, what: str, disturb: Callable[[Memory, Make, int], None], times: int = 0
+    ) -> None:
+        """Assert that a successor makes the outcome what it is undisturbed, after however many rounds it happened."""
+        expected = self._undisturbed(tmp_path / "expected")
+        for late in range(times or len(self.events()) + 2):
+            memory, folder = self._filled(), tmp_path / str(late)
+            disturb(memory, lambda folder=folder: self.make(folder), late)  # type: ignore[misc]  # a default, no parameter
+            run(self.make(folder), memory)
+            assert self.outcome(memory, folder) == expected, f"{what} after {late}"
+
+
+Make = Callable[[], Consumer | MarketConsumer]
+
+
+def _interrupted(consumer: Consumer | MarketConsumer, memory: Memory, rounds: int, *, fails: bool) -> None:
+    """Run it; after some rounds its next transaction fails, or its partitions are assigned again."""
+    stream = stream_of(consumer, memory)
+    run(consumer, memory, batch_size=1, rounds=rounds, stream=stream)
+    if fails:
+        stream.failing = 1
+    else:
+        stream.reset()
+    run(consumer, memory, batch_size=1, stream=stream)

@@ -1,13 +1,14 @@
-"""Publishing emits together with offsets, one Kafka transaction each.
+"""Publish emits together with offsets, one Kafka transaction each.
 
 librdkafka 2.16 never returns from `send_offsets_to_transaction` after a broker restarted, whatever its time-out. So the
-producer is thrown away after any error of a transaction, any loss of a broker and every rebalance, and the calls end
-the process when they hang.
+producer is thrown away after any error of a transaction, any loss of a broker and every rebalance, and a call that
+hangs ends the process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
@@ -41,37 +42,33 @@ class Transactions:
         self._serializers: dict[Topic, Any] = {topic: registry.serializer(topic, cluster.prefix) for topic in topics}
         self._producer: Producer | None = None
         self._suspect = False
-        self._too_large: str | None = None
+        self._too_large: BourseError | None = None
 
     def suspect(self, *_: object) -> None:
         """Note that the producer may be damaged: a broker was lost, or the group was rebalanced."""
         self._suspect = True
-
-    @property
-    def damaged(self) -> bool:
-        """Return whether the next transaction needs a new producer."""
-        return self._suspect or self._producer is None
 
     def poll(self) -> None:
         """Serve the producer's callbacks."""
         if self._producer is not None:
             self._producer.poll(0)
 
-    def prepare(self) -> Producer:
-        """Return a producer that is not damaged; a new one settles what the one before left open."""
+    def prepare(self) -> bool:
+        """Have a producer that is not damaged; return whether it is new: then it settled what was left open."""
         if self._suspect:
             self.close()
-        if self._producer is None:
-            self._suspect = False
-            producer = self._cluster.transactional_producer(self._id, TRANSACTION_MS, error_cb=self.suspect)
-            try:
-                with deadline("init_transactions", HANG_SECONDS):
-                    producer.init_transactions(ASK_SECONDS)
-            except KafkaException as error:
-                abandon(producer)
-                raise self._broken(error.args[0]) from error
-            self._producer = producer
-        return self._producer
+        if self._producer is not None:
+            return False
+        self._suspect = False
+        producer = self._cluster.transactional_producer(self._id, TRANSACTION_MS, error_cb=self.suspect)
+        try:
+            with deadline("init_transactions", HANG_SECONDS):
+                producer.init_transactions(ASK_SECONDS)
+        except KafkaException as error:
+            abandon(producer)
+            raise self._broken(error.args[0]) from error
+        self._producer = producer
+        return True
 
     def commit(self, emits: Sequence[Emit], offsets: Sequence[TopicPartition], group: Any) -> None:
         """Publish emits and commit offsets, all or nothing.
@@ -79,15 +76,14 @@ class Transactions:
         Raises StreamBroken; BourseError if an emit is too large.
         """
         records = [self._serializers[emit.topic](emit.event) for emit in emits]
-        producer = self.prepare()
+        self.prepare()
+        assert self._producer is not None  # noqa: S101  # for the type checker: `prepare` made it
         self._too_large = None
         try:
-            self._transact(producer, records, offsets, group)
+            self._transact(self._producer, records, offsets, group)
         except KafkaException as error:
             self.close()
-            if self._too_large:
-                raise BourseError(self._too_large) from error
-            raise self._broken(error.args[0]) from error
+            raise self._too_large or self._broken(error.args[0]) from error
 
     def close(self) -> None:
         """Abandon the producer; its successor settles a transaction that is open."""
@@ -108,28 +104,22 @@ class Transactions:
             producer.commit_transaction(COMMIT_SECONDS)
 
     def _produce(self, producer: Producer, record: Record) -> None:
-        def delivered(error: KafkaError | None, _: object) -> None:
-            if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                self._too_large = (
-                    f"an event of {len(record.value)} bytes is larger than {record.topic} accepts (key "
-                    f"{(record.key or b'').decode(errors='replace')}): {error.str()}"
-                )
-
+        note = partial(self._delivered, record)
+        about: dict[str, Any] = {"timestamp": record.timestamp, "headers": record.headers, "on_delivery": note}
         while True:
             try:
-                return producer.produce(
-                    record.topic,
-                    record.value,
-                    record.key,
-                    timestamp=record.timestamp,
-                    headers=record.headers,
-                    on_delivery=delivered,
-                )
+                return producer.produce(record.topic, record.value, record.key, **about)
             except BufferError:
                 producer.poll(0.1)
             except KafkaException as error:
-                delivered(error.args[0], None)
+                note(error.args[0])
                 raise
+
+    def _delivered(self, record: Record, error: KafkaError | None, _: object = None) -> None:
+        if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            key = (record.key or b"").decode(errors="replace")
+            message = f"an event of {len(record.value)} bytes is larger than {record.topic} accepts"
+            self._too_large = BourseError(f"{message} (key {key}): {error.str()}")
 
     def _broken(self, error: KafkaError) -> BourseError:
         return self._cluster.refusal(error, "WRITE", transactional_id=self._id) or StreamBroken(error.str())

@@ -668,7 +668,7 @@ class Topics:
         self._held = {ALERTS.name: alerts, CANDLES.name: candles}
 
     def day(self) -> Day:
-        return Day(date(2019, 8, 24), lambda topic: self._held[topic.name])
+        return Day(lambda topic: self._held[topic.name])
 
 
 def test_the_consumer_continues_after_a_restart_and_reads_changed_rules(tmp_path: Path) -> None:
