@@ -39,7 +39,7 @@ def make(kind: str, where: str) -> Consumer:
     consumer: Consumer
     if kind == "executemany":
         consumer = make("postgres", where)
-        consumer._write = partial(executemany, consumer)  # type: ignore[attr-defined,arg-type]  # its only difference
+        consumer._copy = partial(executemany, consumer)  # type: ignore[attr-defined,arg-type]  # its only difference
     elif kind == "parquet":
         from bourse_consumers.archive.command import archive
 
@@ -54,7 +54,7 @@ def make(kind: str, where: str) -> Consumer:
 
 def executemany(sink: PostgresArchive, rows: pl.DataFrame) -> None:
     """Write rows as one does without COPY, in the transaction under way."""
-    sink._tables.make_room(sink._connection, set(rows["trading_day"].unique()))
+    sink._tables.create_months(sink._connection, set(rows["trading_day"].unique()))
     names, marks = ", ".join(rows.columns), ", ".join(["%s"] * rows.width)
     into = f"INSERT INTO {sink._tables.rows.as_string(sink._connection)} ({names}) VALUES ({marks})"
     with sink._connection.cursor() as cursor:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,8 @@ from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.care import Report, verify
 from bourse_consumers.archive.files import catalog, read
 from bourse_consumers.archive.store import STAGING, open_store
-from bourse_consumers.archive.topic import read_topic, topics_of
+from bourse_consumers.archive.topic import topics_of
+from bourse_consumers.archive.verify import kept_by
 from bourse_consumers.postgres.proof import verify as verify_tables
 from bourse_consumers.postgres.sink import connect
 from bourse_consumers.postgres.tables import Tables
@@ -138,8 +140,9 @@ class _Database:
             return int(connection.execute("SELECT count(*) FROM bourse.trades").fetchall()[0][0])
 
     def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:
-        topics = read_topic(cluster, TRADES, TRADES.full_name(cluster.prefix))
-        report = verify_tables(self._dsn, TRADES, schema="bourse", prefix=cluster.prefix, topics=topics)
+        kept = partial(kept_by, cluster, TRADES, TRADES.full_name(cluster.prefix))
+        proof = verify_tables(self._dsn, TRADES, schema="bourse", prefix=cluster.prefix, kept=kept)
+        report = Report(rows=proof.rows, compared=proof.compared, faults=proof.findings)
         with connect(self._dsn) as connection:
             found = connection.execute("SELECT event_id FROM bourse.trades").fetchall()
         return report, Counter(row[0] for row in found)

@@ -38,7 +38,6 @@ PATTERN = re.compile(r"\b(" + "|".join(BANNED) + r")\b", re.IGNORECASE)
 OLD_SOURCES = (
     "consumers/bourse_consumers/archive/",
     "consumers/bourse_consumers/archive_cli.py",
-    "consumers/bourse_consumers/postgres/",
 )
 OLD_PAGES = ("notify.md", "archive.md")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
-    from bourse_consumers.archive.care import Report
     from bourse_consumers.archive.store import Store
 
 __all__ = ["archive"]
@@ -102,7 +102,7 @@ def verify(
             raise ConfigurationError(
                 "--polls is for archives of files: a table of polls in the same schema is looked at"
             )
-        report = _verify_postgres(to, cluster, table, schema, day, beside=beside)
+        _verify_postgres(to, cluster, table, schema, beside=beside, as_json=as_json)
     else:
         store = _existing(to)
         topics = topics_of(cluster, store) if beside else None
@@ -122,15 +122,15 @@ def verify(
     ctx.exit(1 if report.faults else 0)
 
 
-def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, day: date | None, *, beside: bool) -> Report:
-    from bourse_consumers.archive.topic import read_topic
+def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, *, beside: bool, as_json: bool) -> None:
+    from bourse_consumers.archive.verify import kept_by, show
     from bourse_consumers.postgres.command import require_no_password
     from bourse_consumers.postgres.proof import verify as examine
 
     require_no_password(dsn, "--to")
     topic = next(each for each in TOPICS if each.name == table)
-    topics = read_topic(cluster, topic, topic.full_name(cluster.prefix)) if beside else None
-    return examine(dsn, topic, schema=schema, prefix=cluster.prefix, topics=topics, day=day)
+    kept = partial(kept_by, cluster, topic, topic.full_name(cluster.prefix)) if beside else None
+    show(examine(dsn, topic, schema=schema, prefix=cluster.prefix, kept=kept), as_json=as_json)
 
 
 @archive.command

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from bourse_consumers.records import Places
 
-__all__ = ["arrow_schema", "arrow_type", "as_table", "dictionary_columns", "to_table"]
+__all__ = ["WHERE", "arrow_schema", "arrow_type", "as_json", "as_table", "dictionary_columns", "plain_json", "to_table"]
 
 PLAIN = {
     "string": pa.string(),
@@ -69,6 +71,25 @@ def arrow_schema(event: type[Event]) -> pa.Schema:
 def dictionary_columns(schema: pa.Schema) -> list[str]:
     """Return the columns whose values come back again and again."""
     return [name for name in schema.names if name in RECURRING or name in {"op", "trading_day"}]
+
+
+def plain_json(column: pa.ChunkedArray) -> list[str | None]:
+    """Return a column of maps or lists as JSON."""
+    of_map = pa.types.is_map(column.type)
+    return [as_json(dict(value) if of_map and value is not None else value) for value in column.to_pylist()]
+
+
+def as_json(value: Any) -> str | None:
+    """Return a map or a list as JSON with sorted keys: bytes as base64, every number as a float; None stays None."""
+    return None if value is None else json.dumps(_plain(value), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return float(value) if isinstance(value, int | float) else value
 
 
 def to_table(events: Sequence[Event], places: Places) -> pa.Table:

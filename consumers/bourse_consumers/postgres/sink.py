@@ -1,66 +1,70 @@
 """An archive in PostgreSQL: rows and offsets in one transaction, fenced by the offsets.
 
-A batch moves the offsets of its partitions from where this writer believes them to be; if another one has moved them,
-nothing of the batch is written, and the writer goes on behind the other.
+A batch moves the offsets of its partitions from what this writer knows; if another writer has moved them, nothing of
+the batch is written, and this writer continues after the other. Works behind a pooler in transaction mode: nothing
+depends on a session.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import weakref
-from typing import Any, NoReturn, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import polars as pl
 import psycopg
-from psycopg import sql
+from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Record, Reject, Reopen, Retry
-from bourse_consumers.postgres.tables import Tables
+from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Reject, Reopen, Retry
+from bourse_consumers.postgres.tables import Connection, Tables
+from bourse_consumers.rows import plain_json
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import Topic
+from bourse_schemas.watchdog import deadline
 
-__all__ = ["PostgresArchive", "connect", "require_address", "words"]
+__all__ = ["PostgresArchive", "connect", "reason", "require_address", "transaction"]
 
-# A server that is gone, or a writer that sleeps in the middle of a transaction, is noticed in so long.
-PATIENCE: dict[str, Any] = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-    "application_name": "bourse-stream",
-}
-TIMEOUTS = "-c statement_timeout=60s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s"
+# A server that is unreachable is noticed within these times.
+PATIENCE = "connect_timeout=5 keepalives_idle=10 keepalives_interval=5 keepalives_count=3 tcp_user_timeout=30000"
+# Of one transaction, if the address, the user or the server sets none: poolers refuse them at connect.
+LIMITS = """
+SELECT set_config(n, coalesce(nullif(current_setting(n), '0'), v), true) FROM (VALUES
+    ('statement_timeout', '60s'), ('lock_timeout', '10s'), ('idle_in_transaction_session_timeout', '15s')) AS t (n, v)
+"""
+HANG_SECONDS = 150.0
 
 
-def connect(dsn: str) -> psycopg.Connection[Any]:
-    """Return a connection that commits only what `transaction()` holds; what the address sets goes before ours.
+def connect(dsn: str) -> Connection:
+    """Return a connection that commits only what `transaction` holds; what the address sets takes precedence.
 
-    Raises psycopg.Error, and ConfigurationError where it is no address: libpq's own words would quote the password.
+    Raises psycopg.Error, and ConfigurationError if it is not an address: libpq's own message would quote the password.
     """
-    given = require_address(dsn, "--dsn")
-    options = f"{TIMEOUTS} {given.get('options') or os.environ.get('PGOPTIONS', '')}".strip()
-    own = {**PATIENCE, **given, "options": options, "client_encoding": "utf8"}
-    return psycopg.connect(make_conninfo("", **own), autocommit=True)
+    known = {"application_name": "bourse-stream", **require_address(dsn, "--dsn"), "client_encoding": "utf8"}
+    return psycopg.connect(make_conninfo(PATIENCE, **known), autocommit=True, prepare_threshold=None)
+
+
+@contextmanager
+def transaction(connection: Connection) -> Iterator[None]:
+    """Hold a transaction with limits; the process ends if it hangs all the same."""
+    with deadline("a transaction in PostgreSQL", HANG_SECONDS), connection.transaction():
+        connection.execute(LIMITS)
+        yield
 
 
 def require_address(dsn: str, option: str) -> dict[str, Any]:
-    """Return the parts of an address. Raises ConfigurationError where it is none, without a word of it."""
+    """Return the parts of an address. Raises ConfigurationError if it is not one, and does not quote it."""
     try:
         parts = dict(conninfo_to_dict(dsn))
-        # A host with an @ is the end of a password that holds one; with nothing before it, a socket.
-        sound = "@" not in str(parts.get("host", "")).removeprefix("@")
+        # A host with an @ is the end of a password that contains one; with nothing before it, it is a socket.
+        valid = "@" not in str(parts.get("host", "")).removeprefix("@")
     except psycopg.Error:
-        sound = False
-    if not sound:
-        raise ConfigurationError(
-            f"{option} is no address such as postgresql://user@host:5432/database; in a password, % is written %25, "
-            "@ is written %40, / is written %2F"
-        )
+        valid = False
+    if not valid:
+        example = "postgresql://user@host:5432/database (in a password, write %25 for %, %40 for @, %2F for /)"
+        raise ConfigurationError(f"{option} is not an address such as {example}")
     return parts
 
 
@@ -70,99 +74,111 @@ class PostgresArchive(Consumer):
     batch_size = 4000
 
     def __init__(
-        self,
-        dsn: str,
-        topic: Topic,
-        *,
-        schema: str = "bourse",
-        apply_schema: bool = False,
-        accept_loss: bool = False,
+        self, dsn: str, topic: Topic, *, schema: str = "bourse", apply_schema: bool = False, accept_loss: bool = False
     ) -> None:
         self.topics = (topic,)
         self._dsn = dsn
         self._tables = Tables(topic, schema)
         self._accept_loss = accept_loss
         self._next: dict[Partition, int] = {}
-        # Where a commit may or may not have brought the offsets.
+        # A commit may or may not have moved the offsets.
         self._unsure = False
+        self._refused: dict[tuple[Partition, int], str] = {}
         try:
             self._connection = self._connect()
-            if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
-                raise ConfigurationError("--dsn: this server or user may only read")
-            if self._connection.execute("SHOW server_encoding").fetchone() != ("UTF8",):
-                raise ConfigurationError("--dsn: this database cannot hold Persian text: make one with ENCODING 'UTF8'")
-            if apply_schema:
-                self._tables.apply(self._connection)
-            self._tables.require(self._connection)
-            self._tables.require_rights(self._connection)
+            with transaction(self._connection):
+                if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
+                    raise ConfigurationError("--dsn: this server or user is read-only")
+                if self._connection.execute("SHOW server_encoding").fetchone() != ("UTF8",):
+                    raise ConfigurationError("--dsn: this database cannot hold Persian text: create it with UTF8")
+                if apply_schema:
+                    self._tables.apply(self._connection)
+                self._tables.require(self._connection)
+                self._tables.require_rights(self._connection)
         except psycopg.Error as error:
-            raise ConfigurationError(f"--dsn: {words(error)}") from error
+            raise ConfigurationError(f"--dsn: {reason(error)}") from error
 
-    def _connect(self) -> psycopg.Connection[Any]:
+    def _connect(self) -> Connection:
         connection = connect(self._dsn)
-        weakref.finalize(self, connection.close)  # also where nobody says good-bye
+        weakref.finalize(self, connection.close)  # also without close()
         return connection
 
     def open(self, assigned: Assignment) -> Own:
-        """Begin where the offsets table is; a partition that is new there begins at its oldest record."""
+        """Begin at the stored offsets; a partition that has none begins at its oldest record."""
         self._next = {partition: assigned.first.get(partition, 0) for partition in assigned}
-        self._unsure = False
+        self._unsure, self._refused = False, {}
         try:
-            found = self._ends()
-            lost = {each: (found[each], at) for each, at in assigned.first.items() if found.get(each, at) < at}
-            self._note_loss(lost)
+            with transaction(self._connection):
+                self._next |= self._ends(assigned)
+                for partition, first in assigned.first.items():
+                    self._skip_lost(partition, first)
         except psycopg.Error as error:
             self._reconnect(error)
-        self._next.update({each: max(at, assigned.first.get(each, 0)) for each, at in found.items()})
+        self._healthy(None)
         return Own(dict(self._next))
 
-    def _note_loss(self, lost: dict[Partition, tuple[int, int]]) -> None:
-        """Stop where the topic no longer has what comes next; or go on behind the hole, and note it."""
-        for partition, (start, first) in lost.items():
-            where = f"{partition.topic}-{partition.number}: offsets {start} to {first - 1}"
-            if not self._accept_loss:
-                raise ConfigurationError(
-                    f"the topic has deleted what this archive lacks, {where}: it was away for longer than the topic "
-                    "keeps its records; --accept-loss goes on, and leaves a record of the hole"
-                )
-            get_logger().error("lost for ever, and noted in the archive", where=where)
-            with self._connection.transaction():
-                self._tables.note_hole(self._connection, partition, start, first)
+    def _skip_lost(self, partition: Partition, first: int) -> None:
+        """Stop if the topic no longer has the next record; with --accept-loss record the hole and go on after it."""
+        start = self._next[partition]
+        if start >= first:
+            return
+        lost = f"{partition.topic}-{partition.number}: offsets {start} to {first - 1}"
+        if not self._accept_loss:
+            raise ConfigurationError(f"{lost} are deleted and not archived: --accept-loss records the hole and goes on")
+        get_logger().error("records lost, hole recorded", offsets=lost)
+        if self._tables.advance(self._connection, partition, start, first):
+            self._tables.note_hole(self._connection, partition, start, first)
+        self._next[partition] = first
 
-    def _ends(self) -> dict[Partition, int]:
-        found = {topic: self._tables.ends(self._connection, topic) for topic in {each.topic for each in self._next}}
-        return {each: found[each.topic][each.number][1] for each in self._next if each.number in found[each.topic]}
+    def _ends(self, partitions: Any) -> dict[Partition, int]:
+        found = {topic: self._tables.ends(self._connection, topic) for topic in {each.topic for each in partitions}}
+        return {each: found[each.topic][each.number][1] for each in partitions if each.number in found[each.topic]}
 
     def process(self, batch: Batch) -> None:
-        """Write a batch and move the offsets behind it, or nothing of both."""
-        ends = {partition: batch.next[partition] for partition in {record.partition for record in batch.records}}
+        """Write a batch and move the offsets, or neither."""
+        self._reject(batch)
         try:
-            if self._unsure:
-                found = self._ends()
-                self._unsure = False
-                if all(found.get(partition) == at for partition, at in ends.items()):
-                    self._next.update(ends)
-                    return
             rows = self._rows(batch)
-            with self._connection.transaction():
-                self._move(ends)
-                self._write(rows)
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
-            self._blame(batch, error)
+            with transaction(self._connection):
+                # After a lost answer to a commit the offsets show whether the batch is stored.
+                if not (self._unsure and self._ends(batch.next) == batch.next):
+                    self._move(batch.next)
+                    self._store(rows, batch)
         except psycopg.Error as error:
             self._unsure = True
             self._reconnect(error)
-        self._next.update(ends)
+        self._unsure = False
+        self._healthy(None)
+        self._reject(batch)
+        self._refused = {}
+        self._next |= batch.next
+
+    def _reject(self, batch: Batch) -> None:
+        """Raise Reject for the first record that the database is known to refuse."""
+        for record in batch.records if self._refused else ():
+            if (why := self._refused.get((record.partition, record.offset))) is not None:
+                raise Reject(record, f"PostgreSQL refuses it: {why}")
+
+    def _store(self, rows: pl.DataFrame, batch: Batch) -> None:
+        """Write rows, or nothing if some have to be rejected; record the offsets that have no row as holes."""
+        known = len(self._refused)
+        for index, error in self._write(rows):
+            record = batch.records[index]
+            if self._tables.months and isinstance(error, errors.UniqueViolation):
+                # The same event_id is the same event.
+                get_logger().warning("event is already stored", record=record.origin)
+                self._tables.note_hole(self._connection, record.partition, record.offset, record.offset + 1)
+            else:
+                self._refused[record.partition, record.offset] = reason(error)
+        if len(self._refused) > known:
+            raise psycopg.Rollback
+        for partition, offset in self._refused:
+            self._tables.note_hole(self._connection, partition, offset, offset + 1)
 
     def _move(self, ends: Offsets) -> None:
-        known = sql.SQL("INSERT INTO {} VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING").format(self._tables.offsets)
-        move = sql.SQL("UPDATE {} SET next = %s WHERE topic = %s AND partition = %s AND next = %s")
-        # In one order for all, so that nobody waits for each other.
+        # All writers use one order, so that there is no deadlock.
         for partition, at in sorted(ends.items()):
-            start = self._next[partition]
-            self._connection.execute(known, [*partition, start, start])
-            moved = self._connection.execute(move.format(self._tables.offsets), [at, *partition, start])
-            if moved.rowcount != 1:
+            if not self._tables.advance(self._connection, partition, self._next[partition], at):
                 raise Reopen("another writer has moved the offsets")
 
     def _rows(self, batch: Batch) -> pl.DataFrame:
@@ -170,68 +186,58 @@ class PostgresArchive(Consumer):
         table = batch.table()
         columns = []
         for name, kind in self._tables.columns.items():
-            if kind == "jsonb":
-                columns.append(pl.Series(name, [json.dumps(_plain(value)) for value in table[name].to_pylist()]))
-                continue
-            column = cast("pl.Series", pl.from_arrow(table[name]))
+            column = pl.Series(name, plain_json(table[name]) if kind == "jsonb" else table[name])
             columns.append(("\\x" + column.bin.encode("hex") if kind == "bytea" else column).alias(name))
         return pl.DataFrame(columns)
 
-    def _write(self, rows: pl.DataFrame) -> None:
-        if "trading_day" in rows.columns:
-            self._tables.make_room(self._connection, set(rows["trading_day"].unique()))
+    def _write(self, rows: pl.DataFrame, first: int = 0) -> Iterator[tuple[int, psycopg.Error]]:
+        """Write rows but those that the database refuses, found by bisection; yield their indexes and errors."""
+        try:
+            with self._connection.transaction():
+                self._copy(rows)
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            if rows.height == 1:
+                yield first, error
+                return
+            half = rows.height // 2
+            yield from self._write(rows[:half], first)
+            yield from self._write(rows[half:], first + half)
+
+    def _copy(self, rows: pl.DataFrame) -> None:
+        if self._tables.months:
+            self._tables.create_months(self._connection, set(rows["trading_day"].unique()))
         names = sql.SQL(", ").join(map(sql.Identifier, rows.columns))
         # As text: the server reads it about as fast as its binary format, and making that takes ten times as long.
         into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT CSV)").format(self._tables.rows, names)
         with self._connection.cursor() as cursor, cursor.copy(into) as copy:
-            # With quotes around whatever is no number, nothing between two commas is NULL, and "" is a text.
+            # With quotes around everything but numbers, an empty field is NULL and "" is a text.
             copy.write(rows.write_csv(include_header=False, quote_style="non_numeric"))
-
-    def _blame(self, batch: Batch, error: psycopg.Error) -> NoReturn:
-        """Find the record that the database does not take: it becomes a dead letter."""
-        self._tables.forget_months()  # one may have been dropped meanwhile
-        culprit: Record | None = None
-        try:
-            with self._connection.transaction(force_rollback=True):
-                rows = self._rows(batch)
-                for index, culprit in enumerate(batch.records):  # noqa: B007  # looked at when it has failed
-                    self._write(rows[index])
-        except (psycopg.DataError, psycopg.IntegrityError) as found:
-            if culprit is not None:
-                raise Reject(culprit, f"PostgreSQL does not take it: {words(found)}") from found
-        except psycopg.Error as lost:
-            self._reconnect(lost)
-        finally:
-            self._tables.forget_months()  # those just made were rolled back
-        raise Retry(f"PostgreSQL: {words(error)}") from error
 
     def durable(self) -> Offsets:
         """Return what is committed."""
         return dict(self._next)
 
     def close(self) -> None:
-        """Leave the server."""
+        """Close the connection."""
         self._connection.close()
+
+    def _healthy(self, why: str | None) -> None:
+        if self.monitor:
+            self.monitor.unready("database", why)
 
     def _reconnect(self, error: psycopg.Error) -> NoReturn:
         """Ask for the batch again, over a new connection: the old one may not know yet that it is broken."""
-        self._tables.forget_months()
         try:
             self._connection.close()
             self._connection = self._connect()
         except psycopg.Error as again:
             error = again
-        raise Retry(f"PostgreSQL: {words(error)}") from error
+        message = f"PostgreSQL: {reason(error)}"
+        self._healthy(message)
+        raise Retry(message) from error
 
 
-def _plain(value: Any) -> Any:
-    """Return a map or a list as JSON can have it; bytes as base64."""
-    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):
-        return {key: _plain(inner) for key, inner in value}
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
-
-
-def words(error: psycopg.Error) -> str:
-    """Return what the server, or the library, has to say, in a line."""
+def reason(error: psycopg.Error) -> str:
+    """Return what the server or the library reports, in a line."""
     text = (error.diag.message_primary if error.diag else None) or str(error) or type(error).__name__
     return text.strip().partition("\n")[0]

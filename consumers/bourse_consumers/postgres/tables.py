@@ -1,4 +1,4 @@
-"""The tables of an archive in PostgreSQL: derived from the events' Avro schemas, made and migrated when told to."""
+"""The tables of an archive in PostgreSQL, derived from the events' Avro schemas."""
 
 from __future__ import annotations
 
@@ -6,223 +6,176 @@ from datetime import date
 from typing import Any
 
 import psycopg
+import pyarrow as pa
 from psycopg import sql
 
 from bourse_consumers.api import Partition
-from bourse_schemas.codec import avro_schema
+from bourse_consumers.rows import WHERE, arrow_schema
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import TRADES, Topic
 
-__all__ = ["Tables"]
+__all__ = ["Connection", "Tables"]
+
+Connection = psycopg.Connection[Any]
 
 VERSION = 1
-TYPES = {
-    "long": "bigint",
-    "int": "integer",
-    "string": "text",
-    "double": "double precision",
-    "boolean": "boolean",
-    "bytes": "bytea",
+# Maps and lists are JSON.
+TYPES = {pa.string(): "text", pa.int64(): "bigint", pa.int32(): "integer", pa.float64(): "double precision"} | {
+    pa.bool_(): "boolean",
+    pa.binary(): "bytea",
+    pa.date32(): "date",
+    pa.timestamp("ms", "UTC"): "timestamp with time zone",
 }
-WHERE = {"_partition": "integer", "_offset": "bigint", "_timestamp": "timestamp with time zone"}
-# Whose rows are found by instrument and day, a partition a month.
-BY_MONTH = ("instrument", "trading_day", "sequence")
-LOCK = 0x62_6F_75_72_73_65  # for whoever makes tables; any number will do
-
-
-def _type(avro: Any) -> str:
-    match avro:
-        case ["null", inner]:
-            return _type(inner)
-        case {"logicalType": "timestamp-millis"}:
-            return "timestamp with time zone"
-        case {"logicalType": "date"}:
-            return "date"
-        case {"type": "enum"}:
-            return "text"
-        case {"type": "map" | "array"}:
-            return "jsonb"
-    return TYPES[avro]
-
-
-def _span(day: date) -> tuple[sql.Composable, sql.Composable]:
-    """Return where the month of a day begins and ends; the last one of all has no end."""
-    begin = day.replace(day=1)
-    if (begin.year, begin.month) == (date.max.year, date.max.month):
-        return sql.Literal(f"{begin}"), sql.SQL("MAXVALUE")
-    return sql.Literal(f"{begin}"), sql.Literal(f"{date(begin.year + begin.month // 12, begin.month % 12 + 1, 1)}")
+# A table with these columns is partitioned by month.
+BY_MONTH, BY_DAY = ("instrument", "trading_day", "sequence"), " PARTITION BY RANGE (trading_day)"
+LOCK = 0x62_6F_75_72_73_65  # of all who create tables
+BOOKS = """
+CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE TABLE IF NOT EXISTS {meta} (name text PRIMARY KEY, value text NOT NULL);
+INSERT INTO {meta} VALUES ('version', {version}) ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS {offsets}
+    (topic text, partition integer, first bigint NOT NULL, next bigint NOT NULL, PRIMARY KEY (topic, partition));
+CREATE TABLE IF NOT EXISTS {holes} (topic text, partition integer, start bigint, next bigint NOT NULL,
+    noted_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (topic, partition, start));
+"""
+VIEWS = """
+CREATE OR REPLACE VIEW {last_candle} AS SELECT DISTINCT ON (instrument) instrument, symbol, trading_day, sequence,
+    traded_at, open_price, high_price, low_price, last_price, closing_price, previous_close, volume, value, trade_count
+    FROM {rows} ORDER BY instrument, trading_day DESC, sequence DESC;
+CREATE OR REPLACE VIEW {daily_bars} AS SELECT DISTINCT ON (instrument, trading_day) instrument, symbol, trading_day,
+    open_price AS open, high_price AS high, low_price AS low, last_price AS last, closing_price AS close, volume, value,
+    trade_count FROM {rows} ORDER BY instrument, trading_day, sequence DESC;
+"""
+# Only the owner of a table may attach a partition.
+RIGHTS = """
+SELECT missing FROM (VALUES
+    ('INSERT on ' || %(rows)s, has_table_privilege(%(rows)s, 'INSERT')),
+    ('INSERT on ' || %(holes)s, has_table_privilege(%(holes)s, 'INSERT')),
+    ('SELECT, INSERT and UPDATE on ' || %(offsets)s, has_table_privilege(%(offsets)s, 'SELECT')
+        AND has_table_privilege(%(offsets)s, 'INSERT') AND has_table_privilege(%(offsets)s, 'UPDATE')),
+    ('the ownership of ' || %(rows)s, (SELECT NOT %(months)s OR pg_has_role(relowner, 'USAGE') FROM pg_class
+        WHERE oid = to_regclass(%(rows)s))),
+    ('CREATE in the schema', NOT %(months)s OR has_schema_privilege(%(schema)s, 'CREATE'))
+) AS checks (missing, ok) WHERE NOT ok
+"""
 
 
 class Tables:
-    """The tables of one topic in a schema of the database: its rows, and how far each partition is written."""
+    """The tables of one topic in a schema of the database: its rows, and the next offset of each partition."""
 
     def __init__(self, topic: Topic, schema: str) -> None:
         self.topic = topic
         self._schema = schema
-        fields = avro_schema(topic.event)["fields"]
-        self.columns = {field["name"]: _type(field["type"]) for field in fields} | WHERE
-        self._optional = {field["name"] for field in fields if isinstance(field["type"], list)}
-        self._months = set(BY_MONTH) <= self.columns.keys()
-        self.rows = self.beside(topic.name.replace("-", "_"))
-        self.offsets, self.holes = self.beside("offsets"), self.beside("holes")
-        self._known_months: set[str] = set()
+        fields = [*arrow_schema(topic.event), *WHERE]
+        self.columns = {field.name: TYPES.get(field.type, "jsonb") for field in fields}
+        self._optional = {field.name for field in arrow_schema(topic.event) if field.nullable}
+        self.months = set(BY_MONTH) <= self.columns.keys()
+        self.rows = self.named(topic.name.replace("-", "_"))
+        self.offsets, self.holes, self._meta = map(self.named, ("offsets", "holes", "meta"))
 
-    def beside(self, name: str) -> sql.Identifier:
+    def named(self, name: str) -> sql.Identifier:
         """Return a table of the schema."""
         return sql.Identifier(self._schema, name)
 
-    # --- made and looked at -------------------------------------------------------------------------------------------
+    # --- created and checked ------------------------------------------------------------------------------------------
 
-    def apply(self, connection: psycopg.Connection[Any]) -> None:
-        """Make what is missing; add columns that a newer release has. Repeating it changes nothing."""
-        with connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-            connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(self._schema)))
-            if self._found(connection) or self._version(connection) is not None:
-                self._require_ours(connection)
-            meta = sql.SQL("CREATE TABLE IF NOT EXISTS {} (name text PRIMARY KEY, value text NOT NULL)")
-            connection.execute(meta.format(self.beside("meta")))
-            version = sql.SQL("INSERT INTO {} VALUES ('version', %s) ON CONFLICT DO NOTHING")
-            connection.execute(version.format(self.beside("meta")), [str(VERSION)])
-            offsets = sql.SQL(
-                "CREATE TABLE IF NOT EXISTS {} (topic text, partition integer, first bigint NOT NULL, "
-                "next bigint NOT NULL, PRIMARY KEY (topic, partition))"
-            )
-            connection.execute(offsets.format(self.offsets))
-            holes = sql.SQL(
-                "CREATE TABLE IF NOT EXISTS {} (topic text, partition integer, start bigint, next bigint NOT NULL, "
-                "noted_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (topic, partition, start))"
-            )
-            connection.execute(holes.format(self.holes))
-            key = BY_MONTH if self._months else ("_partition", "_offset")
-            lines = [
-                sql.SQL("{} {}{}").format(
-                    sql.Identifier(name), sql.SQL(kind), sql.SQL("" if name in self._optional else " NOT NULL")
-                )
-                for name, kind in self.columns.items()
-            ]
-            lines.append(sql.SQL("PRIMARY KEY ({})").format(sql.SQL(", ").join(map(sql.Identifier, key))))
-            partitioned = sql.SQL(" PARTITION BY RANGE (trading_day)" if self._months else "")
-            table = sql.SQL("CREATE TABLE IF NOT EXISTS {} ({}){}")
-            connection.execute(table.format(self.rows, sql.SQL(", ").join(lines), partitioned))
-            # What lacks more than that is another table, and stays as it is: the check below undoes all of this.
-            for name in self._optional - self._found(connection).keys():
-                more = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}")
-                connection.execute(more.format(self.rows, sql.Identifier(name), sql.SQL(self.columns[name])))
-            self.require(connection)
-            if self.topic is TRADES:
-                self._views(connection)
+    def apply(self, connection: Connection) -> None:
+        """Create what is missing and add columns of a newer release, in the transaction under way.
 
-    def _views(self, connection: psycopg.Connection[Any]) -> None:
-        last = sql.SQL(
-            "CREATE OR REPLACE VIEW {} AS SELECT DISTINCT ON (instrument) instrument, symbol, trading_day, sequence, "
-            "traded_at, open_price, high_price, low_price, last_price, closing_price, previous_close, volume, value, "
-            "trade_count FROM {} ORDER BY instrument, trading_day DESC, sequence DESC"
-        )
-        connection.execute(last.format(self.beside("last_candle"), self.rows))
-        bars = sql.SQL(
-            "CREATE OR REPLACE VIEW {} AS SELECT DISTINCT ON (instrument, trading_day) "
-            "instrument, symbol, trading_day, open_price AS open, high_price AS high, low_price AS low, "
-            "last_price AS last, closing_price AS close, "
-            "volume, value, trade_count FROM {} ORDER BY instrument, trading_day, sequence DESC"
-        )
-        connection.execute(bars.format(self.beside("daily_bars"), self.rows))
+        Tables that are not ours are found after that: the transaction is rolled back.
+        """
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+        names = {"schema": sql.Identifier(self._schema), "offsets": self.offsets, "holes": self.holes}
+        connection.execute(sql.SQL(BOOKS).format(meta=self._meta, version=sql.Literal(f"{VERSION}"), **names))
+        kinds = {
+            name: sql.SQL(kind + " NOT NULL" * (name not in self._optional)) for name, kind in self.columns.items()
+        }
+        columns = [sql.SQL("{} {}").format(sql.Identifier(name), kind) for name, kind in kinds.items()]
+        key = sql.SQL(", ").join(map(sql.Identifier, BY_MONTH if self.months else ("_partition", "_offset")))
+        create = sql.SQL("CREATE TABLE IF NOT EXISTS {} ({}, PRIMARY KEY ({}))" + BY_DAY * self.months)
+        connection.execute(create.format(self.rows, sql.SQL(", ").join(columns), key))
+        for name in sorted(self._optional):
+            add = sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} {}")
+            connection.execute(add.format(self.rows, sql.Identifier(name), kinds[name]))
+        self.require(connection)
+        if self.topic is TRADES:
+            views = {name: self.named(name) for name in ("last_candle", "daily_bars")}
+            connection.execute(sql.SQL(VIEWS).format(rows=self.rows, **views))
 
-    def _found(self, connection: psycopg.Connection[Any]) -> dict[str, str]:
-        found = connection.execute(
+    def _found(self, connection: Connection) -> dict[str, str]:
+        query = (
             "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute "
-            "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
-            [self.rows.as_string(connection)],
+            "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped"
         )
-        return dict(found.fetchall())
+        return dict(connection.execute(query, [self.rows.as_string(connection)]).fetchall())
 
-    def require(self, connection: psycopg.Connection[Any]) -> None:
-        """Raise ConfigurationError where the tables are not those of this release."""
-        found = self._found(connection)
+    def require(self, connection: Connection) -> None:
+        """Raise ConfigurationError if the tables are not those of this release."""
+        found, name = self._found(connection), self.topic.name
         if not found:
-            raise ConfigurationError(
-                f"the schema {self._schema} has no table for {self.topic.name}: --apply-schema makes it"
-            )
-        self._require_ours(connection)
+            raise ConfigurationError(f"the schema {self._schema} has no table of {name}: add --apply-schema")
+        if self._version(connection) > VERSION:
+            raise ConfigurationError(f"the schema {self._schema} is of a newer version: upgrade bourse-stream")
         if missing := self.columns.keys() - found.keys():
-            help_ = "--apply-schema adds them" if missing <= self._optional else "it is not ours: give another --schema"
-            raise ConfigurationError(f"{self.topic.name} lacks {', '.join(sorted(missing))}: {help_}")
-        for name, kind in self.columns.items():
-            if found[name] != kind:
-                raise ConfigurationError(
-                    f"{self.topic.name}: {name} is {found[name]}, not {kind}: give another --schema"
-                )
+            advice = "add --apply-schema" if missing <= self._optional else "it is another table: use another --schema"
+            raise ConfigurationError(f"{name} lacks {', '.join(sorted(missing))}: {advice}")
+        for column, kind in self.columns.items():
+            if found[column] != kind:
+                raise ConfigurationError(f"{name}: {column} is {found[column]}, not {kind}: use another --schema")
 
-    def _require_ours(self, connection: psycopg.Connection[Any]) -> None:
-        version = self._version(connection)
-        where = f"the schema {self._schema}"
-        if version is None:
-            raise ConfigurationError(f"{where} has a table {self.topic.name} that is not ours: give another --schema")
-        if version > VERSION:
-            raise ConfigurationError(f"{where} was written by a newer version: upgrade bourse-stream")
+    def _version(self, connection: Connection) -> int:
+        if connection.execute("SELECT to_regclass(%s)", [self._meta.as_string(connection)]).fetchone() == (None,):
+            return VERSION
+        found = connection.execute(sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(self._meta))
+        return max((int(value) for (value,) in found.fetchall()), default=VERSION)
 
-    def _version(self, connection: psycopg.Connection[Any]) -> int | None:
-        """Return the version of the tables, None where nothing of ours says it."""
-        meta = self.beside("meta")
-        if connection.execute("SELECT to_regclass(%s)", [meta.as_string(connection)]).fetchone() == (None,):
-            return None
-        row = connection.execute(sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(meta)).fetchone()
-        return int(row[0]) if row else None
-
-    def require_rights(self, connection: psycopg.Connection[Any]) -> None:
-        """Raise ConfigurationError where this user may not do what a writer does."""
-        rows, offsets = self.rows.as_string(connection), self.offsets.as_string(connection)
-        checks = [
-            (f"INSERT on {rows}", "SELECT has_table_privilege(%s, 'INSERT')", [rows]),
-            *(
-                (f"{right} on {offsets}", "SELECT has_table_privilege(%s, %s)", [offsets, right])
-                for right in ("SELECT", "INSERT", "UPDATE")
-            ),
-        ]
-        if self._months:
-            # Only who owns a table may give it a month.
-            owner = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(%s)"
-            checks.append((f"the ownership of {rows}", owner, [rows]))
-            checks.append(("CREATE in its schema", "SELECT has_schema_privilege(%s, 'CREATE')", [self._schema]))
-        for what, query, about in checks:
-            if connection.execute(query, about).fetchone() != (True,):
-                raise ConfigurationError(f"--dsn: this user lacks {what}: grant it, or give another user")
+    def require_rights(self, connection: Connection) -> None:
+        """Raise ConfigurationError if this user may not do what a writer does."""
+        names = {name: getattr(self, name).as_string(connection) for name in ("rows", "offsets", "holes")}
+        known = names | {"months": self.months, "schema": self._schema}
+        for (missing,) in connection.execute(RIGHTS, known).fetchall():
+            raise ConfigurationError(f"--dsn: this user lacks {missing}: grant it, or use another user")
 
     # --- written and read ---------------------------------------------------------------------------------------------
 
-    def make_room(self, connection: psycopg.Connection[Any], days: set[date]) -> None:
-        """Make the months of these days, in the transaction under way."""
-        for day in sorted(days) if self._months else ():
-            month = f"{self.topic.name}_{day:%Y_%m}"
-            if month in self._known_months:
+    def create_months(self, connection: Connection, days: set[date]) -> None:
+        """Create the partitions of these days, in the transaction under way."""
+        known = "SELECT 1 FROM pg_inherits WHERE inhparent = to_regclass(%s) AND inhrelid = to_regclass(%s)"
+        for begin in sorted({day.replace(day=1) for day in days}) if self.months else ():
+            month = self.named(f"{self.topic.name}_{begin:%Y_%m}")
+            names = [table.as_string(connection) for table in (self.rows, month)]
+            if connection.execute(known, names).fetchone():
                 continue
             connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-            known = "SELECT 1 FROM pg_inherits WHERE inhparent = to_regclass(%s) AND inhrelid = to_regclass(%s)"
-            each = self.beside(month)
-            if not connection.execute(known, [part.as_string(connection) for part in (self.rows, each)]).fetchone():
-                # CREATE … PARTITION OF would wait for whoever reads the table, and make all others wait; this does not.
-                connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(each, self.rows))
-                attach = sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})")
-                connection.execute(attach.format(self.rows, each, *_span(day)))
-            self._known_months.add(month)
+            if connection.execute(known, names).fetchone():
+                continue
+            # CREATE … PARTITION OF would wait for everyone who reads the table, and block all others; this does not.
+            connection.execute(sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(month, self.rows))
+            end: sql.Composable = sql.SQL("MAXVALUE")
+            if (begin.year, begin.month) != (date.max.year, date.max.month):
+                end = sql.Literal(f"{date(begin.year + begin.month // 12, begin.month % 12 + 1, 1)}")
+            attach = sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})")
+            connection.execute(attach.format(self.rows, month, sql.Literal(f"{begin}"), end))
 
-    def forget_months(self) -> None:
-        """Look for months anew: what a transaction made that failed is not there."""
-        self._known_months.clear()
-
-    def ends(self, connection: psycopg.Connection[Any], topic: str) -> dict[int, tuple[int, int]]:
+    def ends(self, connection: Connection, topic: str) -> dict[int, tuple[int, int]]:
         """Return, per partition of a topic by its full name, the first offset written and the next one."""
         query = sql.SQL("SELECT topic, partition, first, next FROM {}").format(self.offsets)
         found = connection.execute(query).fetchall()
         for other in {each for each, *_ in found if each != topic and each.endswith(f".{self.topic.name}")}:
             raise ConfigurationError(
-                f"the schema {self._schema} holds {other}, not {topic}: give another --schema, or the other prefix"
+                f"the schema {self._schema} holds {other}, not {topic}: use another --schema, or the other prefix"
             )
         return {number: (first, at) for each, number, first, at in found if each == topic}
 
-    def note_hole(self, connection: psycopg.Connection[Any], partition: Partition, start: int, first: int) -> None:
-        """Move the offsets over what can no longer be had, in the transaction under way; say so where we did."""
-        move = sql.SQL("UPDATE {} SET next = %s WHERE topic = %s AND partition = %s AND next = %s")
-        if connection.execute(move.format(self.offsets), [first, *partition, start]).rowcount:
-            noted = sql.SQL("INSERT INTO {} (topic, partition, start, next) VALUES (%s, %s, %s, %s)")
-            connection.execute(noted.format(self.holes), [*partition, start, first])
+    def advance(self, connection: Connection, partition: Partition, start: int, end: int) -> bool:
+        """Move a partition's offset, in the transaction under way; return False if it is not where it is expected."""
+        move = sql.SQL(
+            "INSERT INTO {0} AS known VALUES (%s, %s, %s, %s) ON CONFLICT (topic, partition) DO UPDATE "
+            "SET next = EXCLUDED.next WHERE known.next = EXCLUDED.first"
+        )
+        return connection.execute(move.format(self.offsets), [*partition, start, end]).rowcount == 1
+
+    def note_hole(self, connection: Connection, partition: Partition, start: int, end: int) -> None:
+        """Record that the table has no rows of these offsets, in the transaction under way."""
+        noted = sql.SQL("INSERT INTO {} (topic, partition, start, next) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING")
+        connection.execute(noted.format(self.holes), [*partition, start, end])
