@@ -13,40 +13,11 @@ from click.core import ParameterSource
 
 from bourse_schemas.errors import ConfigurationError, did_you_mean
 
-__all__ = ["config_name", "configure", "origin", "prepare", "read_config", "removed"]
+__all__ = ["config_name", "configure", "origin", "prepare", "read_config"]
 
 # Options that many commands share: they may also be set at the top of the file, next to the tables of the commands.
 SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings")
 TOP = (*SHARED, "log_level", "topic")
-# Options and commands of earlier versions, by their place in the file, and what replaces them.
-REMOVED = {
-    "alerts.schema": "`bourse alerts check` prints every mistake with a corrected line",
-    "alerts.test.archive": "name captures or captured days, or use --topics",
-    "alerts.test.cases": "compare the output of --json with the expected one",
-    "alerts.test.days": "name captures or captured days, or use --topics",
-    "alerts.test.events": "name the files as arguments",
-    "alerts.test.partitions": "the alerts read whole polls, whatever the partitions",
-    "dead-letters.redrive": "use `bourse dead-letters show OFFSET --raw` and kcat",
-    "demo.kill_every": "`make chaos` kills services",
-    "demo.seed": "the practice market is the same every time",
-    "doctor.call": "`bourse produce --dry-run` makes a billed call and shows what it would publish",
-    "produce.backfill_calls": "use `bourse minutes`",
-    "produce.capture_required": "a capture that fails is counted and logged, publication goes on",
-    "produce.token_file": "a restart asks for a new token, which is not billed",
-    **dict.fromkeys(
-        (f"sandbox.exchange.{name}" for name in ("client_id", "client_secret_file", "nid", "token_seconds")),
-        "the practice account is `practice`, with the secret `practice` and any ten digits",
-    ),
-    "sandbox.exchange.minutes": "totals of minutes are always cumulative",
-    "sandbox.exchange.seed": "the practice market is the same every time",
-    "sandbox.exchange.start": "the practice market starts with the real day",
-    "sandbox.exchange.status_key": "the key is always `state`",
-    "sandbox.up.seed": "the practice market is the same every time",
-    "schemas.asyncapi": "asyncapi.yaml is the document",
-    "schemas.contract": "it writes a page of this repository, see scripts/contract_page.py",
-    "schemas.diff": "`bourse schemas check` lists the differences",
-    "schemas.export": "use `bourse schemas show TOPIC`",
-}
 # Read by the code itself. Besides, NAME may be set for each option with NAME_FILE: a secret, without a file.
 ALSO_READ = ("BOURSE_MAVEN_REPOSITORY",)
 KUBERNETES = re.compile(r".*_SERVICE_HOST|.*_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?|_.*)?")
@@ -149,18 +120,9 @@ def _check_keys(ctx: click.Context, table: Mapping[str, Any], known: Iterable[st
         if _name(key) in names:
             continue
         hint = did_you_mean(key, names)
-        gone = removed(f"{path}.{key}")
-        if gone or hint or not isinstance(value, dict):
+        if hint or not isinstance(value, dict):
             where = f" of [{path}]" if path else ""
-            what = "" if gone else "unknown key "
-            raise ConfigurationError(f"{_file(ctx).place(path, _name(key))}: {what}{gone or key + where + hint}")
-
-
-def removed(place: str) -> str:
-    """Return what replaces an option of an earlier version, or nothing; `place` is its place in the file."""
-    table, _, key = place.replace("doctor", "produce").rpartition(".")  # doctor takes the options of produce
-    advice = next((REMOVED[each] for each in (place, f"{table}.{key}", f"{table}.{_name(key)}") if each in REMOVED), "")
-    return f"{place} was removed: {advice}" if advice else ""
+            raise ConfigurationError(f"{_file(ctx).place(path, _name(key))}: unknown key {key}{where}{hint}")
 
 
 def _use_context(command: click.Command) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from bourse_cli.configuration import configure, origin, read_config, removed
-from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_cli.configuration import configure, origin, read_config
+from bourse_schemas.errors import BourseError, ConfigurationError, did_you_mean
 
 __all__ = ["LazyGroup", "bourse", "main"]
 
@@ -108,6 +108,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command to run, with its configuration; --help does not need valid variables."""
+        if not args[0].startswith("-") and args[0] not in (names := self.list_commands(ctx)):
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], names)}")
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
             configure(self, ctx, name, command, check=not {"-h", "--help"} & set(rest))
@@ -187,9 +189,6 @@ def main() -> None:
             place = origin(error.ctx, error.param)
             error.param_hint = error.param.get_error_hint(error.ctx) + (f" (from {place})" if place else "")
         error.show()
-        if isinstance(error, click.NoSuchOption) and error.ctx:
-            path = ".".join([*error.ctx.command_path.split()[1:], error.option_name.lstrip("-")])
-            click.echo(removed(path), err=True, nl=False)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 3

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["tail"]
 
+# In a row; then it is not the records that are wrong.
+MOST_UNDECODABLE = 20
 METADATA = ("_topic", "_partition", "_offset", "_timestamp", "_key", "_headers")
 
 
@@ -49,7 +51,7 @@ def tail(
     declared = declared_topic(topic, cluster.prefix)
     names = _names(fields, declared)
     decode = cluster.registry().deserializer(declared.event)
-    shown = 0
+    shown = undecodable = 0
     # Python ignores Ctrl-C in the background otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -61,7 +63,14 @@ def tail(
                 values = decode.fields(record.value)
             except Undecodable as error:
                 click.echo(f"{record.place[0]}-{record.place[1]}-{record.offset}: {error}", err=True)
+                undecodable += 1
+                if undecodable == MOST_UNDECODABLE:
+                    raise ConfigurationError(
+                        f"{undecodable} records in a row cannot be decoded: is --registry-url {cluster.registry_url} "
+                        "the registry that their producers use?"
+                    ) from error
                 continue
+            undecodable = 0
             if with_metadata or not names.keys().isdisjoint(METADATA):
                 values |= _metadata(record, text_key)
             if names:

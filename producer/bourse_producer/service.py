@@ -24,10 +24,11 @@ from bourse_producer.publisher import NoRoom, State
 from bourse_producer.refusals import clock_skew
 from bourse_producer.reporting import Reporter
 from bourse_producer.responses import TRADES_REALTIME, Answer, Memo, Profile, Reading, derive
+from bourse_schemas.election import Election
 from bourse_schemas.errors import ConfigurationError, ExchangeError, Fenced, PublishError, Unreachable
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, Phase, PollMarker
 
-__all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Leadership", "Producer", "Publication", "Settings"]
+__all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Producer", "Publication", "Settings"]
 
 LONGEST_WAIT_SECONDS = 60.0
 # Longer than any step without a sign of life: a wait, a call, a commit, the restore of a large state.
@@ -76,41 +77,28 @@ class Publication(Protocol):
         """Give the instance up."""
 
 
-class Leadership(Protocol):
-    """Which of several instances polls; the methods given here are those of an only instance."""
+class Alone:
+    """Leadership without an election, of an only instance."""
 
-    @property
-    def leads(self) -> bool:
-        """Return whether this instance leads."""
-        return True
+    leads = True
 
-    def term(self, wait_seconds: float = 0.0) -> int | None:  # noqa: ARG002  # an only instance does not wait
-        """Return the term in which this instance leads, None if it does not."""
+    def term(self, wait_seconds: float = 0.0) -> int | None:  # noqa: ARG002  # it does not wait
+        """Lead."""
         return 1
 
     def owe(self, in_seconds: float | None) -> None:
-        """Set when the next poll is due; None while no poll is."""
+        """Owe nothing to anybody."""
 
     def overdue(self) -> bool:
-        """Return whether a poll has been owed for too long."""
+        """Owe nothing to anybody."""
         return False
 
     def resign(self) -> None:
-        """Give the term up and stand for election again."""
+        """End: a second instance of this prefix runs."""
         raise Fenced("another instance took over")
 
     def close(self) -> None:
-        """Leave it to others."""
-
-
-class _Alone(Leadership):
-    """Leadership without an election."""
-
-    def owe(self, in_seconds: float | None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        """Leave nothing."""
 
 
 class Capture(Protocol):
@@ -155,12 +143,12 @@ class Producer:
         settings: Settings,
         clock: Clock,
         *,
-        leadership: Leadership | None = None,
+        leadership: Election | None = None,
         capture: Capture | None = None,
         monitor: Monitor | None = None,
     ) -> None:
         self._exchange, self._new_publication, self._settings, self._clock = exchange, publication, settings, clock
-        self._leadership = leadership or _Alone()
+        self._leadership: Election | Alone = leadership or Alone()
         self._capture = capture
         self._reporter = Reporter(monitor or Monitor("producer"), settings.profile.source, lambda: clock.now().date())
         self._monitor, self._metrics, self._log = self._reporter.monitor, self._reporter.metrics, self._reporter.log

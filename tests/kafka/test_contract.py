@@ -417,6 +417,15 @@ def test_chosen_fields(ready: Run, publish: Callable[..., None]) -> None:
     assert err == "Error: --fields: dead-letters has no field 'mesage'; did you mean message?\n"
 
 
+def test_a_topic_that_cannot_be_decoded_at_all(ready: Run, publish: Callable[..., None]) -> None:
+    """A few foreign records are passed over; after twenty in a row it is the registry that is wrong."""
+    publish([*[b"foreign"] * 19, _letter(0), *[b"foreign"] * 30])
+    code, out, err = ready(*TAIL, "--json")
+    assert (code, _messages(out)) == (2, ["n0"])
+    assert err.count("not in the Confluent wire format") == 19 + 20
+    assert "Error: 20 records in a row cannot be decoded: is --registry-url " in err.splitlines()[-1]
+
+
 def test_key_and_limit(ready: Run, publish: Callable[..., None]) -> None:
     """The limit counts what is shown."""
     publish([_letter(number, "even" if number % 2 == 0 else "odd") for number in range(10)])
