@@ -39,7 +39,7 @@ OLD_SOURCES = (
     "consumers/bourse_consumers/archive/",
     "consumers/bourse_consumers/archive_cli.py",
 )
-OLD_PAGES = ("notify.md", "archive.md")
+OLD_PAGES = ("archive.md",)
 
 LOGGED = {"debug", "info", "warning", "error", "critical", "exception", "echo", "fail"}
 

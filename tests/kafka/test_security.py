@@ -74,6 +74,7 @@ CHANNELS = """
 version: 1
 channels:
   nowhere: {webhook: {env: HOOK}}
+  robot: {alertmanager: "http://127.0.0.1:9"}
 """
 
 

@@ -1,235 +1,324 @@
-"""The channels as people write them: YAML, checked, every mistake named with its line and key."""
+"""Channels: the file that describes them, which alerts each one gets and when, and the ways to them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import time
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+import httpx2
+import msgspec
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from socksio.exceptions import SOCKSError
+from standardwebhooks.webhooks import EmptyWebhookSecretError
+from standardwebhooks.webhooks import Webhook as Signer
 
-from bourse_consumers.notify.policy import Policy, Quiet
-from bourse_consumers.notify.sending import Apprised, Sender, Webhook, require_address
-from bourse_consumers.notify.words import Manner, template_mistake
-from bourse_consumers.yaml_file import Strict, place, read
-from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import Severity
+from bourse_cli.inputs import read_text
+from bourse_cli.proxies import proxy_for
+from bourse_consumers.notify.apprise_process import open_service
+from bourse_consumers.notify.words import Message, split
+from bourse_consumers.yaml_file import Strict, read
+from bourse_schemas.codec import to_json
+from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.events import TEHRAN, PriceAlert
 
-__all__ = ["Channel", "load"]
+__all__ = ["Apprised", "Channel", "Http", "NotSent", "Refused", "Webhook", "load"]
 
-MOST_CHANNELS = 32  # each has a Kafka client and a thread
-ORDER = ("info", "warning", "critical")
+NO_ADDRESS = "give an address such as https://host/path"
+REFUSALS = {400, 401, 403, 404, 410, 413}
+HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+DAY_SECONDS = 86_400
+ONLY_FOR_PEOPLE = {"key", "resolved", "digest_above", "active"}
+# Folder and environment of the file that is being read, and the names of the channels that can be a fallback.
+_here: ContextVar[tuple[Path, Mapping[str, str], list[str]]] = ContextVar("here")
+
+
+# --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+class NotSent(BourseError):
+    """A channel did not accept a message; the text gives the reason, and nothing of its address but the host."""
+
+
+class Refused(NotSent):
+    """It would not accept the message later either."""
+
+
+class Http:
+    """Posts JSON to one address, through the proxy that the operator chose."""
+
+    def __init__(self, url: str, proxy: str | None = None, seconds: float = 10.0) -> None:
+        """Raises ValueError, InvalidURL or ConfigurationError if this is not an address, or the proxy's is not one."""
+        self._host = httpx2.URL(url).host
+        if not re.match("https?://", url) or not self._host:
+            raise ValueError(NO_ADDRESS)
+        self._url, self._scrub = url, _scrubber(url, proxy)
+        transport = httpx2.HTTPTransport(proxy=proxy_for(url, environ={"all_proxy": proxy} if proxy else os.environ))
+        self._client = httpx2.Client(timeout=seconds, transport=transport)
+
+    def post(self, body: str, headers: Mapping[str, str]) -> None:
+        """Post a body; any answer but 2xx is a failure. Raises NotSent."""
+        try:
+            sent = {"Content-Type": "application/json", **headers}
+            with self._client.stream("POST", self._url, content=body.encode(), headers=sent) as answer:
+                status = f"{answer.status_code} {answer.reason_phrase}"
+        except (httpx2.HTTPError, httpx2.InvalidURL, SOCKSError, OSError, UnicodeError) as error:
+            raise NotSent(self._scrub(f"{type(error).__name__}: {error}")) from None
+        if not answer.is_success:
+            raise (Refused if answer.status_code in REFUSALS else NotSent)(f"{self._host} answers {status}")
+
+    def close(self) -> None:
+        """Do nothing: an idle connection needs no end."""
+
+
+class Webhook(Http):
+    """Messages as JSON, with the alerts as on the topic; signed as Standard Webhooks if there is a key."""
+
+    def __init__(self, url: str, key: str | None = None, proxy: str | None = None, seconds: float = 10.0) -> None:
+        super().__init__(url, proxy, seconds)
+        self._signer = None if key is None else Signer(key)
+
+    def parts(self, message: Message) -> Sequence[Any]:
+        """Return the message in parts that are each sent, and each repeated, as a whole: it is one."""
+        alerts = [msgspec.Raw(to_json(msgspec.structs.asdict(alert)).encode()) for alert in message.alerts]
+        data = {"title": message.title, "body": "\n".join(message.lines), "alerts": alerts}
+        body = {"type": "alerts", "timestamp": datetime.now(UTC), "data": data}
+        return [(message.id, msgspec.json.encode(body).decode())]
+
+    def send(self, part: Any) -> None:
+        """Post a part, signed with the time of this attempt. Raises NotSent."""
+        (identifier, body), now = part, datetime.now(UTC)
+        headers = {"webhook-id": identifier, "webhook-timestamp": str(int(now.timestamp()))}
+        if self._signer is not None:
+            headers["webhook-signature"] = self._signer.sign(identifier, now, body)
+        self.post(body, headers)
+
+
+class Apprised:
+    """A service of Apprise's, in a process that starts for the first message and is killed if it does not answer."""
+
+    def __init__(self, url: str, proxy: str | None = None, seconds: float = 30.0) -> None:
+        """Raises ValueError if Apprise does not know the address, ConfigurationError if the proxy's is not one."""
+        if (service := open_service(url)) is None:
+            raise ValueError("Apprise does not know this address, see https://appriseit.com/services")
+        self._url, self._most, self._seconds, self._scrub = url, service.body_maxlen, seconds, _scrubber(url, proxy)
+        environ = {"all_proxy": proxy} if proxy else dict(os.environ)
+        exempt = environ.get("no_proxy") or environ.get("NO_PROXY", "")
+        self._environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        self._environment["no_proxy"] = f"localhost,127.0.0.1,::1,{exempt}"
+        for scheme in ("http", "https"):
+            self._environment[f"{scheme}_proxy"] = proxy_for(f"{scheme}://host", environ=environ) or ""
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def parts(self, message: Message) -> Sequence[Any]:
+        """Return title and body of as many messages as the service's limit demands."""
+        title, bodies = message.title, split(message.lines, max(self._most - 2 * len(message.title) - 40, 40))
+        return [
+            (f"{title} ({n}/{len(bodies)})" if len(bodies) > 1 else title, body) for n, body in enumerate(bodies, 1)
+        ]
+
+    def send(self, part: Any) -> None:
+        """Hand a part over and wait for the answer. Raises NotSent."""
+        with self._lock:
+            process = self._process = self._process or self._start()
+            try:
+                print(json.dumps([self._url, *part]), file=process.stdin, flush=True)
+                answers: Any = process.stdout
+                if not select.select([answers], [], [], self._seconds)[0]:
+                    raise TimeoutError
+                reason = json.loads(answers.readline())
+            except (OSError, ValueError):
+                self._end()
+                raise NotSent(f"Apprise did not answer within {self._seconds:g} s, or ended") from None
+        if reason is not None:
+            codes = {int(code) for code in re.findall(r"error\W{1,2}(\d{3})", reason)}
+            raise (Refused if codes & REFUSALS else NotSent)(self._scrub(reason))
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _start(self) -> subprocess.Popen[str]:
+        # In a session of its own, so that Ctrl-C does not reach it while it sends.
+        return subprocess.Popen(
+            [sys.executable, "-m", "bourse_consumers.notify.apprise_process"], env=self._environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _scrubber(*urls: str | None) -> Callable[[str], str]:
+    """Return a function that makes a text one line without secrets: without all of the addresses but their hosts."""
+    found: set[str] = set()
+    for url in filter(None, urls):
+        user, _, rest = url.partition("://")[2].rpartition("@")
+        host, *pieces = re.split(r"[/?&=#]", rest)
+        # Some services have a token in the host's place: it has no dot.
+        found.update((*user.split(":"), *pieces, *([] if "." in host or host.startswith("localhost") else [host])))
+    secrets = sorted({form for each in found for form in (each, unquote(each)) if len(form) > 2}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, secrets)) or r"(?!)")
+    return lambda text: " ".join(pattern.sub("…", text).split())[:300]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _secret(check: Callable[[str], object], *, plain: bool = False) -> BeforeValidator:
+    """Return a reader of what a variable or a file holds; `plain` ones may be in the channels file, but for users."""
+
+    def read(value: Any) -> str:
+        folder, environment, _ = _here.get()
+        try:
+            match value:
+                case {"env": str(name), **rest} if not rest:
+                    found = environment.get(name, "").strip()
+                case {"file": str(name), **rest} if not rest:
+                    found = read_text(folder / name, "the file").strip()
+                case {"clear": str(found), **rest} if not rest:
+                    name = "this"
+                case str(found) if plain and "@" not in found:
+                    name = "this"
+                case _:
+                    raise ValueError(
+                        "a secret: write {env: NAME}, {file: PATH}, or {clear: …} if everybody may read it"
+                    )
+            if not found:
+                raise ValueError(f"{name} is empty or does not exist")
+            check(found)
+        except httpx2.InvalidURL:
+            raise ValueError(NO_ADDRESS) from None
+        except (ConfigurationError, EmptyWebhookSecretError) as error:
+            raise ValueError(str(error).replace("all_proxy", "this")) from error
+        return found
+
+    return BeforeValidator(read)
+
+
+def _hours(value: Any) -> tuple[int, int]:
+    """Return where in a day hours begin, and how long they are, in seconds."""
+    found = HOURS.fullmatch(str(value))
+    if found is None or found.group(1, 2) == found.group(3, 4):
+        raise ValueError("give hours of Tehran such as 08:30-17:30")
+    start, end = (int(found[n]) * 3600 + int(found[n + 1]) * 60 for n in (1, 3))
+    return start, (end - start) % DAY_SECONDS
+
+
+def _fallback(name: str) -> str:
+    if name not in _here.get()[2]:
+        raise ValueError("give the name of a channel with url or webhook")
+    return name
+
+
 SeverityName = Literal["info", "warning", "critical"]
+SEVERITIES: tuple[SeverityName, ...] = ("info", "warning", "critical")
 
 
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """A channel: what it is told, the way to it, and where its failures are told."""
-
-    policy: Policy
-    sender: Sender = field(repr=False)
-    fallback: str | None = None
-
-
-def _clock(value: Any) -> Any:
-    # YAML 1.1 reads 21:30 as so many minutes.
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 24 * 60:
-        return time(value // 60, value % 60)
-    found = re.fullmatch(r"(\d{1,2}):(\d\d)", str(value))
-    if found is None or int(found[1]) > 23 or int(found[2]) > 59:
-        raise ValueError("give a time of day such as 07:30")
-    return time(int(found[1]), int(found[2]))
-
-
-def _values(value: Any) -> Any:
+def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 def _at_least(value: Any) -> Any:
-    # One severity means that and whatever is more urgent, a list just what it says.
-    return list(ORDER[ORDER.index(value) :]) if value in ORDER else _values(value)
+    return SEVERITIES[SEVERITIES.index(value) :] if value in SEVERITIES else _several(value)
 
 
-class _Secret(Strict):
-    """Where a secret is: a variable of the environment, or a file (beside this one, where it is no absolute path)."""
-
-    env: Annotated[str, Field(min_length=1)] | None = None
-    file: Annotated[str, Field(min_length=1)] | None = None
-    clear: Annotated[str, Field(min_length=1)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pointed_to(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError("this is a secret: say {env: NAME} or {file: PATH}, or {clear: …} if all may read it")
-        return value
-
-    @model_validator(mode="after")
-    def _one(self) -> _Secret:
-        if sum(each is not None for each in (self.env, self.file, self.clear)) != 1:
-            raise ValueError("give one of env, file and clear")
-        return self
-
-    def read(self, folder: Path, environment: Mapping[str, str]) -> str:
-        """Return the secret; raise ValueError that says where it is not."""
-        if self.clear is not None:
-            return self.clear
-        if self.env is not None:
-            if not (found := environment.get(self.env, "").strip()):
-                raise ValueError(f"the environment has no {self.env}")
-            return found
-        path = folder / (self.file or "")
-        try:
-            found = path.read_text("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-            ) from None
-        if not found:
-            raise ValueError(f"{path} is empty")
-        return found
+class _Common(Strict):
+    proxy: Annotated[str, _secret(lambda url: Http("http://host", url), plain=True)] | None = Field(
+        default=None, repr=False
+    )
+    alerts: Literal["rules", "labels"] = "rules"
+    severity: Annotated[tuple[SeverityName, ...], BeforeValidator(_at_least)] = SEVERITIES
+    labels: Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_several)]] = {}
+    resolved: bool = True
+    language: Literal["fa", "en"] = "fa"
+    digest_above: Annotated[int, Field(ge=1, le=1000)] = 10
+    active: Annotated[tuple[int, int], BeforeValidator(_hours)] | None = None
+    fallback: Annotated[str, AfterValidator(_fallback)] | None = None
 
 
-class _Quiet(Strict):
-    start: Annotated[time, BeforeValidator(_clock), Field(alias="from")]
-    end: Annotated[time, BeforeValidator(_clock), Field(alias="to")]
-    then: Literal["digest", "drop"] = "digest"
+class Channel(_Common):
+    """A channel of the file.
+
+    With `alerts: rules` it gets alerts whose rules name it, and those whose rules name no channel of the file; with
+    `labels` those of any rule. In both cases only of its severities and with its labels, each with one of its values.
+    """
+
+    url: Annotated[str, _secret(Apprised)] | None = Field(default=None, repr=False)
+    webhook: Annotated[str, _secret(Http)] | None = Field(default=None, repr=False)
+    alertmanager: Annotated[str, _secret(Http, plain=True)] | None = Field(default=None, repr=False)
+    key: Annotated[str, _secret(Signer)] | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
-    def _some(self) -> _Quiet:
-        if self.start == self.end:
-            raise ValueError("from and to are the same: nothing would ever be sent, or always")
+    def _fits(self) -> Channel:
+        given = {each for each in self.model_fields_set if getattr(self, each) is not None}
+        if len(given & {"url", "webhook", "alertmanager"}) != 1:
+            raise ValueError("give one of url, webhook and alertmanager")
+        if unfit := given & ({"key"} if self.url else ONLY_FOR_PEOPLE if self.alertmanager else set()):
+            raise ValueError(f"leave out what this kind of channel does not have: {', '.join(sorted(unfit))}")
         return self
 
+    @cached_property
+    def sender(self) -> Any:
+        """Return the way to it."""
+        if self.url is not None:
+            return Apprised(self.url, self.proxy)
+        if self.webhook is not None:
+            return Webhook(self.webhook, self.key, self.proxy)
+        return Http(f"{(self.alertmanager or '').rstrip('/')}/api/v2/alerts", self.proxy)
 
-class _Manners(Strict):
-    language: Literal["fa", "en"] | None = None
-    digits: Literal["fa", "en"] | None = None
-    calendar: Literal["jalali", "gregorian"] | None = None
-    template: str | None = None
-    alerts: Literal["named", "unnamed", "all"] | None = None
-    severity: Annotated[list[SeverityName], BeforeValidator(_at_least), Field(min_length=1)] | None = None
-    labels: dict[str, Annotated[list[str], BeforeValidator(_values), Field(min_length=1)]] | None = None
-    resolved: bool | None = None
-    limit: Annotated[int, Field(ge=1, le=1000)] | None = None
-    quiet: _Quiet | None = None
-    proxy: _Secret | None = None
-    fallback: str | None = None
+    def selects(self, name: str, alert: PriceAlert, channels: Iterable[str]) -> bool:
+        """Return whether an alert is for this channel, of this name; `channels` are the names of all."""
+        if alert.severity.lower() not in {*self.severity, "unknown"}:  # one of a later release is for everybody
+            return False
+        if any(alert.labels.get(label) not in values for label, values in self.labels.items()):
+            return False
+        return self.alerts == "labels" or name in alert.channels or not {*channels} & {*alert.channels}
 
-    @field_validator("template")
-    @classmethod
-    def _good_template(cls, template: str | None) -> str | None:
-        if template is not None and (mistake := template_mistake(template)):
-            raise ValueError(mistake)
-        return template
-
-
-class _Channel(_Manners):
-    url: _Secret | None = None
-    webhook: _Secret | None = None
-    key: _Secret | None = None
-    address: str | None = None
-
-    @field_validator("address")
-    @classmethod
-    def _good_address(cls, address: str | None) -> str | None:
-        if address is not None:
-            require_address(address)
-            if "@" in address:
-                raise ValueError("an address without credentials: those belong into the url")
-        return address
-
-    @model_validator(mode="after")
-    def _one(self) -> _Channel:
-        if (self.url is None) == (self.webhook is None):
-            raise ValueError("give either url (of Apprise) or webhook")
-        if self.key is not None and self.webhook is None:
-            raise ValueError("key signs a webhook: leave it out")
-        if self.address is not None and self.webhook is not None:
-            raise ValueError("address is for Apprise's url: a webhook has its own address, leave it out")
-        return self
+    def wait(self, now: datetime) -> float:
+        """Return the seconds until the active hours begin, 0 if it is within them. They may run over midnight."""
+        start, length = self.active or (0, DAY_SECONDS)
+        at = now.astimezone(TEHRAN)
+        since = (at.hour * 3600 + at.minute * 60 + at.second - start) % DAY_SECONDS
+        return 0 if since < length else DAY_SECONDS - since
 
 
 class _File(Strict):
     version: Literal[1]
-    defaults: _Manners = _Manners()
-    channels: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[\w.-]{1,32}$")], _Channel],
-        Field(min_length=1, max_length=MOST_CHANNELS),
-    ]
+    defaults: _Common = Field(default_factory=_Common)
+    # Each has a Kafka client and a thread.
+    channels: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,32}$")], Channel] = Field(min_length=1, max_length=32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(channels := value.get("channels"), dict):
+            _here.get()[2].extend(name for name, each in channels.items() if "alertmanager" not in (each or {}))
+        return value
 
 
 def load(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Channel]:
-    """Return the channels of a file by name; raise ConfigurationError with every mistake: file, line and key."""
-    file, node = read(path, _File, "the channels")
-    mistakes: list[str] = []
-
-    def mistake(what: str, *keys: str) -> None:
-        line, words = place(node, [*keys])
-        mistakes.append(f"{path}:{line}: {words}: {what}")
-
-    found = {}
-    for name, written in file.channels.items():
-        given = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
-        channel = _Channel.model_construct(
-            **{**given, **{key: getattr(written, key) for key in written.model_fields_set}}
-        )
-        here = "channels", name
-        if written.fallback is not None and (written.fallback == name or written.fallback not in file.channels):
-            mistake("name another of the channels of this file", *here, "fallback")
-        sender = _sender(channel, path.parent, environment, lambda what, key, here=here: mistake(what, *here, key))
-        if sender is not None:
-            # A default that names the channel itself is none for it.
-            fallback = None if channel.fallback == name else channel.fallback
-            found[name] = Channel(_policy(name, channel), sender, fallback)
-    if file.defaults.fallback is not None and file.defaults.fallback not in file.channels:
-        mistake("name one of the channels of this file", "defaults", "fallback")
-    if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
-    return found
-
-
-def _sender(channel: _Channel, folder: Path, environment: Mapping[str, str], mistake: Any) -> Sender | None:
-    """Return the way to a channel, None after telling what is wrong with it."""
-    secrets: dict[str, str | None] = {}
-    for key in ("url", "webhook", "key", "proxy"):
-        try:
-            secret: _Secret | None = getattr(channel, key)
-            secrets[key] = None if secret is None else secret.read(folder, environment)
-            if key == "proxy" and secret is not None:
-                require_address(secrets[key] or "")
-        except ValueError as error:
-            mistake(str(error), key)
-            return None
-    url, webhook = secrets["url"], secrets["webhook"]
-    try:
-        if webhook is not None:
-            return Webhook(webhook, secrets["key"], secrets["proxy"])
-        return Apprised(url or "", secrets["proxy"], channel.address)
-    except ValueError as error:
-        mistake(str(error), "url" if webhook is None else "webhook")
-        return None
-
-
-def _policy(name: str, channel: _Channel) -> Policy:
-    language, quiet, alerts = channel.language or "fa", channel.quiet, channel.alerts or "named"
-    return Policy(
-        name=name,
-        named=alerts != "unnamed",
-        unnamed=alerts != "named",
-        severities=frozenset(Severity[each.upper()] for each in channel.severity or ORDER),
-        labels={label: frozenset(values) for label, values in (channel.labels or {}).items()},
-        resolved=channel.resolved is not False,
-        limit=channel.limit or 20,
-        quiet=None if quiet is None else Quiet(quiet.start, quiet.end, quiet.then == "drop"),
-        manner=Manner(
-            language=language,
-            digits=channel.digits or language,
-            calendar=channel.calendar or ("jalali" if language == "fa" else "gregorian"),
-            template=channel.template,
-        ),
-    )
+    """Return the channels of a file by name; raise ConfigurationError with every mistake."""
+    _here.set((path.parent, environment, []))
+    file, _ = read(path, _File, "the channels")
+    given = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
+    return {
+        name: Channel.model_construct(**given | {key: getattr(channel, key) for key in channel.model_fields_set})
+        for name, channel in file.channels.items()
+    }

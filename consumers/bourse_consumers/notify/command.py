@@ -2,74 +2,61 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from bourse_cli.inputs import parse_duration
-from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
-    from bourse_consumers.notify.channels import Channel
+    from bourse_consumers.notify.consumer import Notify
 
 __all__ = ["consume_notify", "notify"]
 
-
-class _Span(click.ParamType[timedelta]):
-    name = "DURATION"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        """Return a duration such as 30s, 5m, 1h or 2d."""
-        if isinstance(value, timedelta):
-            return value
-        try:
-            return parse_duration(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-SPAN = _Span()
-channels_option = click.option(
-    "--channels", required=True, type=click.Path(path_type=Path), help="YAML file with the channels."
-)
+def _duration(_: click.Context, __: click.Parameter, text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
-def _read_channels(path: Path) -> dict[str, Channel]:
-    """Return the channels of a file; raise ConfigurationError where they, or what sends to them, are not there."""
+def _span(flag: str, default: str, text: str) -> Callable[[F], F]:
+    return click.option(flag, metavar="DURATION", default=default, show_default=True, callback=_duration, help=text)
+
+
+def _consumers(path: Path, **options: Any) -> dict[str, Notify]:
     try:
         from bourse_consumers.notify.channels import load
+        from bourse_consumers.notify.consumer import consumer_of
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"notifications need the module {error.name}: pip install 'bourse-stream[notify]'"
         ) from error
-    return load(path)
+    channels = load(path)
+    return {name: consumer_of(name, channels, **options) for name in channels}
+
+
+CHANNELS = click.option(
+    "--channels", required=True, type=click.Path(path_type=Path), help="YAML file with the channels."
+)
 
 
 @click.command("notify")
-@channels_option
-@click.option(
-    "--max-age",
-    type=SPAN,
-    default="1h",
-    show_default=True,
-    help="Of alerts older than this when they are read, send only the number.",
-)
-@click.option(
-    "--give-up",
-    type=SPAN,
-    default="15m",
-    show_default=True,
-    help="How long to try a channel that fails.",
-)
-def consume_notify(channels: Path, *, max_age: timedelta, give_up: timedelta) -> dict[str, Consumer]:
-    """Send alerts to people: Telegram, mail, ntfy, webhooks and what else Apprise supports."""
-    found = _read_channels(channels)
-    from bourse_consumers.notify.consumer import Notify
-
-    return {name: Notify(name, found, max_age=max_age, patience=give_up) for name in found}
+@CHANNELS
+@_span("--max-age", "1h", "Of alerts that are older when they are read, send only the number.")
+@_span("--give-up", "15m", "Send alerts to the fallback and to dead letters if a channel fails for longer.")
+@click.option("--from-start", is_flag=True, help="Begin a new channel with the oldest alert. [default: with the next]")
+def consume_notify(channels: Path, **options: Any) -> Mapping[str, Consumer]:
+    """Send alerts to people and programs: Telegram, mail, webhooks, Alertmanager and what else Apprise supports."""
+    return _consumers(channels, **options)
 
 
 @click.group
@@ -79,18 +66,10 @@ def notify() -> None:
 
 @notify.command
 @click.argument("channel")
-@channels_option
+@CHANNELS
 def test(*, channel: str, channels: Path) -> None:
     """Send a sample to a channel. Exit 1 if it does not accept it."""
-    found = _read_channels(channels)
-    from bourse_consumers.notify import words
-    from bourse_consumers.notify.sending import NotSent
-
-    if channel not in found:
-        raise ConfigurationError(f"{channels} has no channel {channel!r}: there are {', '.join(found)}")
-    text = words.sample(channel, words.example(datetime.now(UTC)), found[channel].policy.manner)
-    try:
-        found[channel].sender.send(text)
-    except NotSent as error:
-        raise BourseError(f"channel {channel} does not accept it: {error}") from None
-    click.echo(f"sent to {channel}:\n{text.title}\n{text.body}")
+    consumers = _consumers(channels)
+    if channel not in consumers:
+        raise ConfigurationError(f"{channels} has no channel {channel!r}: there are {', '.join(consumers)}")
+    click.echo(f"sent to {channel}:\n{consumers[channel].test()}")

@@ -1,124 +1,200 @@
-"""The consumer that sends alerts to one channel: in order, every message its own commit, each alert at least once."""
+"""The consumers that send alerts to one channel: every message is its own commit, each alert arrives at least once."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from msgspec.structs import replace
 
 from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Batch, Consumer, Emit, Record, Retry
-from bourse_consumers.notify.channels import Channel
-from bourse_consumers.notify.policy import Message, message
-from bourse_consumers.notify.sending import NotSent
-from bourse_schemas.events import DeadLetter, PriceAlert, Reason, Stage
+from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Rebuild, Record, Reopen, Retry, Start
+from bourse_consumers.notify.channels import Channel, NotSent, Refused
+from bourse_consumers.notify.words import Writer, example
+from bourse_consumers.runner import dead_letter
+from bourse_schemas.events import AlertState, PriceAlert, Reason, ResolvedBy, Stage
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, Topic
 
-__all__ = ["Notify"]
-
-MINUTE_SECONDS = 60.0
+__all__ = ["Alertmanager", "Notify", "consumer_of"]
 
 
 class Notify(Consumer):
-    """Sends what is in hand as one message; a group of its own for each channel, so none holds up another."""
+    """Sends the alerts in hand as one message. Each channel has a group of its own, so none holds up another."""
 
     topics: Sequence[Topic] = (ALERTS,)
-    from_end = True
 
     def __init__(
         self,
         name: str,
         channels: Mapping[str, Channel],
         *,
-        max_age: timedelta | None = timedelta(hours=1),
-        patience: timedelta = timedelta(minutes=15),
+        max_age: timedelta = timedelta.max,
+        give_up: timedelta = timedelta(minutes=15),
+        from_start: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        self.from_end = not from_start
         self._name, self._channel, self._channels = name, channels[name], channels
-        self._max_age, self._patience, self._now = max_age, patience.total_seconds(), now
-        self._sent: deque[float] = deque(maxlen=self._channel.policy.limit)
-        # Since when the message in hand fails.
+        self._max_age, self._give_up, self._now = max_age, give_up.total_seconds(), now
+        self._writer = Writer(self._channel.language)
+        # The records in hand, and the parts of their message that are not delivered once one of them is.
+        self._hand: Sequence[str] = ()
+        self._left: Sequence[Any] = ()
         self._failing: float | None = None
-        self._unknown: set[tuple[str, str]] = set()
+        self._waited = False
         self._log = get_logger(consumer="notify", channel=name)
 
     def process(self, batch: Batch) -> list[Emit]:
-        """Send the alerts that the channel wants. Raises Retry while it is quiet, has its limit or does not answer."""
-        policy, names = self._channel.policy, frozenset(self._channels)
-        wanted = [
-            (record, alert)
-            for record, alert in zip(batch.records, batch.events, strict=True)
-            if policy.wants(alert, names)
-        ]
-        self._warn(batch.events)
+        """Send the alerts that the channel gets. Raises Retry outside its hours and while it does not accept them."""
+        pairs = zip(batch.records, batch.events, strict=True)
+        wanted = [(record, alert) for record, alert in pairs if self._wants(alert)]
         if not wanted:
             return []
-        now = self._now()
-        if policy.quiet is not None and (seconds := policy.quiet.seconds(now)):
-            if policy.quiet.drop:
-                return []
-            raise Retry("the channel has quiet hours", after=seconds)
-        if len(self._sent) == policy.limit and (wait := self._sent[0] + MINUTE_SECONDS - time.monotonic()) > 0:
-            raise Retry(f"the channel has had {policy.limit} messages in a minute", after=wait)
-        return self._send(message([alert for _, alert in wanted], policy.manner, now, self._max_age), wanted)
-
-    def _send(self, text: Message, wanted: Sequence[tuple[Record, PriceAlert]]) -> list[Emit]:
+        if seconds := self._channel.wait(self._now()):
+            self._waited = True
+            raise Retry("outside the active hours", after=seconds)
+        if self._waited:
+            self._waited = False
+            raise Reopen("the active hours begin")  # all that has come meanwhile becomes one message
+        records, alerts = [record for record, _ in wanted], [alert for _, alert in wanted]
         try:
-            self._channel.sender.send(text.text, text)
+            self._deliver(alerts, [record.origin for record in records])
         except NotSent as error:
-            self._count("failed")
-            self._failing = self._failing or time.monotonic()
-            if not error.permanent and time.monotonic() - self._failing < self._patience:
-                raise Retry(str(error)) from error
-            self._failing = None
-            self._count("given_up")
-            self._log.error("given up: dead letters", count=len(wanted), reason=str(error))
-            self._fall_back(text)
-            return [Emit(DEAD_LETTERS, self._letter(record, str(error))) for record, _ in wanted]
+            return self._refused(records, alerts, error)
         self._failing = None
-        self._sent.append(time.monotonic())
-        seconds = (self._now() - text.alerts[0].raised_at).total_seconds()
-        self._log.info("sent", kind=text.kind, alerts=len(text.alerts), age_seconds=round(seconds, 2))
+        age = (self._now() - alerts[0].raised_at).total_seconds()
+        self._log.info("sent", alerts=len(alerts), age_seconds=round(age, 2))
         self._count("sent")
         if isinstance(self.monitor, Monitor):
-            self.monitor.notify.seconds.labels(self._name).observe(seconds)
+            self.monitor.notify.seconds.labels(self._name).observe(age)
         return []
 
-    def _fall_back(self, text: Message) -> None:
-        """Send the message to the fallback; if that fails too, only the dead letters have it."""
-        other = self._channels.get(self._channel.fallback or "")
-        if other is None:
-            return
+    def test(self) -> str:
+        """Send a sample and return its text. Raises NotSent."""
+        alert = example(self._now())
         try:
-            other.sender.send(text.text, text)
-        except NotSent as error:
-            self._log.error("the fallback failed, too", fallback=other.policy.name, error=str(error))
+            self._deliver([alert])
+        finally:
+            self.close()
+        return f"{self._writer.title(alert)}\n{self._writer.text(alert)}"
 
-    def _letter(self, record: Record, why: str) -> DeadLetter:
-        return DeadLetter(
-            reason=Reason.NOTIFICATION_FAILED,
-            message=f"channel {self._name}: {why}",
-            stage=Stage.NOTIFY,
-            origin=record.origin,
-            consumer="notify",
-            payload=record.value or b"",
-            original_topic=record.partition.topic,
-            original_key=record.key,
-            original_partition=record.partition.number,
-            original_offset=record.offset,
-            original_headers=dict(record.headers),
-            failed_at=self._now().replace(microsecond=0),
+    def close(self) -> None:
+        """Release the way to the channel."""
+        self._channel.sender.close()
+
+    def _wants(self, alert: PriceAlert) -> bool:
+        """Return whether there is a message about it: not about the day's end, nor the end of a single moment."""
+        ended = alert.state is AlertState.RESOLVED
+        silent = not self._channel.resolved or alert.message is None or alert.resolved_by is ResolvedBy.DAY_END
+        return not (ended and silent) and self._channel.selects(self._name, alert, self._channels)
+
+    def _deliver(self, alerts: Sequence[PriceAlert], hand: Sequence[str] = ()) -> None:
+        # Until a part is delivered the message is written again, with the age that its alerts have by then.
+        left = self._left if hand == self._hand and self._left else self._parts(self._channel, alerts)
+        self._hand, self._left = hand, ()
+        while left:
+            self._channel.sender.send(left[0])
+            left = self._left = left[1:]
+
+    def _parts(self, channel: Channel, alerts: Sequence[PriceAlert]) -> Sequence[Any]:
+        writer = Writer(channel.language)
+        parts: Sequence[Any] = channel.sender.parts(
+            writer.message(alerts, self._now(), channel.digest_above, self._max_age)
         )
+        return parts
 
-    def _warn(self, alerts: Sequence[PriceAlert]) -> None:
-        for alert in alerts:
-            for name in alert.channels:
-                if name not in self._channels and (alert.rule, name) not in self._unknown:
-                    self._unknown.add((alert.rule, name))
-                    self._log.warning("unknown channel", rule=alert.rule, unknown=name, known=list(self._channels))
+    def _refused(self, records: Sequence[Record], alerts: Sequence[PriceAlert], error: NotSent) -> list[Emit]:
+        """Raise Retry if the failure may pass; else send the alerts to the fallback, and return their dead letters."""
+        self._count("failed")
+        self._failing = self._failing or time.monotonic()
+        if not isinstance(error, Refused) and time.monotonic() - self._failing < self._give_up:
+            raise Retry(str(error)) from error
+        self._failing, self._left = None, ()
+        self._count("given_up")
+        fallback = self._channel.fallback
+        self._log.error("given up: dead letters", alerts=len(alerts), fallback=fallback, error=str(error))
+        if fallback not in {None, self._name}:
+            try:
+                for part in self._parts(self._channels[fallback], alerts):
+                    self._channels[fallback].sender.send(part)
+            except NotSent as failure:
+                self._log.error("the fallback failed, too", fallback=fallback, error=str(failure))
+        why, at = f"channel {self._name}: {error}", self._now()
+        letters = [dead_letter(record, Reason.NOTIFICATION_FAILED, why, "notify", at) for record in records]
+        return [Emit(DEAD_LETTERS, replace(letter, stage=Stage.NOTIFY)) for letter in letters]
 
     def _count(self, outcome: str) -> None:
         if isinstance(self.monitor, Monitor):
             self.monitor.notify.messages.labels(self._name, outcome).inc()
+
+
+class Alertmanager(Notify):
+    """Posts all open alerts again and again: Alertmanager ends an alert that nobody posts."""
+
+    def __init__(
+        self, *given: Any, interval: float = 60.0, keep: timedelta = timedelta(minutes=5), **more: Any
+    ) -> None:
+        super().__init__(*given, **more)
+        self._interval, self._keep, self._due = interval, keep, 0.0
+        self._open: dict[str, PriceAlert] = {}
+
+    def open(self, assigned: Assignment) -> Start:
+        """Begin with the day's first alert, to know which ones are open."""
+        self._open, self._due = {}, 0.0
+        return Rebuild(assigned.day_start())
+
+    def process(self, batch: Batch) -> list[Emit]:
+        """Post what changed."""
+        if not batch.replay:
+            return super().process(batch)
+        self._fold([alert for alert in batch.events if self._wants(alert)])
+        return []
+
+    def idle(self, now: datetime) -> None:
+        """Post all open alerts when it is time. Raises Retry."""
+        if self._open and time.monotonic() >= self._due:
+            try:
+                self._post(list(self._open.values()), now)
+            except NotSent as error:
+                raise Retry(str(error)) from error
+            self._due = time.monotonic() + self._interval
+
+    def _wants(self, alert: PriceAlert) -> bool:
+        return self._channel.selects(self._name, alert, self._channels)
+
+    def _deliver(self, alerts: Sequence[PriceAlert], _: Sequence[str] = ()) -> None:
+        try:
+            self._post(alerts, self._now())
+        finally:
+            self._fold(alerts)
+
+    def _fold(self, alerts: Sequence[PriceAlert]) -> None:
+        for alert in alerts:
+            if alert.state is AlertState.RESOLVED:
+                self._open.pop(alert.alert_id, None)
+            else:
+                self._open.setdefault(alert.alert_id, alert)
+
+    def _post(self, alerts: Sequence[PriceAlert], now: datetime) -> None:
+        posted = []
+        for alert in alerts:
+            # Other labels, as after a symbol was renamed, would be another alert.
+            first = self._open.get(alert.alert_id, alert)
+            ends = now if alert.state is AlertState.RESOLVED else now + self._keep
+            labels = {re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII): text for name, text in first.labels.items()}
+            labels |= {"alertname": first.rule, "severity": first.severity.lower(), "scope": first.scope.lower()}
+            labels |= {"instrument": first.instrument or "", "symbol": first.symbol or "", "source": first.source}
+            annotations = {"summary": self._writer.title(alert), "description": self._writer.text(alert)}
+            times = {"startsAt": min(first.raised_at, now).isoformat(), "endsAt": ends.isoformat()}
+            posted.append({"labels": labels, "annotations": annotations, **times})
+        self._channel.sender.post(json.dumps(posted), {})
+
+
+def consumer_of(name: str, channels: Mapping[str, Channel], **options: Any) -> Notify:
+    """Return the consumer for a channel."""
+    return (Alertmanager if channels[name].alertmanager else Notify)(name, channels, **options)

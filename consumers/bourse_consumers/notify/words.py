@@ -1,320 +1,157 @@
-"""What a person reads: alerts in Persian or English, in the digits and the calendar of the channel.
+"""What a person reads: alerts as a message in Persian or English.
 
-Persian lines begin with a right-to-left mark, and what runs from left to right in them (numbers with a sign, times,
-Latin words) stands between isolates, so that each is read in its own direction, whatever the app takes a line for.
+Persian lines begin with a right-to-left mark, and what runs from left to right in them (times, codes, Latin words) is
+isolated, so that each is read in its own direction in every app.
 """
 
 from __future__ import annotations
 
-import string
+import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, NamedTuple
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
 
 from persiantools import digits
-from persiantools.jdatetime import JalaliDate
 
 from bourse_schemas.events import TEHRAN, AlertState, PriceAlert, ResolvedBy, Scope, Severity
 
-__all__ = [
-    "TEHRAN",
-    "TEMPLATE_FIELDS",
-    "Manner",
-    "Text",
-    "digest",
-    "example",
-    "group",
-    "sample",
-    "stale",
-    "template_mistake",
-    "trouble",
-]
+__all__ = ["Message", "Writer", "example", "split"]
 
-LINES, RULES = 20, 10
+LINES = 20
+AGED = timedelta(minutes=2)
 RLM, LRI, FSI, PDI = "\u200f", "\u2066", "\u2068", "\u2069"
-MARKS = {Severity.CRITICAL: "🔴", Severity.WARNING: "🟠", Severity.INFO: "🔵"}
-RESOLVED, SUMMARY, TROUBLE, SAMPLE = "✅", "📋", "⚠️", "👋"
-# How urgent: an unknown severity, of a later release, is taken for a warning.
-RANKS = {Severity.CRITICAL: 2, Severity.WARNING: 1, Severity.UNKNOWN: 1, Severity.INFO: 0}
-
-FA = {
-    "alerts": "{} هشدار",
-    "ended": "{} پایان‌یافته",
-    "over": "پایان: ",
-    "removed": "پایان (قاعده برداشته شد): ",
-    "day_end": "پایان روز: ",
-    "more": "… و {} مورد دیگر",
-    "digest": "خلاصهٔ {} هشدار",
-    "stale": "{} هشدار قدیمی فرستاده نشد",
-    "stale_why": "از هر یک هنگام خواندن بیش از {} گذشته بود.",
-    "trouble": "کانال {} پیام نمی‌گیرد",
-    "trouble_why": "{} هشدار به آن نرسید و به bourse.dead-letters رفت. علت: {}",
-    "sample": "پیام آزمایشی کانال {}",
-    "sample_why": "اگر این را می‌خوانید، هشدارها هم می‌رسند. نمونه:",
-    "from_to": "از {} تا {}",
-    "comma": "، ",
-    "hour": "{} ساعت",
-    "minute": "{} دقیقه",
-    "second": "{} ثانیه",
-}
-EN = {
-    "alerts": "{} alerts",
-    "ended": "{} over",
-    "over": "over: ",
-    "removed": "over (the rule was removed): ",
-    "day_end": "over with the day: ",
-    "more": "… and {} more",
-    "digest": "{} alerts in short",
-    "stale": "{} old alerts were not sent",
-    "stale_why": "Each was older than {} when it was read.",
-    "trouble": "Channel {} takes no messages",
-    "trouble_why": "{} alerts did not get there and went to bourse.dead-letters. Why: {}",
-    "sample": "A sample on channel {}",
-    "sample_why": "If you can read this, alerts will arrive too. One of them:",
-    "from_to": "{} to {}",
-    "comma": ", ",
-    "hour": "{} h",
-    "minute": "{} min",
-    "second": "{} s",
-}
-
-
-class Text(NamedTuple):
-    """A message's title, of one line, and its body."""
-
-    title: str
-    body: str
+MARKS = {Severity.CRITICAL: "🔴", Severity.INFO: "🔵"}  # 🟠 for others
+UNITS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
+PHRASES = tomllib.loads((files("bourse_consumers.notify") / "phrases.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
-    """How a channel's messages are written; `template` is an alert's line, with fields as `TEMPLATE_FIELDS` has."""
+class Message:
+    """What is sent to a channel at once: a title, lines, and the alerts that they are about."""
 
-    language: Literal["fa", "en"] = "fa"
-    digits: Literal["fa", "en"] = "fa"
-    calendar: Literal["jalali", "gregorian"] = "jalali"
-    template: str | None = None
+    title: str
+    lines: Sequence[str]
+    alerts: Sequence[PriceAlert]
 
     @property
-    def words(self) -> Mapping[str, str]:
-        """Return the phrases of the language."""
-        return FA if self.language == "fa" else EN
+    def id(self) -> str:
+        """Return the same for the same alerts: a receiver recognizes a message that comes again."""
+        return sha256("\n".join(sorted(f"{a.alert_id}-{a.state}" for a in self.alerts)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Writes messages in a language: fa or en."""
+
+    language: str = "fa"
+
+    def message(
+        self, alerts: Sequence[PriceAlert], now: datetime, digest_above: int = 10, max_age: timedelta = timedelta.max
+    ) -> Message:
+        """Return alerts, at least one, as one message.
+
+        More than `digest_above` are folded to the last state of each, those that still fire first. Of those older than
+        `max_age` only the number is written.
+        """
+        fresh, old = list[PriceAlert](), list[PriceAlert]()
+        for each in alerts:
+            (old if now - each.raised_at > max_age else fresh).append(each)
+        if len(fresh) > digest_above:
+            fresh = list({each.alert_id: each for each in fresh}.values())
+            fresh.sort(key=lambda each: each.raised_at, reverse=True)
+        fresh.sort(key=lambda each: "🔴🟠🔵✅".index(_mark(each)))
+        parts = [self.say("old", self._number(len(old)), self._span(max_age)), *self._counts(old)] if old else []
+        title = self._title(fresh) if fresh else f"📋 {parts.pop(0)}"
+        mark = RLM if self.language == "fa" else ""
+        return Message(mark + title, [mark + line for line in (*self._lines(fresh, now), *parts)], alerts)
+
+    def title(self, alert: PriceAlert) -> str:
+        """Return which alert it is, and whether it is over."""
+        over = "removed" if alert.resolved_by is ResolvedBy.RULE_REMOVED else "ended"
+        who = alert.symbol or alert.instrument or ("" if alert.scope is Scope.MARKET else alert.source)
+        names = " ".join(_isolated(each) for each in (who, alert.title or alert.rule) if each)
+        return f"{_mark(alert)} {self.say(over) if alert.state is AlertState.RESOLVED else ''}{names}"
+
+    def text(self, alert: PriceAlert) -> str:
+        """Return the rule's text, in another language if there is no other, or the expression of a rule without."""
+        texts = alert.message or {}
+        text = texts.get(self.language) or next(iter(texts.values()), "")
+        return _isolated(" ".join(text.split())) or self._ltr(alert.when)
 
     def say(self, phrase: str, *values: str) -> str:
         """Return a phrase with its values."""
-        return self.words[phrase].format(*values)
+        return str(PHRASES[phrase][self.language].format(*values))
 
-    def number(self, value: float, *, sign: bool = False) -> str:
-        """Return a number with separators, of at most two decimals; Persian ones are isolated."""
-        text = f"{value:{'+' if sign else ''},.2f}"
-        return self.ltr(self._digits(text.rstrip("0").rstrip(".")))
+    def _title(self, alerts: Sequence[PriceAlert]) -> str:
+        if len(alerts) == 1:
+            return self.title(alerts[0])
+        over = sum(each.state is AlertState.RESOLVED for each in alerts)
+        counts = {"firing": len(alerts) - over, "over": over}
+        parts = [self.say(phrase, self._number(count)) for phrase, count in counts.items() if count]
+        return f"{_mark(alerts[0])} {self.say('comma').join(parts)}"
 
-    def moment(self, at: datetime) -> str:
-        """Return the time in Tehran."""
-        return self.ltr(self._digits(f"{at.astimezone(TEHRAN):%H:%M:%S}", number=False))
+    def _lines(self, alerts: Sequence[PriceAlert], now: datetime) -> list[str]:
+        lines = []
+        for each in alerts[:LINES]:
+            age, text = now - each.raised_at, self.text(each)
+            at = self._ltr(self._digits(f"{each.raised_at.astimezone(TEHRAN):%H:%M:%S}"))
+            line = self.say("comma").join((text, at, *([self.say("ago", self._span(age))] if age > AGED else [])))
+            # Most texts of alerts that fire name the symbol themselves.
+            named = each.symbol is not None and each.symbol in text and each.state is not AlertState.RESOLVED
+            head = "" if len(alerts) == 1 else f"{_mark(each)} " if named else f"{self.title(each)}: "
+            lines.append(head + line)
+        more = alerts[LINES:]
+        return [*lines, self.say("more", self._number(len(more))), *self._counts(more)] if more else lines
 
-    def day(self, at: datetime) -> str:
-        """Return the day in Tehran."""
-        local = at.astimezone(TEHRAN)
-        if self.calendar == "jalali":
-            jalali: JalaliDate = JalaliDate.to_jalali(local.date())  # type: ignore[no-untyped-call]
-            return self.ltr(self._digits(f"{jalali.year}/{jalali.month:02}/{jalali.day:02}", number=False))
-        return self.ltr(self._digits(f"{local:%Y-%m-%d}", number=False))
+    def _counts(self, alerts: Sequence[PriceAlert]) -> list[str]:
+        counted = Counter(alert.title or alert.rule for alert in alerts).most_common(LINES)
+        return [f"{_isolated(rule)}: {self._number(count)}" for rule, count in counted]
 
-    def span(self, span: timedelta) -> str:
-        """Return how long something is, in its largest whole unit."""
-        seconds = int(span.total_seconds())
-        for size, unit in ((3600, "hour"), (60, "minute")):
-            if seconds >= size and seconds % size == 0:
-                return self.say(unit, self.number(seconds // size))
-        return self.say("second", self.number(seconds))
+    def _number(self, count: int) -> str:
+        return self._digits(f"{count:,}".replace(",", "٬" if self.language == "fa" else ","))
 
-    def ltr(self, text: str) -> str:
-        """Return text that runs from left to right, safe in a Persian line."""
+    def _span(self, span: timedelta) -> str:
+        seconds = max(int(span.total_seconds()), 1)
+        size, unit = next((size, unit) for size, unit in UNITS if seconds >= size)
+        return self.say(unit, self._number(seconds // size))
+
+    def _digits(self, text: str) -> str:
+        return str(digits.en_to_fa(text)) if self.language == "fa" else text
+
+    def _ltr(self, text: str) -> str:
         return f"{LRI}{text}{PDI}" if self.language == "fa" else text
 
-    def any(self, text: str) -> str:
-        """Return text of either direction, safe in a line of the other."""
-        return f"{FSI}{text}{PDI}" if text else ""
 
-    def lines(self, *lines: str) -> str:
-        """Return lines as one text, each of which runs as the language does."""
-        return "\n".join(RLM + line if self.language == "fa" and line else line for line in lines)
-
-    def _digits(self, text: str, *, number: bool = True) -> str:
-        if self.digits == "en":
-            return text
-        if number:
-            text = text.replace(",", "٬").replace(".", "٫").replace("%", "٪")
-        return str(digits.en_to_fa(text))
+def _isolated(text: str) -> str:
+    return f"{FSI}{text}{PDI}" if text else ""
 
 
-TEMPLATE_FIELDS = (
-    "mark",
-    "state",
-    "rule",
-    "title",
-    "severity",
-    "when",
-    "instrument",
-    "symbol",
-    "instrument_title",
-    "message",
-    "price",
-    "time",
-    "day",
-)
+def _mark(alert: PriceAlert) -> str:
+    return "✅" if alert.state is AlertState.RESOLVED else MARKS.get(alert.severity, "🟠")
 
 
-def template_mistake(template: str) -> str | None:
-    """Return what is wrong with a template, None where nothing is. All its fields are text."""
-    try:
-        for _, name, form, conversion in string.Formatter().parse(template):
-            if name is not None and name not in TEMPLATE_FIELDS:
-                return f"{{{name}}} is unknown; there are {', '.join(TEMPLATE_FIELDS)}"
-            if form or conversion:
-                return f"{{{name}}}: values are text already; leave the format out"
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _fields(alert: PriceAlert, manner: Manner) -> dict[str, str]:
-    texts = alert.message or {}
-    message = texts.get(manner.language) or next(iter(texts.values()), "")
-    return {
-        "mark": RESOLVED if alert.state is AlertState.RESOLVED else MARKS.get(alert.severity, "🟠"),
-        "state": alert.state.value,
-        "rule": manner.any(alert.rule),
-        "title": manner.any(alert.title or alert.rule),
-        "severity": alert.severity.value,
-        "when": manner.ltr(alert.when),
-        "instrument": manner.ltr(alert.instrument or ""),
-        "symbol": manner.any(alert.symbol or alert.instrument or alert.source),
-        "instrument_title": manner.any(alert.instrument_title or ""),
-        "message": manner.any(message),
-        "price": "" if alert.last_price is None else manner.number(alert.last_price),
-        "time": manner.moment(alert.raised_at),
-        "day": manner.day(alert.raised_at),
-    }
-
-
-def _head(alert: PriceAlert, manner: Manner) -> str:
-    """Return which alert it is, in few words."""
-    value = _fields(alert, manner)
-    ends = {ResolvedBy.RULE_REMOVED: "removed", ResolvedBy.DAY_END: "day_end"}
-    over = "" if alert.state is not AlertState.RESOLVED else manner.words[ends.get(alert.resolved_by, "over")]  # type: ignore[arg-type]
-    return f"{value['mark']} {over}{value['symbol']} {value['title']}"
-
-
-def _said(alert: PriceAlert, manner: Manner) -> str:
-    """Return the rule's text, filled in, or else its expression, and the time."""
-    value = _fields(alert, manner)
-    text = " ".join((value["message"] or value["when"]).split("\n"))
-    return manner.words["comma"].join((text, value["time"]))
-
-
-def _line(alert: PriceAlert, manner: Manner) -> str:
-    """Return an alert in a line: by the channel's template, where it has one."""
-    if manner.template is not None:
-        return " ".join(manner.template.format_map(_fields(alert, manner)).split("\n"))
-    return f"{_head(alert, manner)}: {_said(alert, manner)}"
-
-
-def _urgent_first(alerts: Sequence[PriceAlert]) -> list[PriceAlert]:
-    return sorted(alerts, key=lambda each: (each.state is AlertState.RESOLVED, -RANKS[each.severity]))
-
-
-def _counts(alerts: Sequence[PriceAlert], manner: Manner) -> list[str]:
-    """Return a line per rule with how many of its alerts there are, the noisiest first."""
-    counted = Counter(alert.rule for alert in alerts).most_common()
-    lines = [f"{manner.any(rule)}: {manner.number(count)}" for rule, count in counted[:RULES]]
-    left = sum(count for _, count in counted[RULES:])
-    return [*lines, manner.say("more", manner.number(left))] if left else lines
-
-
-def _listed(alerts: Sequence[PriceAlert], manner: Manner, most: int) -> list[str]:
-    lines = [_line(alert, manner) for alert in alerts[:most]]
-    return [*lines, manner.say("more", manner.number(len(alerts) - most))] if len(alerts) > most else lines
-
-
-def _period(alerts: Sequence[PriceAlert], manner: Manner) -> str:
-    begin, end = (pick(alert.raised_at for alert in alerts) for pick in (min, max))
-    return manner.say(
-        "from_to", f"{manner.day(begin)} {manner.moment(begin)}", f"{manner.day(end)} {manner.moment(end)}"
-    )
-
-
-def group(alerts: Sequence[PriceAlert], manner: Manner) -> Text:
-    """Return the message about alerts of one poll, at least one."""
-    ordered = _urgent_first(alerts)
-    first = _fields(ordered[0], manner)
-    if len(alerts) == 1:
-        said = _said(ordered[0], manner) if manner.template is None else _line(ordered[0], manner)
-        return Text(manner.lines(_head(ordered[0], manner)), manner.lines(said, first["day"]))
-    ended = sum(alert.state is AlertState.RESOLVED for alert in alerts)
-    fired = len(alerts) - ended
-    parts = [manner.say("alerts", manner.number(fired))] if fired else []
-    parts += [manner.say("ended", manner.number(ended))] if ended else []
-    title = f"{first['mark']} " + manner.words["comma"].join(parts)
-    lines = _listed(ordered, manner, LINES)
-    if len(alerts) > LINES:
-        lines += ["", *_counts(alerts, manner)]
-    return Text(manner.lines(title), manner.lines(*lines, first["day"]))
-
-
-def digest(alerts: Sequence[PriceAlert], manner: Manner) -> Text:
-    """Return the message about alerts that had to wait: how many of each rule, and the most urgent of the latest."""
-    title = f"{SUMMARY} " + manner.say("digest", manner.number(len(alerts)))
-    latest = _urgent_first(sorted(alerts, key=lambda alert: alert.raised_at, reverse=True))
-    lines = [_period(alerts, manner), *_counts(alerts, manner), "", *_listed(latest, manner, RULES)]
-    return Text(manner.lines(title), manner.lines(*lines))
-
-
-def stale(alerts: Sequence[PriceAlert], manner: Manner, max_age: timedelta) -> Text:
-    """Return the message about alerts that are too old to be told one by one."""
-    title = f"{SUMMARY} " + manner.say("stale", manner.number(len(alerts)))
-    why = manner.say("stale_why", manner.span(max_age))
-    return Text(manner.lines(title), manner.lines(why, _period(alerts, manner), *_counts(alerts, manner)))
-
-
-def trouble(channel: str, count: int, why: str, manner: Manner) -> Text:
-    """Return the message about another channel that does not take its messages."""
-    title = f"{TROUBLE} " + manner.say("trouble", manner.any(channel))
-    return Text(manner.lines(title), manner.lines(manner.say("trouble_why", manner.number(count), manner.any(why))))
-
-
-def sample(channel: str, alert: PriceAlert, manner: Manner) -> Text:
-    """Return the message of `bourse notify test`."""
-    title = f"{SAMPLE} " + manner.say("sample", manner.any(channel))
-    return Text(
-        manner.lines(title), manner.lines(manner.words["sample_why"], _line(alert, manner), manner.day(alert.raised_at))
-    )
+def split(lines: Sequence[str], most: int) -> list[str]:
+    """Return texts of whole lines, none longer than `most` as HTML but for a single line that is longer itself."""
+    parts = [""]
+    for line in lines:
+        longer = f"{parts[-1]}\n{line}" if parts[-1] else line
+        if parts[-1] and len(escape(longer).replace("\n", "<br/>")) > most:
+            parts.append(line)
+        else:
+            parts[-1] = longer
+    return parts
 
 
 def example(now: datetime) -> PriceAlert:
     """Return an alert as it might be, raised now."""
+    texts = {"fa": "ومعادن در پنج دقیقه ۳٫۲ درصد، اکنون ۵٬۴۸۸", "en": "ومعادن 3.2 % in five minutes, now 5,488"}
     return PriceAlert(
-        alert_id="00000000-0000-0000-0000-000000000000",
-        state=AlertState.FIRING,
-        rule="fast-move",
-        title="تغییر سریع",
-        severity=Severity.INFO,
-        scope=Scope.INSTRUMENT,
-        trading_day=now.astimezone(TEHRAN).date(),
-        source="sample",
-        instrument="IRO1MADN0001",
-        symbol="ومعادن",
-        instrument_title="سرمایه گذاری توسعه معادن و فلزات",
-        poll_sequence=1,
-        when="abs(percent(last_price, 5m)) >= 3",
-        values={"abs(percent(last_price, 5m))": 3.2},
-        last_price=5488,
-        since=now,
-        raised_at=now,
-        message={"fa": "۳٫۲ درصد در پنج دقیقه، اکنون ۵٬۴۸۸", "en": "3.2 % in five minutes, now 5,488"},
-        labels={},
-        channels=[],
-    )
+        alert_id="00000000-0000-0000-0000-000000000000", state=AlertState.FIRING, rule="notify-test", title="آزمایش",
+        severity=Severity.INFO, scope=Scope.INSTRUMENT, trading_day=now.astimezone(TEHRAN).date(), source="test",
+        instrument="IRO1MADN0001", symbol="ومعادن", poll_sequence=1, when="plp >= 3", values={},
+        last_price=5488, since=now, raised_at=now, message=texts, labels={}, channels=[],
+    )  # fmt: skip
