@@ -80,7 +80,7 @@ class KafkaMarket(KafkaBase):
         self._transactions.poll()
         if self._begin is not None:
             self._go_to(self._reader, self._begin)
-        poll = self._fetch(self._reader, timeout, CHUNK)
+        poll = self._records(self._fetch(self._reader, timeout, CHUNK))
         self._position.update(poll.positions)
         # If this fails, what was read is read again.
         self.polls.add_trades([record for record in poll.records if record.partition != self._marks])

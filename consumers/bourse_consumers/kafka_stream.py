@@ -66,11 +66,14 @@ class KafkaBase:
         """Return the record's event. Raises Undecodable; Unreachable while the registry is."""
         return self._decoders[record.partition.topic](record.value)
 
-    def _fetch(self, client: Client, timeout: float, limit: int) -> Poll:
-        """Return the records that come within `timeout` seconds, and the positions after them."""
+    def _fetch(self, client: Client, timeout: float, limit: int) -> list[Message]:
+        """Return what comes within `timeout` seconds."""
         # `consume` waits for the whole batch or the whole time; a first `poll` returns as soon as there is anything.
         first = client.poll(timeout)
-        messages = [] if first is None else [first, *client.consume(limit - 1, 0)]
+        return [] if first is None else [first, *client.consume(limit - 1, 0)]
+
+    def _records(self, messages: Sequence[Message]) -> Poll:
+        """Return messages as records, and the positions after them; raise errors that do not pass by themselves."""
         good = [message for message in messages if message.error() is None]
         positions = self._ends_among(messages) if len(good) < len(messages) else {}
         partitions = [_partition(message.topic(), message.partition()) for message in good]
@@ -192,7 +195,7 @@ class KafkaStream(KafkaBase):
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
         self._transactions.poll()
-        poll = self._fetch(self._client, timeout, limit)
+        messages = self._fetch(self._client, timeout, limit)
         if self._changed:
             # What came along with the assignment is fetched again from where the consumer begins.
             assigned = self._assignment()
@@ -201,6 +204,7 @@ class KafkaStream(KafkaBase):
         if self._uncommitted is not None:
             error, self._uncommitted = self._uncommitted, None
             raise self._broken(error)
+        poll = self._records(messages)
         self._next.update(poll.positions)
         return poll
 
