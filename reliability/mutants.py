@@ -52,8 +52,8 @@ MUTANTS = [
     ),
     Mutant(
         "<= for < in stale",
-        "candle.traded_at < known.traded_at",
-        "candle.traded_at <= known.traded_at",
+        "candle.traded_at < before.traded_at",
+        "candle.traded_at <= before.traded_at",
         f"{UNIT}/test_diff.py::test_older_rows_are_stale_and_equal_times_are_not",
     ),
     Mutant(

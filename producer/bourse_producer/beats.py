@@ -49,9 +49,8 @@ class Beats:
     def interval(self, now: datetime) -> float:
         """Return the seconds from one beat to the next."""
         slow = self.calendar.phase(now) in {Phase.AFTER_CLOSE, Phase.CLOSED} and not self.calendar.trades_at_last(now)
-        return (
-            max(self.poll_seconds, SLOW_SECONDS) if slow and not (self.always or self.simulated) else self.poll_seconds
-        )
+        least = SLOW_SECONDS if slow and not (self.always or self.simulated) else 0.0
+        return max(self.poll_seconds, least)
 
     def owed_seconds(self) -> float:
         """Return for how long a leader may owe a poll."""

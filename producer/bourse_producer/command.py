@@ -155,7 +155,7 @@ def produce(
             from bourse_producer.capture import Capture
 
             kept = Capture(options.capture, on_error=metrics.capture_errors.inc)
-        hooks = {"on_call": on_call, **({"on_response": kept.response} if kept else {})}
+        hooks = {"on_call": on_call} | ({"on_response": kept.response} if kept else {})
         # A service tries again while the beat lasts; a command that polls once reports a failure at once.
         retry_seconds = 0.0 if once else 1.0
         finnotech = exchange.connect(stack, clock=ours, patience=patience, retry_seconds=retry_seconds, **hooks)

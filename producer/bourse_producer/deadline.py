@@ -48,9 +48,7 @@ class Transport:
     """Makes calls through an HTTP client, one at a time; `stopping` returns whether the process is to end."""
 
     def __init__(self, client: httpx2.Client, stopping: Callable[[], bool], most_bytes: int = MOST_BYTES) -> None:
-        self._client = client
-        self._stopping = stopping
-        self._most_bytes = most_bytes
+        self._client, self._stopping, self._most_bytes = client, stopping, most_bytes
         self._stream: Any = None
         self._abandoned: list[threading.Thread] = []
 

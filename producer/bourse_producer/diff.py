@@ -90,7 +90,10 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
         before = known.get(instrument)
         if before is None or candle.trading_day > before.trading_day:
             op, before = Op.OPENED, None
-        elif candle.trading_day < before.trading_day or _is_older(candle, before):
+        elif candle.trading_day < before.trading_day or (
+            # An estimated time is only that of a receipt and proves nothing.
+            candle.traded_at < before.traded_at and not (candle.traded_at_estimated or before.traded_at_estimated)
+        ):
             stale += 1
             continue
         elif _business(candle) == _business(before):
@@ -105,18 +108,9 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
     return Changes(events, candles, stale)
 
 
-def _is_older(candle: Candle, known: Candle) -> bool:
-    """Compare two trade times of one day; an estimated one is only the time of its receipt and proves nothing."""
-    estimated = candle.traded_at_estimated or known.traded_at_estimated
-    return not estimated and candle.traded_at < known.traded_at
-
-
 def _op(before: Candle, after: Candle) -> Op:
-    volume, value, count = (
-        after.volume - before.volume,
-        after.value - before.value,
-        after.trade_count - before.trade_count,
-    )
+    volume, value = after.volume - before.volume, after.value - before.value
+    count = after.trade_count - before.trade_count
     if volume < 0 or value < 0 or count < 0:
         return Op.CANCELLED
     return Op.TRADED if volume or value or count else Op.REVISED

@@ -9,9 +9,8 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime, timedelta
-from threading import Event
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -79,6 +78,7 @@ class _Token:
     scopes: tuple[str, ...] = ()
 
 
+@dataclass(eq=False, repr=False)
 class Finnotech:
     """The exchange's API, one call at a time. Every method raises ExchangeError when a call gave nothing.
 
@@ -87,36 +87,29 @@ class Finnotech:
     failed call is repeated, 0 for never.
     """
 
-    def __init__(
-        self,
-        client: httpx2.Client,
-        address: str,
-        credentials: Credentials,
-        profile: Profile = TRADES_REALTIME,
-        *,
-        clock: Clock | None = None,
-        patience: Patience | None = None,
-        on_call: Callable[[str], None] | None = None,
-        on_response: Callable[[Reply], None] | None = None,
-        retry_seconds: float = 0.0,
-        deadline_seconds: float = DEADLINE_SECONDS,
-        most_bytes: int = MOST_BYTES,
-    ) -> None:
-        self._address = address.rstrip("/")
-        self._credentials = credentials
-        self._profile = profile
-        self._clock = clock or Clock(Event())
-        self._patience = patience or Patience()
-        self._on_call, self._on_response = on_call or (lambda _: None), on_response or (lambda _: None)
-        self._retry_seconds, self._deadline_seconds = retry_seconds, deadline_seconds
-        self._transport = Transport(client, lambda: self._clock.wait(0), most_bytes)
-        self._basic = httpx2.BasicAuth(credentials.client_id, credentials.secret)
-        self._secrets = Concealer(credentials.secret, credentials.nid, f"{credentials.client_id}:{credentials.secret}")
+    client: httpx2.Client
+    address: str
+    credentials: Credentials
+    profile: Profile = TRADES_REALTIME
+    _: KW_ONLY
+    clock: Clock = field(default_factory=Clock)
+    patience: Patience = field(default_factory=Patience)
+    on_call: Callable[[str], None] = lambda _: None
+    on_response: Callable[[Reply], None] = lambda _: None
+    retry_seconds: float = 0.0
+    deadline_seconds: float = DEADLINE_SECONDS
+    most_bytes: int = MOST_BYTES
+
+    def __post_init__(self) -> None:
+        self._transport = Transport(self.client, lambda: self.clock.wait(0), self.most_bytes)
+        account = self.credentials
+        self._basic = httpx2.BasicAuth(account.client_id, account.secret)
+        self._secrets = Concealer(account.secret, account.nid, f"{account.client_id}:{account.secret}")
         self._token: _Token | None = None
 
     def begin(self, charged_today: int, final: bool) -> None:
         """Start a poll: how many calls are spent today, and whether it is the day's final poll."""
-        self._patience.begin(charged_today, final)
+        self.patience.begin(charged_today, final)
 
     def fetch(
         self,
@@ -133,29 +126,29 @@ class Finnotech:
         true if no call was made.
         """
         query = self._query(call, company_id, period, rights=rights or call is Call.RIGHTS)
-        pause = self._retry_seconds
+        pause = self.retry_seconds
         while True:
             try:
                 return self._call_for_data(call, query, until)
             except ExchangeUnavailable as error:
-                now = self._clock.monotonic()
+                now = self.clock.monotonic()
                 hold = self._forbidden(call, now)
                 wait = max(pause * random.uniform(0.5, 1.0), hold.until - now if hold else 0.0)  # noqa: S311  # jitter
                 if not pause or now + wait >= until:
                     raise
                 details = {"error_kind": error.kind, "error": str(error), "wait_seconds": round(wait, 1)}
                 get_logger().warning("calling again", call=call.value, **details)
-                if self._clock.wait(wait):
+                if self.clock.wait(wait):
                     raise
                 pause *= 2
 
     def renew(self) -> None:
         """Renew a token that is about to end. Call it after a poll: no poll waits for it while the token is good."""
-        token, now = self._token, self._clock.monotonic()
-        if token is None or not token.renew_at <= now < token.ends_at or self._patience.may_call(Call.TOKEN, now):
+        token, now = self._token, self.clock.monotonic()
+        if token is None or not token.renew_at <= now < token.ends_at or self.patience.may_call(Call.TOKEN, now):
             return
         try:
-            self._token = self._request_token(token.refresh, min(RENEW_DEADLINE_SECONDS, self._deadline_seconds))
+            self._token = self._request_token(token.refresh, min(RENEW_DEADLINE_SECONDS, self.deadline_seconds))
         except ExchangeError as error:
             # A refresh token may be used up. The credentials are not.
             refresh = token.refresh if isinstance(error, ExchangeUnavailable) else None
@@ -168,20 +161,20 @@ class Finnotech:
         if not self._has_token():
             self._require_allowed(Call.TOKEN, -math.inf)
         token = self._good_token()
-        return token.scopes, timedelta(seconds=token.ends_at - self._clock.monotonic())
+        return token.scopes, timedelta(seconds=token.ends_at - self.clock.monotonic())
 
     def token_ends_at(self) -> datetime | None:
         """Return when the token in use ends; None without one."""
         if self._token is None:
             return None
-        return self._clock.now() + timedelta(seconds=self._token.ends_at - self._clock.monotonic())
+        return self.clock.now() + timedelta(seconds=self._token.ends_at - self.clock.monotonic())
 
     # --- calls for data -----------------------------------------------------------------------------------------------
 
     def _query(
         self, call: Call, company_id: int | None, period: tuple[str | None, str | None], *, rights: bool
     ) -> dict[str, str]:
-        if self._profile.one_call:
+        if self.profile.one_call:
             return {} if company_id is None else {"companyId": str(company_id)}
         query = {
             "isTimePeriod": "true" if call is Call.MINUTES else "false",
@@ -200,9 +193,9 @@ class Finnotech:
         except ExchangeRefused as refused:
             if refused.held or refused.kind not in {"token", "scope"}:
                 raise
-            if self._patience.may_call(Call.TOKEN, self._clock.monotonic()):
+            if self.patience.may_call(Call.TOKEN, self.clock.monotonic()):
                 raise self._explained(refused) from refused
-        self._token = self._request_token(None, self._deadline_seconds)
+        self._token = self._request_token(None, self.deadline_seconds)
         try:
             self._require_allowed(call, until)
             return self._get(call, self._token, query)
@@ -213,44 +206,44 @@ class Finnotech:
         """Return the error for a refusal that a new token does not change."""
         if refused.kind != "scope":
             return refused
-        needs = f"the client needs the scope {self._profile.scope} and a whitelisted address"
+        needs = f"the client needs the scope {self.profile.scope} and a whitelisted address"
         message = f"a new token is refused: {needs} ({refused})"
         return ExchangeRefused("scope", message, code=refused.code, track_id=refused.track_id)
 
     def _require_allowed(self, call: Call, until: float) -> None:
         """Raise what forbids a call, `held`; a hold of a moment is waited for, if it ends before `until`."""
-        while hold := self._forbidden(call, now := self._clock.monotonic()):
-            if hold.until >= min(until, now + MOMENT_SECONDS) or self._clock.wait(hold.until - now):
+        while hold := self._forbidden(call, now := self.clock.monotonic()):
+            if hold.until >= min(until, now + MOMENT_SECONDS) or self.clock.wait(hold.until - now):
                 raise self._held(hold, now)
 
     def _forbidden(self, call: Call, now: float) -> Hold | None:
         """Return what forbids a call: its own hold, or that of the token it needs and has not."""
-        hold = self._patience.may_call(call, now)
-        return hold if hold or self._has_token() else self._patience.may_call(Call.TOKEN, now)
+        hold = self.patience.may_call(call, now)
+        return hold if hold or self._has_token() else self.patience.may_call(Call.TOKEN, now)
 
     def _held(self, hold: Hold, now: float) -> ExchangeError:
         error, message = hold.error, str(hold.error)
         if hold.until < math.inf:
-            again = (self._clock.now() + timedelta(seconds=hold.until - now)).astimezone(TEHRAN)
+            again = (self.clock.now() + timedelta(seconds=hold.until - now)).astimezone(TEHRAN)
             message = f"not called before {again:%H:%M:%S}: {error}"
         return ExchangeRefused(error.kind, message, code=error.code, held=True)
 
     def _get(self, call: Call, token: _Token, query: Mapping[str, str]) -> Reply:
         track_id = uuid4().hex
-        client_id = quote(self._credentials.client_id, safe="")
-        path = f"/bourse/v2/clients/{client_id}/{self._profile.path}"
+        client_id = quote(self.credentials.client_id, safe="")
+        path = f"/bourse/v2/clients/{client_id}/{self.profile.path}"
         query = {"trackId": track_id, **query}
         authorization = {"Authorization": f"Bearer {token.value}"}
-        transfer, requested_at = Transfer(), self._clock.now()
+        transfer, requested_at = Transfer(), self.clock.now()
         try:
             try:
                 self._send(transfer, "GET", path, params=query, headers=authorization)
             finally:
-                times, body = (requested_at, self._clock.now()), transfer.body
+                times, body = (requested_at, self.clock.now()), transfer.body
                 done = transfer.status == 200 and is_done(body)
                 reply = self._reply(transfer, body if done else self._secrets.data(body), times, path, query)
                 if transfer.status is not None:
-                    self._on_response(reply)
+                    self.on_response(reply)
             if not done:
                 raise self._refusal(transfer, reply.body)
         except ExchangeError as error:
@@ -273,19 +266,19 @@ class Finnotech:
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _has_token(self) -> bool:
-        return self._token is not None and self._clock.monotonic() < self._token.ends_at
+        return self._token is not None and self.clock.monotonic() < self._token.ends_at
 
     def _good_token(self) -> _Token:
         if self._token is None or not self._has_token():
-            self._token = self._request_token(None, self._deadline_seconds)
+            self._token = self._request_token(None, self.deadline_seconds)
         return self._token
 
     def _request_token(self, refresh: str | None, seconds: float) -> _Token:
         """Get a token for a refresh token, or else for the credentials."""
-        grant = {"grant_type": "client_credentials", "nid": self._credentials.nid, "scopes": self._profile.scope}
+        grant = {"grant_type": "client_credentials", "nid": self.credentials.nid, "scopes": self.profile.scope}
         if refresh is not None:
             grant = {"grant_type": "refresh_token", "token_type": "CLIENT-CREDENTIAL", "refresh_token": refresh}
-        transfer, now = Transfer(), self._clock.monotonic()
+        transfer, now = Transfer(), self.clock.monotonic()
         try:
             self._send(transfer, "POST", "/dev/v2/oauth2/token", seconds, json=grant, auth=self._basic)
             result = _result_in(transfer.body)
@@ -309,11 +302,12 @@ class Finnotech:
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
     def _send(self, transfer: Transfer, method: str, path: str, seconds: float | None = None, **request: Any) -> None:
-        self._transport.call(transfer, seconds or self._deadline_seconds, method, self._address + path, **request)
+        url = self.address.rstrip("/") + path
+        self._transport.call(transfer, seconds or self.deadline_seconds, method, url, **request)
 
     def _refusal(self, transfer: Transfer, body: bytes) -> ExchangeError:
         """Return the error of an answer that is not DONE, without secrets."""
-        retry_after = retry_seconds(transfer.headers.get("retry-after", ""), self._clock.now())
+        retry_after = retry_seconds(transfer.headers.get("retry-after", ""), self.clock.now())
         return refusal(transfer.status or 0, body, None, retry_after)
 
     def _note(self, call: Call, error: ExchangeError | None) -> None:
@@ -322,8 +316,8 @@ class Finnotech:
             error.args = (self._secrets.text(str(error)),)
             error.code = error.code and self._secrets.text(error.code)
         outcome = "done" if error is None else error.kind
-        self._on_call(f"token_{outcome}" if call is Call.TOKEN else outcome)
-        self._patience.after(call, error, self._clock.monotonic())
+        self.on_call(f"token_{outcome}" if call is Call.TOKEN else outcome)
+        self.patience.after(call, error, self.clock.monotonic())
 
 
 def _result_in(body: bytes) -> Mapping[str, Any]:

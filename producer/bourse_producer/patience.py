@@ -40,6 +40,7 @@ class Hold:
     error: ExchangeError
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Patience:
     """Decides which call may be made now.
 
@@ -49,20 +50,14 @@ class Patience:
     except that of the budget.
     """
 
-    def __init__(
-        self,
-        *,
-        quota_seconds: float = 3600.0,
-        max_calls_per_day: int | None = None,
-        reserved_calls: int = 1,
-        token_seconds: float = 60.0,
-        refused_token_seconds: float = 3600.0,
-        longest_seconds: float = math.inf,
-    ) -> None:
-        self._quota_seconds = quota_seconds
-        self._max_calls, self._reserved_calls = max_calls_per_day, reserved_calls
-        self._token_seconds, self._refused_token_seconds = token_seconds, refused_token_seconds
-        self._longest_seconds = longest_seconds
+    quota_seconds: float = 3600.0
+    max_calls_per_day: int | None = None
+    reserved_calls: int = 1
+    token_seconds: float = 60.0
+    refused_token_seconds: float = 3600.0
+    longest_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
         self._calls_left = math.inf
         # By the call that they stop; those of the account, by None, stop every call for data.
         self._holds: dict[Call | None, Hold] = {}
@@ -73,14 +68,14 @@ class Patience:
 
     def begin(self, charged_today: int, final: bool) -> None:
         """Start a poll: `charged_today` calls are spent; the day's `final` poll may use the calls kept for it."""
-        if self._max_calls is not None:
-            self._calls_left = self._max_calls - charged_today - (0 if final else self._reserved_calls)
+        if self.max_calls_per_day is not None:
+            self._calls_left = self.max_calls_per_day - charged_today - (0 if final else self.reserved_calls)
 
     def may_call(self, call: Call, now: float) -> Hold | None:
         """Return what forbids this call now, the longest hold of several; None if it may be made."""
         holds = [self._holds.get(call), self._new_token_hold() if call is Call.TOKEN else self._holds.get(None)]
         if call is not Call.TOKEN and self._calls_left < 1:
-            message = f"the budget of {self._max_calls} charged calls a day is spent"
+            message = f"the budget of {self.max_calls_per_day} charged calls a day is spent"
             holds.append(Hold(math.inf, ExchangeRefused("budget", message)))
         return max((hold for hold in holds if hold and now < hold.until), key=lambda hold: hold.until, default=None)
 
@@ -109,14 +104,14 @@ class Patience:
         else:
             self._token_refusals += error.kind in REFUSED
             hold = self._hold(error, self._token_refusals, now)
-            soonest = now + min(self._token_seconds, self._longest_seconds)
+            soonest = now + min(self.token_seconds, self.longest_seconds)
             self._holds[Call.TOKEN] = Hold(max(hold.until, soonest), error)
 
     def _new_token_hold(self) -> Hold:
         refused = self._new_token_refused
-        seconds = self._refused_token_seconds if refused else self._token_seconds
+        seconds = self.refused_token_seconds if refused else self.token_seconds
         error = refused or ExchangeRefused("token", "a token was issued less than a minute ago")
-        return Hold(self._minted_at + min(seconds, self._longest_seconds), error)
+        return Hold(self._minted_at + min(seconds, self.longest_seconds), error)
 
     def _hold(self, error: ExchangeError, refusals: int, now: float) -> Hold:
         """Return how long an error forbids to call again; a hold of no length if it does not."""
@@ -124,11 +119,11 @@ class Patience:
         if error.kind != "rate":
             seconds = min(seconds, MOST_RETRY_AFTER_SECONDS)
         if error.kind == "quota":
-            seconds = max(seconds, self._quota_seconds)
+            seconds = max(seconds, self.quota_seconds)
         elif error.kind == "rate":
             seconds = seconds or RATE_SECONDS
         elif error.kind in REFUSED and refusals > 1:
             # Half a minute less, so that it ends before a beat and not just after it.
             pause = min(REFUSED_SECONDS * 2 ** (refusals - 1), MOST_REFUSED_SECONDS) - REFUSED_SECONDS / 2
             seconds = max(seconds, pause)
-        return Hold(now + min(seconds, self._longest_seconds), error)
+        return Hold(now + min(seconds, self.longest_seconds), error)

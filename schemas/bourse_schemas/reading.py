@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
@@ -156,26 +157,23 @@ def _starts(ends: Offsets, tails: Mapping[str, int | None]) -> dict[Partition, i
     return {place: 0 if (tail := tails[place[0]]) is None else max(0, end - tail) for place, end in ends.items()}
 
 
+@dataclass(eq=False)
 class _Reader:
     """A read_committed consumer of some partitions, and which of them are behind their ends."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        starts: Offsets,
-        ends: Offsets,
-        timeout: float,
-        reset: str = "earliest",
-        *,
-        pending: bool = False,
-    ) -> None:
-        self._cluster, self._pending = cluster, pending
-        self.behind = {place: end for place, end in ends.items() if starts[place] < end}
+    cluster: Cluster
+    starts: Offsets
+    ends: Offsets
+    timeout: float
+    reset: str = "earliest"
+    pending: bool = False
+
+    def __post_init__(self) -> None:
+        self.behind = {place: end for place, end in self.ends.items() if self.starts[place] < end}
         self.trouble: str | None = None
-        self._at = dict(starts)
-        self._timeout, self._waited = timeout, 0.0
-        self._consumer = cluster.consumer(enable_partition_eof=True, auto_offset_reset=reset)
-        self._consumer.assign([TopicPartition(*place, at) for place, at in starts.items()])
+        self._at, self._waited = dict(self.starts), 0.0
+        self._consumer = self.cluster.consumer(enable_partition_eof=True, auto_offset_reset=self.reset)
+        self._consumer.assign([TopicPartition(*place, at) for place, at in self.starts.items()])
 
     def __enter__(self) -> Self:
         return self
@@ -200,19 +198,19 @@ class _Reader:
                 self._reached(record.place, record.offset + 1)
             else:
                 self._note((message.topic() or "", message.partition() or 0), message.offset() or 0, error)
-        if self.behind and self._waited >= self._timeout:
+        if self.behind and self._waited >= self.timeout:
             (name, number), end = next(iter(self.behind.items()))
             at = self._at[name, number]
-            reason = "its broker is unreachable" + self._open_transaction(name, number) * self._pending
+            reason = "its broker is unreachable" + self._open_transaction(name, number) * self.pending
             raise Unreachable(
-                f"{name}-{number}: no progress from offset {at} to {end} within {self._timeout:.0f} s: "
+                f"{name}-{number}: no progress from offset {at} to {end} within {self.timeout:.0f} s: "
                 f"{self.trouble or reason}"
             )
         return records
 
     def _open_transaction(self, name: str, number: int) -> str:
         """Return how to end a transaction that its coordinator lost, as a broker that was killed can leave it."""
-        tool = f"kafka-transactions.sh --bootstrap-server {self._cluster.bootstrap_servers}"
+        tool = f"kafka-transactions.sh --bootstrap-server {self.cluster.bootstrap_servers}"
         place = f"--topic {name} --partition {number}"
         return (
             ", or a transaction is open there\n"
@@ -226,7 +224,7 @@ class _Reader:
             for name in names:
                 found = self._consumer.list_topics(name, REFRESH_TIMEOUT).topics[name]
                 if found.error is not None:
-                    raise self._cluster.failure(found.error, f"{name} cannot be read", topic=name)
+                    raise self.cluster.failure(found.error, f"{name} cannot be read", topic=name)
                 added = [(name, number) for number in found.partitions if (name, number) not in self._at]
                 if added:
                     self._at |= dict.fromkeys(added, 0)
@@ -247,8 +245,8 @@ class _Reader:
             raise Unreachable(f"{place[0]}-{place[1]}: the records from offset {self._at[place]} on were deleted")
         elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
             pass  # a consumer that was assigned its partitions needs no group
-        elif error.code() in PERMANENT or self._cluster.refusal(error):
-            raise self._cluster.failure(error, f"{place[0]} cannot be read", topic=place[0])
+        elif error.code() in PERMANENT or self.cluster.refusal(error):
+            raise self.cluster.failure(error, f"{place[0]} cannot be read", topic=place[0])
         else:
             self.trouble = error.str()
 

@@ -140,10 +140,8 @@ class Registry:
                     f"{self.url} does not answer like a schema registry: is --registry-url right?"
                 ) from error
             return {}
-        return {number: self._ask(right, self._version, subject, number) for number in versions}
-
-    def _version(self, subject: str, number: int) -> Any:
-        return json.loads(self._client.get_version(subject, number).schema.schema_str or "")
+        found = {number: self._ask(right, self._client.get_version, subject, number) for number in versions}
+        return {number: self._ask(right, json.loads, each.schema.schema_str or "") for number, each in found.items()}
 
     def _ask(self, right: str, question: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the answer to a question; `right` is what the user must be allowed to do."""

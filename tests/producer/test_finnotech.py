@@ -433,7 +433,7 @@ def test_secrets_are_never_shown(caplog: pytest.LogCaptureFixture) -> None:
                 print(exchange.fetch(Call.SHARES), file=shown)
             except ExchangeError as error:
                 print(repr(error), error, error.__dict__, repr(error.__cause__), file=shown)
-        print(exchange, exchange._token, exchange._credentials, file=shown)
+        print(exchange, exchange._token, exchange.credentials, file=shown)
     text = shown.getvalue() + caplog.text
     assert not [word for word in SECRETS if word in text]
 
