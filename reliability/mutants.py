@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     Mutant(
         "the whole budget is spent before the final poll",
-        "- (0 if final else self._reserved_calls)",
+        "- (0 if final else self.reserved_calls)",
         "",
         f"{UNIT}/test_finnotech.py::test_the_budget_of_a_day",
     ),
