@@ -113,8 +113,6 @@ def rights(
     wanted = [("READ", reads or needs.reads), ("WRITE", needs.writes), *((right, needs.on) for right in needs.others)]
     for operation, on in wanted:
         for topic in on:
-            if operation == "DESCRIBE" and topic in needs.reads:
-                continue
             yield Right("topic", wide, f"{prefix}." if prefixed else topic.full_name(prefix), operation)
     if service == "doctor":
         yield Right("group", "prefixed", f"{prefix}-", "DESCRIBE")

@@ -311,8 +311,8 @@ def _calendar(subject: Subject) -> Finding:
     return Finding("calendar", Status.OK, message)
 
 
-def _time(instant: datetime | None) -> str:
-    return f"{instant.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}" if instant else "none"
+def _time(instant: datetime) -> str:
+    return f"{instant.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
 
 
 def _duration(span: timedelta) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import date
 
 from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
 from bourse_producer.markers import COUNTS, ODD, Trial
-from bourse_schemas.events import FeedState, Outcome, PollMarker
+from bourse_schemas.events import FeedState, Outcome
 
 __all__ = ["KNOWN_DAYS", "Reporter"]
 
@@ -24,12 +24,6 @@ class Reporter:
         self.monitor, self.metrics, self._today = monitor, monitor.producer, today
         self.log = get_logger(source=source)
         self._warned: dict[str, date] = {}
-
-    def watch(self, is_open: Callable[[], bool], leads: Callable[[], bool], overdue: Callable[[], bool]) -> None:
-        """Have computed at each request what must be right although the service is stuck."""
-        self.metrics.session_open.set_function(is_open)
-        self.metrics.leader.set_function(leads)
-        self.monitor.check("polls", lambda: "no poll was published in time" if overdue() else None)
 
     def known_days(self, days: int) -> None:
         """Report for how many days holidays are known."""
@@ -64,14 +58,11 @@ class Reporter:
         }
         log = self.log.warning if marker.error_kind or "foreign_track_id" in odd else self.log.info
         log("poll published", **{name: value for name, value in line.items() if value is not None})
-        for each in trial.markers:
-            self.metrics.polls.labels(each.outcome.value).inc()
-        self.metrics.fetch_seconds.observe(fetch_seconds)
-        self.metrics.publish_seconds.observe(publish_seconds)
-        self._marker(marker, odd)
-
-    def _marker(self, marker: PollMarker, odd: Mapping[str, int]) -> None:
         metrics = self.metrics
+        for each in trial.markers:
+            metrics.polls.labels(each.outcome.value).inc()
+        metrics.fetch_seconds.observe(fetch_seconds)
+        metrics.publish_seconds.observe(publish_seconds)
         metrics.poll_sequence.set(marker.poll_sequence)
         for state in FeedState:
             metrics.feed_state.labels(state.value).set(state is marker.feed_state)

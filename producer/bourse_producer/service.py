@@ -169,11 +169,11 @@ class Producer:
         self._standby_turns = 0
         self._lettered: set[tuple[date | None, str]] = set()
         self._memos: Mapping[bool, Memo] = {}
-        self._reporter.watch(
-            lambda: settings.calendar().phase(clock.now()) is Phase.OPEN,
-            lambda: self._leadership.leads,
-            self._leadership.overdue,
-        )
+        # Computed at each request: also while the service is stuck.
+        self._metrics.session_open.set_function(lambda: settings.calendar().phase(clock.now()) is Phase.OPEN)
+        self._metrics.leader.set_function(lambda: self._leadership.leads)
+        late = "no poll was published in time"
+        self._monitor.check("polls", lambda: late if self._leadership.overdue() else None)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -187,11 +187,13 @@ class Producer:
                 with self._recovery():
                     if not self._leads():
                         continue
-                    if seconds := self._due_in():
-                        self._rest(seconds)
-                    else:
+                    if not (seconds := self._due_in()):
                         self.poll()
                         self._exchange.renew()
+                        continue
+                    if self._publication is not None:
+                        self._publication.idle()
+                    self._clock.wait(min(seconds, LONGEST_WAIT_SECONDS))
         finally:
             self._close()
             self._leadership.close()
@@ -378,11 +380,6 @@ class Producer:
             for subject in ("exchange", "feed"):
                 self._monitor.unready(subject, None)
         return max(MOMENT_SECONDS, (begins - now).total_seconds())
-
-    def _rest(self, seconds: float) -> None:
-        if self._publication is not None:
-            self._publication.idle()
-        self._clock.wait(min(seconds, LONGEST_WAIT_SECONDS))
 
     def _next_beat(self) -> float:
         """Return the monotonic time of the next beat."""

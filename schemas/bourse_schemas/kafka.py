@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
@@ -384,18 +384,14 @@ def _is_mock(metadata: ClusterMetadata) -> bool:
     return metadata.controller_id not in metadata.brokers
 
 
-class _Closable(Protocol):
-    def close(self) -> object: ...
-
-
-def abandon(*clients: _Closable) -> None:
+def abandon(*clients: Any) -> None:
     """Close clients, whatever state they are in, within two seconds; an open transaction is aborted.
 
     Without a broker an abort would wait for ever. It is then left to the next producer of the same transactional id.
     """
     from confluent_kafka import KafkaException
 
-    def close(client: _Closable) -> None:
+    def close(client: Any) -> None:
         # A fenced producer cannot abort, and need not: its successor did. The client warns of it, and makes a
         # SystemError of the warning if warnings are errors.
         with suppress(KafkaException, RuntimeWarning, SystemError):
