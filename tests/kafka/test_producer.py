@@ -736,7 +736,9 @@ def test_a_candle_whose_schema_the_registry_lost_is_not_to_be_removed(cluster: C
     with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         produce_plain(cluster, CANDLES, b"\0\0\x0f\x42\x3f\x02", b"IRO1MADN0001", 3)
         broken = in_process(cluster, server.url, client)
-        with pytest.raises(ConfigurationError, match=r"schema id 999999 is unknown .*restore the registry's schemas"):
+        with pytest.raises(
+            ConfigurationError, match=r"(?s)schema id 999999 is unknown .*restore the registry's schemas"
+        ):
             broken.poll()
         broken._close()
 
