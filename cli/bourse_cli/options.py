@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from bourse_cli.inputs import read_text
+from bourse_cli.inputs import parse_duration, read_text
 from bourse_cli.proxies import proxy_for
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
 from bourse_schemas.watchdog import stop_on_signals
 
-__all__ = ["cluster_options", "declared_topic", "http_option", "stop_on_signals"]
+__all__ = ["cluster_options", "declared_topic", "duration_option", "http_option", "stop_on_signals"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end
@@ -83,6 +84,18 @@ def http_option(command: Any) -> Any:
         envvar="BOURSE_HTTP",
         help="Answer /livez, /readyz and /metrics here; without a host on this machine only. [default: nowhere]",
     )(command)
+
+
+def duration_option(flag: str, default: str, text: str) -> Callable[[F], F]:
+    """Add an option that takes a duration such as 15m; the command gets a timedelta."""
+    return click.option(flag, metavar="DURATION", default=default, show_default=True, callback=_duration, help=text)
+
+
+def _duration(_: click.Context, __: click.Parameter, text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def declared_topic(name: str, prefix: str | None) -> Topic:

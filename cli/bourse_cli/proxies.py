@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 from bourse_cli.inputs import read_text
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["proxy_for"]
+__all__ = ["proxy_environment", "proxy_for"]
 
 SCHEMES = ("http", "https", "socks5", "socks5h")
 
@@ -49,6 +49,18 @@ def proxy_for(
             if value := environ.get(variable, "").strip():
                 return None if _exempt(host, target, environ) else _proxy_url(variable, value)
     return None
+
+
+def proxy_environment(environ: Mapping[str, str], proxy: str | None = None) -> dict[str, str]:
+    """Return the environment for a child process whose HTTP client decides by its variables, like requests.
+
+    With `proxy` that is the only one; loopback is never proxied.
+    """
+    given = environ if proxy is None else {"all_proxy": proxy}
+    exempt = given.get("no_proxy") or given.get("NO_PROXY", "")
+    proxies = {f"{scheme}_proxy": proxy_for(f"{scheme}://host", environ=given) or "" for scheme in ("http", "https")}
+    others = {key: value for key, value in environ.items() if not key.lower().endswith("_proxy")}
+    return {**others, **proxies, "no_proxy": f"localhost,127.0.0.1,::1,{exempt}"}
 
 
 def _proxy_url(origin: str, value: str) -> str:

@@ -16,7 +16,7 @@ from bourse_cli.inputs import read_text
 from bourse_consumers.mistakes import EXAMPLES, WRITE, Mistake, explain
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["LARGEST", "Document", "Strict", "place", "pointed", "printable", "read"]
+__all__ = ["LARGEST", "Document", "Strict", "pointed", "printable"]
 
 LARGEST = 16 << 20
 MOST = 100
@@ -232,11 +232,6 @@ class Document:
                 found, data = nodes[part], data[part]
         return *found, words
 
-    def place(self, location: Location) -> tuple[int, str]:
-        """Return the line of what a location names, and the location in words."""
-        key, _, words = self._find(location)
-        return key.start_mark.line + 1, words
-
     def _place(self, node: Any, at: int) -> tuple[int, int]:
         """Return line and column of a character of a scalar's value: what folding and quoting add is skipped."""
         line, column = node.start_mark.line, node.start_mark.column
@@ -254,23 +249,6 @@ class Document:
                 return node.start_mark.line, node.start_mark.column
             column += 1
         return line, max(column - 1, 0)
-
-
-def place(document: Document, location: Location) -> tuple[int, str]:
-    """Return the line of what a location names, and the location in words."""
-    return document.place(location)
-
-
-def read(path: Path, model: type[M], what: str) -> tuple[M, Document]:
-    """Return a file's contents and the document; `what` names it, as in `the channels`.
-
-    Raises ConfigurationError with every mistake at once.
-    """
-    document = Document(path, what, secret=True)
-    contents = document.check(model, document.data)
-    if document.wrong or contents is None:
-        raise document.error()
-    return contents, document
 
 
 def _mistake(found: Mapping[str, Any], model: type[Strict]) -> Mistake:

@@ -406,7 +406,7 @@ channels:
     assert mail.active == (8 * 3600 + 1800, 9 * 3600)
     assert (hook.language, mail.language) == ("fa", "en")
     assert [each.fallback for each in (desk, hook, robot)] == ["mail"] * 3
-    assert [type(each.sender).__name__ for each in (desk, hook, robot)] == ["Apprised", "Webhook", "Http"]
+    assert [type(each.sender).__name__ for each in (desk, hook, robot)] == ["Apprised", "Webhook", "Webhook"]
     assert not any(secret in repr(found) for secret in (TOKEN, "hidden", "YQ=="))
 
 
@@ -445,15 +445,15 @@ channels:
     shown = str(caught.value)
     for expected in (
         "channels.yaml:2:12: defaults.langauge: unknown key; did you mean language?",
-        "channels.yaml:5:5: channels.plain.url: a secret: write {env: NAME}, {file: PATH}",
+        "channels.yaml:5:5: channels.plain.url: a secret: write {env: …}, {file: …}, or",
         "channels.yaml:6:3: channels.both: give one of url, webhook and alertmanager",
         "channels.yaml:10:5: channels.words.severity[1]: Input should be 'info', 'warning' or 'critical'",
-        "channels.yaml:11:5: channels.words.active: give hours of Tehran such as 08:30-17:30",
+        "channels.yaml:11:5: channels.words.active: hours of a day are expected here",
         "channels.yaml:12:5: channels.words.digest_above: Input should be greater",
-        "channels.yaml:13:5: channels.words.fallback: give the name of a channel with url or webhook",
+        "channels.yaml:13:5: channels.words.fallback: no channel is called 'nobody'; there are plain, both",
         "channels.yaml:14:4: channels.a b",
         "channels.yaml:15:3: none: the key is given twice",
-        "channels.robot.fallback: give the name of a channel",
+        "channels.robot.fallback: no channel is called 'robot'",
         "channels.yaml:17:7: channels.c.url: NOWHERE is empty or does not exist",
         "channels.yaml:18:7: channels.d.url: EMPTY is empty",
         "channels.yaml:19:7: channels.e.url: the file: cannot read",
@@ -462,6 +462,8 @@ channels:
         "channels.yaml:22:29: channels.h.key: ",
         "channels.yaml:23:25: channels.i.proxy: this: socks:// is not a supported proxy scheme",
         "channels.yaml:24:25: channels.j.proxy: a secret",
+        "    url\n    ^^^\n    write: {env: NAME}\n",
+        "    active\n    ^^^^^^\n    write: 08:30-17:30\n",
     ):
         assert expected in shown
     assert "hidden" not in shown

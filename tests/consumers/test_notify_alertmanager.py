@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 from bourse_consumers.api import Partition
-from bourse_consumers.notify.channels import Channel, Http
+from bourse_consumers.notify.channels import Channel, Webhook
 from bourse_consumers.notify.consumer import Alertmanager
 from bourse_consumers.notify.words import example
 from bourse_consumers.runner import Runner
@@ -63,8 +63,9 @@ class Place:
     def consume(self) -> Runner:
         """Return a runner of a new consumer, as after a restart."""
         channel = Channel.model_construct(alertmanager=self.url, language="en")
-        channel.__dict__["sender"] = Http(f"{self.url}/api/v2/alerts")
-        consumer = Alertmanager("robot", {"robot": channel}, interval=0.2)
+        channel.__dict__["sender"] = Webhook(f"{self.url}/api/v2/alerts")
+        consumer = Alertmanager("robot", {"robot": channel})
+        consumer.interval = 0.2
         return runner(consumer, self.memory, stream=stream_of(consumer, self.memory))
 
     @contextmanager
@@ -171,7 +172,7 @@ def test_a_renamed_symbol_ends_under_its_old_name(wait_for: Callable[..., Any]) 
     first = alert("1", "fast-move", "IRO1AAAA0001")
     with serving() as web:
         channel = Channel.model_construct(alertmanager=web.url, language="fa")
-        channel.__dict__["sender"] = Http(f"{web.url}/api/v2/alerts")
+        channel.__dict__["sender"] = Webhook(f"{web.url}/api/v2/alerts")
         memory = Memory()
         memory.committed[ALERTS_0] = 1  # the first alert is from before a restart
         feed = alert("2", "feed-bad", None, scope=Scope.FEED)
@@ -188,7 +189,7 @@ def test_a_renamed_symbol_ends_under_its_old_name(wait_for: Callable[..., Any]) 
 def test_an_alertmanager_that_is_unreachable_is_waited_for() -> None:
     """Nothing is committed that it does not have."""
     channel = Channel.model_construct(alertmanager="x")
-    channel.__dict__["sender"] = Http(f"http://127.0.0.1:{free_port()}")
+    channel.__dict__["sender"] = Webhook(f"http://127.0.0.1:{free_port()}")
     memory = Memory()
     memory.committed[ALERTS_0] = 0
     memory.append(alert("1", "fast-move", "IRO1AAAA0001"))

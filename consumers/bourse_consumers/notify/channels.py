@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,29 +19,27 @@ from urllib.parse import unquote
 
 import httpx2
 import msgspec
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from socksio.exceptions import SOCKSError
 from standardwebhooks.webhooks import EmptyWebhookSecretError
 from standardwebhooks.webhooks import Webhook as Signer
 
 from bourse_cli.inputs import read_text
-from bourse_cli.proxies import proxy_for
+from bourse_cli.proxies import proxy_environment, proxy_for
+from bourse_consumers.mistakes import Mistake, near
 from bourse_consumers.notify.apprise_process import open_service
 from bourse_consumers.notify.words import Message, split
-from bourse_consumers.yaml_file import Strict, read
+from bourse_consumers.yaml_file import Document, Strict
 from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TEHRAN, PriceAlert
 
-__all__ = ["Apprised", "Channel", "Http", "NotSent", "Refused", "Webhook", "load"]
+__all__ = ["Apprised", "Channel", "NotSent", "Refused", "Webhook", "load"]
 
-NO_ADDRESS = "give an address such as https://host/path"
 REFUSALS = {400, 401, 403, 404, 410, 413}
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 DAY_SECONDS = 86_400
 ONLY_FOR_PEOPLE = {"key", "resolved", "digest_above", "active"}
-# Folder and environment of the file that is being read, and the names of the channels that can be a fallback.
-_here: ContextVar[tuple[Path, Mapping[str, str], list[str]]] = ContextVar("here")
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -55,38 +53,16 @@ class Refused(NotSent):
     """It would not accept the message later either."""
 
 
-class Http:
-    """Posts JSON to one address, through the proxy that the operator chose."""
-
-    def __init__(self, url: str, proxy: str | None = None, seconds: float = 10.0) -> None:
-        """Raises ValueError, InvalidURL or ConfigurationError if this is not an address, or the proxy's is not one."""
-        self._host = httpx2.URL(url).host
-        if not re.match("https?://", url) or not self._host:
-            raise ValueError(NO_ADDRESS)
-        self._url, self._scrub = url, _scrubber(url, proxy)
-        transport = httpx2.HTTPTransport(proxy=proxy_for(url, environ={"all_proxy": proxy} if proxy else os.environ))
-        self._client = httpx2.Client(timeout=seconds, transport=transport)
-
-    def post(self, body: str, headers: Mapping[str, str]) -> None:
-        """Post a body; any answer but 2xx is a failure. Raises NotSent."""
-        try:
-            sent = {"Content-Type": "application/json", **headers}
-            with self._client.stream("POST", self._url, content=body.encode(), headers=sent) as answer:
-                status = f"{answer.status_code} {answer.reason_phrase}"
-        except (httpx2.HTTPError, httpx2.InvalidURL, SOCKSError, OSError, UnicodeError) as error:
-            raise NotSent(self._scrub(f"{type(error).__name__}: {error}")) from None
-        if not answer.is_success:
-            raise (Refused if answer.status_code in REFUSALS else NotSent)(f"{self._host} answers {status}")
-
-    def close(self) -> None:
-        """Do nothing: an idle connection needs no end."""
-
-
-class Webhook(Http):
-    """Messages as JSON, with the alerts as on the topic; signed as Standard Webhooks if there is a key."""
+class Webhook:
+    """JSON over HTTP: messages with the alerts as on the topic, signed as Standard Webhooks if there is a key."""
 
     def __init__(self, url: str, key: str | None = None, proxy: str | None = None, seconds: float = 10.0) -> None:
-        super().__init__(url, proxy, seconds)
+        """Raises ValueError, InvalidURL or ConfigurationError if this is not an address, or the proxy's is not one."""
+        if re.match(r"https?://[^/?#]", url) is None:
+            raise ValueError("give an address such as https://host/path")
+        self._url, self._host, self._scrub = url, httpx2.URL(url).host, _scrubber(url, proxy)
+        transport = httpx2.HTTPTransport(proxy=proxy_for(url, environ={"all_proxy": proxy} if proxy else os.environ))
+        self._client = httpx2.Client(timeout=seconds, transport=transport)
         self._signer = None if key is None else Signer(key)
 
     def parts(self, message: Message) -> Sequence[Any]:
@@ -104,6 +80,20 @@ class Webhook(Http):
             headers["webhook-signature"] = self._signer.sign(identifier, now, body)
         self.post(body, headers)
 
+    def post(self, body: str, headers: Mapping[str, str]) -> None:
+        """Post a body; any answer but 2xx is a failure. Raises NotSent."""
+        try:
+            sent = {"Content-Type": "application/json", **headers}
+            with self._client.stream("POST", self._url, content=body.encode(), headers=sent) as answer:
+                status = f"{answer.status_code} {answer.reason_phrase}"
+        except (httpx2.HTTPError, httpx2.InvalidURL, SOCKSError, OSError, UnicodeError) as error:
+            raise NotSent(self._scrub(f"{type(error).__name__}: {error}")) from None
+        if not answer.is_success:
+            raise (Refused if answer.status_code in REFUSALS else NotSent)(f"{self._host} answers {status}")
+
+    def close(self) -> None:
+        """Do nothing: an idle connection needs no end."""
+
 
 class Apprised:
     """A service of Apprise's, in a process that starts for the first message and is killed if it does not answer."""
@@ -113,34 +103,34 @@ class Apprised:
         if (service := open_service(url)) is None:
             raise ValueError("Apprise does not know this address, see https://appriseit.com/services")
         self._url, self._most, self._seconds, self._scrub = url, service.body_maxlen, seconds, _scrubber(url, proxy)
-        environ = {"all_proxy": proxy} if proxy else dict(os.environ)
-        exempt = environ.get("no_proxy") or environ.get("NO_PROXY", "")
-        self._environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        self._environment["no_proxy"] = f"localhost,127.0.0.1,::1,{exempt}"
-        for scheme in ("http", "https"):
-            self._environment[f"{scheme}_proxy"] = proxy_for(f"{scheme}://host", environ=environ) or ""
+        self._environment = proxy_environment(os.environ, proxy)
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def parts(self, message: Message) -> Sequence[Any]:
         """Return title and body of as many messages as the service's limit demands."""
-        title, bodies = message.title, split(message.lines, max(self._most - 2 * len(message.title) - 40, 40))
-        return [
-            (f"{title} ({n}/{len(bodies)})" if len(bodies) > 1 else title, body) for n, body in enumerate(bodies, 1)
-        ]
+        bodies = split(message.lines, max(self._most - 2 * len(message.title) - 40, 40))
+        ends = [f" ({number}/{len(bodies)})" for number in range(1, len(bodies) + 1)] if len(bodies) > 1 else [""]
+        return [(message.title + end, body) for end, body in zip(ends, bodies, strict=True)]
 
     def send(self, part: Any) -> None:
         """Hand a part over and wait for the answer. Raises NotSent."""
         with self._lock:
-            process = self._process = self._process or self._start()
+            if self._process is None:
+                # In a session of its own, so that Ctrl-C does not reach it while it sends.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "bourse_consumers.notify.apprise_process"], env=self._environment,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                    start_new_session=True,
+                )  # fmt: skip
             try:
-                print(json.dumps([self._url, *part]), file=process.stdin, flush=True)
-                answers: Any = process.stdout
+                print(json.dumps([self._url, *part]), file=self._process.stdin, flush=True)
+                answers: Any = self._process.stdout
                 if not select.select([answers], [], [], self._seconds)[0]:
                     raise TimeoutError
                 reason = json.loads(answers.readline())
             except (OSError, ValueError):
-                self._end()
+                self.close()
                 raise NotSent(f"Apprise did not answer within {self._seconds:g} s, or ended") from None
         if reason is not None:
             codes = {int(code) for code in re.findall(r"error\W{1,2}(\d{3})", reason)}
@@ -149,20 +139,10 @@ class Apprised:
     def close(self) -> None:
         """End the process."""
         with self._lock:
-            self._end()
-
-    def _start(self) -> subprocess.Popen[str]:
-        # In a session of its own, so that Ctrl-C does not reach it while it sends.
-        return subprocess.Popen(
-            [sys.executable, "-m", "bourse_consumers.notify.apprise_process"], env=self._environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+            if self._process is not None:
+                self._process.kill()
+                self._process.communicate()
+                self._process = None
 
 
 def _scrubber(*urls: str | None) -> Callable[[str], str]:
@@ -184,28 +164,28 @@ def _scrubber(*urls: str | None) -> Callable[[str], str]:
 def _secret(check: Callable[[str], object], *, plain: bool = False) -> BeforeValidator:
     """Return a reader of what a variable or a file holds; `plain` ones may be in the channels file, but for users."""
 
-    def read(value: Any) -> str:
-        folder, environment, _ = _here.get()
+    def read(value: Any, info: ValidationInfo[Any]) -> str:
+        folder, environment, _ = info.context
         try:
-            match value:
-                case {"env": str(name), **rest} if not rest:
-                    found = environment.get(name, "").strip()
-                case {"file": str(name), **rest} if not rest:
-                    found = read_text(folder / name, "the file").strip()
-                case {"clear": str(found), **rest} if not rest:
+            match [*value.items()] if isinstance(value, dict) else value:
+                case [("env", str(name))]:
+                    found = str(environment.get(name, ""))
+                case [("file", str(name))]:
+                    found = read_text(folder / name, "the file")
+                case [("clear", str(found))]:
                     name = "this"
                 case str(found) if plain and "@" not in found:
                     name = "this"
                 case _:
-                    raise ValueError(
-                        "a secret: write {env: NAME}, {file: PATH}, or {clear: …} if everybody may read it"
+                    raise Mistake(
+                        "plain",
+                        fix="{env: NAME}",
+                        why="a secret: write {env: …}, {file: …}, or {clear: …} if all may read it",
                     )
-            if not found:
+            if not (found := found.strip()):
                 raise ValueError(f"{name} is empty or does not exist")
             check(found)
-        except httpx2.InvalidURL:
-            raise ValueError(NO_ADDRESS) from None
-        except (ConfigurationError, EmptyWebhookSecretError) as error:
+        except (ConfigurationError, EmptyWebhookSecretError, httpx2.InvalidURL) as error:
             raise ValueError(str(error).replace("all_proxy", "this")) from error
         return found
 
@@ -216,14 +196,15 @@ def _hours(value: Any) -> tuple[int, int]:
     """Return where in a day hours begin, and how long they are, in seconds."""
     found = HOURS.fullmatch(str(value))
     if found is None or found.group(1, 2) == found.group(3, 4):
-        raise ValueError("give hours of Tehran such as 08:30-17:30")
+        raise Mistake("hours", fix=near("hours", str(value), HOURS.fullmatch) or "08:30-17:30")
     start, end = (int(found[n]) * 3600 + int(found[n + 1]) * 60 for n in (1, 3))
     return start, (end - start) % DAY_SECONDS
 
 
-def _fallback(name: str) -> str:
-    if name not in _here.get()[2]:
-        raise ValueError("give the name of a channel with url or webhook")
+def _fallback(name: str, info: ValidationInfo[Any]) -> str:
+    if name not in (known := info.context[-1]):
+        fix = next(iter(get_close_matches(name, known, 1)), None)
+        raise Mistake("channel", fix=fix, name=name, known=", ".join(known))
     return name
 
 
@@ -239,10 +220,12 @@ def _at_least(value: Any) -> Any:
     return SEVERITIES[SEVERITIES.index(value) :] if value in SEVERITIES else _several(value)
 
 
+def _proxy(url: str) -> object:
+    return proxy_for("http://host", environ={"all_proxy": url})
+
+
 class _Common(Strict):
-    proxy: Annotated[str, _secret(lambda url: Http("http://host", url), plain=True)] | None = Field(
-        default=None, repr=False
-    )
+    proxy: Annotated[str, _secret(_proxy, plain=True)] | None = Field(default=None, repr=False)
     alerts: Literal["rules", "labels"] = "rules"
     severity: Annotated[tuple[SeverityName, ...], BeforeValidator(_at_least)] = SEVERITIES
     labels: Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_several)]] = {}
@@ -261,8 +244,8 @@ class Channel(_Common):
     """
 
     url: Annotated[str, _secret(Apprised)] | None = Field(default=None, repr=False)
-    webhook: Annotated[str, _secret(Http)] | None = Field(default=None, repr=False)
-    alertmanager: Annotated[str, _secret(Http, plain=True)] | None = Field(default=None, repr=False)
+    webhook: Annotated[str, _secret(Webhook)] | None = Field(default=None, repr=False)
+    alertmanager: Annotated[str, _secret(Webhook, plain=True)] | None = Field(default=None, repr=False)
     key: Annotated[str, _secret(Signer)] | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
@@ -281,7 +264,7 @@ class Channel(_Common):
             return Apprised(self.url, self.proxy)
         if self.webhook is not None:
             return Webhook(self.webhook, self.key, self.proxy)
-        return Http(f"{(self.alertmanager or '').rstrip('/')}/api/v2/alerts", self.proxy)
+        return Webhook(f"{(self.alertmanager or '').rstrip('/')}/api/v2/alerts", proxy=self.proxy)
 
     def selects(self, name: str, alert: PriceAlert, channels: Iterable[str]) -> bool:
         """Return whether an alert is for this channel, of this name; `channels` are the names of all."""
@@ -305,18 +288,17 @@ class _File(Strict):
     # Each has a Kafka client and a thread.
     channels: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,32}$")], Channel] = Field(min_length=1, max_length=32)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(channels := value.get("channels"), dict):
-            _here.get()[2].extend(name for name, each in channels.items() if "alertmanager" not in (each or {}))
-        return value
-
 
 def load(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Channel]:
     """Return the channels of a file by name; raise ConfigurationError with every mistake."""
-    _here.set((path.parent, environment, []))
-    file, _ = read(path, _File, "the channels")
+    document = Document(path, "the channels", secret=True)
+    channels = document.data.get("channels")
+    people = (
+        [name for name, each in channels.items() if "alertmanager" not in each] if isinstance(channels, dict) else []
+    )
+    file = document.check(_File, document.data, context=(path.parent, environment, people))
+    if document.wrong or file is None:
+        raise document.error()
     given = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
     return {
         name: Channel.model_construct(**given | {key: getattr(channel, key) for key in channel.model_fields_set})

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from bourse_cli.inputs import parse_duration
+from bourse_cli.options import duration_option
 from bourse_schemas.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from bourse_consumers.api import Consumer
     from bourse_consumers.notify.consumer import Notify
 
 __all__ = ["consume_notify", "notify"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _duration(_: click.Context, __: click.Parameter, text: str) -> timedelta:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def _span(flag: str, default: str, text: str) -> Callable[[F], F]:
-    return click.option(flag, metavar="DURATION", default=default, show_default=True, callback=_duration, help=text)
 
 
 def _consumers(path: Path, **options: Any) -> dict[str, Notify]:
@@ -51,10 +35,10 @@ CHANNELS = click.option(
 
 @click.command("notify")
 @CHANNELS
-@_span("--max-age", "1h", "Of alerts that are older when they are read, send only the number.")
-@_span("--give-up", "15m", "Send alerts to the fallback and to dead letters if a channel fails for longer.")
+@duration_option("--max-age", "1h", "Of alerts that are older when they are read, send only the number.")
+@duration_option("--give-up", "15m", "Send alerts to the fallback and to dead letters if a channel fails for longer.")
 @click.option("--from-start", is_flag=True, help="Begin a new channel with the oldest alert. [default: with the next]")
-def consume_notify(channels: Path, **options: Any) -> Mapping[str, Consumer]:
+def consume_notify(channels: Path, **options: Any) -> dict[str, Notify]:
     """Send alerts to people and programs: Telegram, mail, webhooks, Alertmanager and what else Apprise supports."""
     return _consumers(channels, **options)
 

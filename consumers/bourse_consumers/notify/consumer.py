@@ -29,15 +29,10 @@ class Notify(Consumer):
     topics: Sequence[Topic] = (ALERTS,)
 
     def __init__(
-        self,
-        name: str,
-        channels: Mapping[str, Channel],
-        *,
-        max_age: timedelta = timedelta.max,
-        give_up: timedelta = timedelta(minutes=15),
-        from_start: bool = False,
+        self, name: str, channels: Mapping[str, Channel], *, max_age: timedelta = timedelta.max,
+        give_up: timedelta = timedelta(minutes=15), from_start: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.from_end = not from_start
         self._name, self._channel, self._channels = name, channels[name], channels
         self._max_age, self._give_up, self._now = max_age, give_up.total_seconds(), now
@@ -101,12 +96,9 @@ class Notify(Consumer):
             self._channel.sender.send(left[0])
             left = self._left = left[1:]
 
-    def _parts(self, channel: Channel, alerts: Sequence[PriceAlert]) -> Sequence[Any]:
-        writer = Writer(channel.language)
-        parts: Sequence[Any] = channel.sender.parts(
-            writer.message(alerts, self._now(), channel.digest_above, self._max_age)
-        )
-        return parts
+    def _parts(self, channel: Channel, alerts: Sequence[PriceAlert]) -> Any:
+        message = Writer(channel.language).message(alerts, self._now(), channel.digest_above, self._max_age)
+        return channel.sender.parts(message)
 
     def _refused(self, records: Sequence[Record], alerts: Sequence[PriceAlert], error: NotSent) -> list[Emit]:
         """Raise Retry if the failure may pass; else send the alerts to the fallback, and return their dead letters."""
@@ -136,12 +128,13 @@ class Notify(Consumer):
 class Alertmanager(Notify):
     """Posts all open alerts again and again: Alertmanager ends an alert that nobody posts."""
 
-    def __init__(
-        self, *given: Any, interval: float = 60.0, keep: timedelta = timedelta(minutes=5), **more: Any
-    ) -> None:
-        super().__init__(*given, **more)
-        self._interval, self._keep, self._due = interval, keep, 0.0
+    interval = 60.0
+    keep = timedelta(minutes=5)
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._open: dict[str, PriceAlert] = {}
+        self._due = 0.0
 
     def open(self, assigned: Assignment) -> Start:
         """Begin with the day's first alert, to know which ones are open."""
@@ -162,7 +155,7 @@ class Alertmanager(Notify):
                 self._post(list(self._open.values()), now)
             except NotSent as error:
                 raise Retry(str(error)) from error
-            self._due = time.monotonic() + self._interval
+            self._due = time.monotonic() + self.interval
 
     def _wants(self, alert: PriceAlert) -> bool:
         return self._channel.selects(self._name, alert, self._channels)
@@ -185,7 +178,7 @@ class Alertmanager(Notify):
         for alert in alerts:
             # Other labels, as after a symbol was renamed, would be another alert.
             first = self._open.get(alert.alert_id, alert)
-            ends = now if alert.state is AlertState.RESOLVED else now + self._keep
+            ends = now if alert.state is AlertState.RESOLVED else now + self.keep
             labels = {re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII): text for name, text in first.labels.items()}
             labels |= {"alertname": first.rule, "severity": first.severity.lower(), "scope": first.scope.lower()}
             labels |= {"instrument": first.instrument or "", "symbol": first.symbol or "", "source": first.source}

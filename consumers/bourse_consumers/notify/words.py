@@ -64,7 +64,7 @@ class Writer:
             fresh = list({each.alert_id: each for each in fresh}.values())
             fresh.sort(key=lambda each: each.raised_at, reverse=True)
         fresh.sort(key=lambda each: "🔴🟠🔵✅".index(_mark(each)))
-        parts = [self.say("old", self._number(len(old)), self._span(max_age)), *self._counts(old)] if old else []
+        parts = [self.say("old", self._digits(len(old)), self._span(max_age)), *self._counts(old)] if old else []
         title = self._title(fresh) if fresh else f"📋 {parts.pop(0)}"
         mark = RLM if self.language == "fa" else ""
         return Message(mark + title, [mark + line for line in (*self._lines(fresh, now), *parts)], alerts)
@@ -91,7 +91,7 @@ class Writer:
             return self.title(alerts[0])
         over = sum(each.state is AlertState.RESOLVED for each in alerts)
         counts = {"firing": len(alerts) - over, "over": over}
-        parts = [self.say(phrase, self._number(count)) for phrase, count in counts.items() if count]
+        parts = [self.say(phrase, self._digits(count)) for phrase, count in counts.items() if count]
         return f"{_mark(alerts[0])} {self.say('comma').join(parts)}"
 
     def _lines(self, alerts: Sequence[PriceAlert], now: datetime) -> list[str]:
@@ -105,22 +105,19 @@ class Writer:
             head = "" if len(alerts) == 1 else f"{_mark(each)} " if named else f"{self.title(each)}: "
             lines.append(head + line)
         more = alerts[LINES:]
-        return [*lines, self.say("more", self._number(len(more))), *self._counts(more)] if more else lines
+        return [*lines, self.say("more", self._digits(len(more))), *self._counts(more)] if more else lines
 
     def _counts(self, alerts: Sequence[PriceAlert]) -> list[str]:
         counted = Counter(alert.title or alert.rule for alert in alerts).most_common(LINES)
-        return [f"{_isolated(rule)}: {self._number(count)}" for rule, count in counted]
-
-    def _number(self, count: int) -> str:
-        return self._digits(f"{count:,}".replace(",", "٬" if self.language == "fa" else ","))
+        return [f"{_isolated(rule)}: {self._digits(count)}" for rule, count in counted]
 
     def _span(self, span: timedelta) -> str:
         seconds = max(int(span.total_seconds()), 1)
         size, unit = next((size, unit) for size, unit in UNITS if seconds >= size)
-        return self.say(unit, self._number(seconds // size))
+        return self.say(unit, self._digits(seconds // size))
 
-    def _digits(self, text: str) -> str:
-        return str(digits.en_to_fa(text)) if self.language == "fa" else text
+    def _digits(self, text: object) -> str:
+        return str(digits.en_to_fa(str(text))) if self.language == "fa" else str(text)
 
     def _ltr(self, text: str) -> str:
         return f"{LRI}{text}{PDI}" if self.language == "fa" else text
