@@ -46,6 +46,7 @@ SERVICES = {
     "postgres": Service((TRADES,), (DEAD_LETTERS,), "archive-postgres"),
     "notify": Service((ALERTS,), (DEAD_LETTERS,), "notify", ("-",)),  # a group per channel
     "tail": Service(TOPICS),
+    "board": Service(TOPICS),
     "doctor": Service(TOPICS, others=("DESCRIBE_CONFIGS",), on=TOPICS),
     "subscriber": Service((TRADES,), group="subscriber"),
 }

@@ -27,7 +27,7 @@ from prometheus_client import (
 
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["ConsumerMetrics", "KafkaMetrics", "Monitor", "NotifyMetrics", "ProducerMetrics"]
+__all__ = ["ConsumerMetrics", "KafkaMetrics", "Monitor", "NotifyMetrics", "ProducerMetrics", "parse_address"]
 
 START_SECONDS = 120.0  # a service that gives no sign of life within this time after its start is stuck
 TEXT = "text/plain; charset=utf-8"
@@ -196,13 +196,10 @@ class Monitor:
         if address is None:
             yield None
             return
-        host, _, port = address.rpartition(":")
-        bracketed = host.startswith("[") and host.endswith("]")
-        if not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
-            raise ConfigurationError(f"--http {address}: use PORT, HOST:PORT or [IPV6]:PORT")
+        host, port = parse_address(address)
         self.kafka  # noqa: B018  # created before other threads use it
         try:
-            server = _server(host.strip("[]") or "127.0.0.1", int(port), self._answer)
+            server = _server(host, port, self.answer)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(f"--http {address}: cannot listen on this address: {reason}") from error
@@ -211,12 +208,13 @@ class Monitor:
         threading.Thread(target=server.serve_forever, args=(0.1,), name=name, daemon=True).start()
         bound, number = map(str, server.server_address[:2])
         try:
-            yield f"http://[{bound}]:{number}" if bracketed else f"http://{bound}:{number}"
+            yield f"http://[{bound}]:{number}" if ":" in host else f"http://{bound}:{number}"
         finally:
             server.shutdown()
             server.server_close()
 
-    def _answer(self, path: str) -> tuple[int, str, str]:
+    def answer(self, path: str) -> tuple[int, str, str]:
+        """Return status, body and content type for /livez, /readyz and /metrics."""
         if path == "/livez":
             silence = self.silence()
             return (200, "alive\n", TEXT) if silence is None else (503, f"no sign of life for {silence:.0f} s\n", TEXT)
@@ -227,6 +225,15 @@ class Monitor:
         if path == "/metrics":
             return 200, generate_latest(self.registry).decode(), CONTENT_TYPE_LATEST
         return 404, "use /livez, /readyz or /metrics\n", TEXT
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Return host and port of `--http`, by default on loopback."""
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not port.isdecimal() or int(port) > 65535 or (":" in host and not bracketed):
+        raise ConfigurationError(f"--http {address}: use PORT, HOST:PORT or [IPV6]:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def _server(host: str, port: int, answer: Callable[[str], tuple[int, str, str]]) -> TCPServer:

@@ -62,6 +62,12 @@ class Feed:
         self.state.settle(now)
         return self.state
 
+    def trouble(self) -> str | None:
+        """Return why the state is not what is on the topics; no broker's address is in it."""
+        with self.lock:
+            failed = ", ".join(self.state.troubles) + " failed" if self.state.troubles else None
+            return failed or ("being read" if self.state.live_since is None else None)
+
     def _repeat(self, job: Callable[[], None], subject: str, pause: float) -> None:
         try:
             while not self._stop.is_set():

@@ -1,0 +1,83 @@
+"""`bourse board`: the page that shows the market, the feed and the alerts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from bourse_cli.health import Monitor, parse_address
+from bourse_cli.logs import configure_logging, get_logger
+from bourse_cli.options import cluster_options, stop_on_signals
+from bourse_schemas.errors import ConfigurationError, Unreachable
+from bourse_schemas.kafka import Cluster, kafka_logger
+
+__all__ = ["board"]
+
+
+@click.command()
+@click.option(
+    "--http",
+    metavar="[HOST:]PORT",
+    default="8090",
+    show_default=True,
+    help="Serve page, JSON and probes here; without a host on this machine only.",
+)
+@click.option("--allowed-host", "hosts", multiple=True, metavar="NAME", help="Also answer to this name. Repeatable.")
+@click.option("--root-path", "root", default="", metavar="/PATH", help="The path of the page at the proxy in front.")
+@click.option("--font", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A font of your own, woff2.")
+@click.option("--max-clients", type=click.IntRange(1), default=200, show_default=True, help="Refuse more than N pages.")
+@click.option("--group", "groups", multiple=True, metavar="NAME", help="Also show this consumer group. Repeatable.")
+@cluster_options
+@click.pass_context
+def board(
+    context: click.Context,
+    cluster: Cluster,
+    *,
+    http: str,
+    hosts: tuple[str, ...],
+    root: str,
+    font: Path | None,
+    max_clients: int,
+    groups: tuple[str, ...],
+) -> None:
+    """Show the market, the feed and the alerts live on a page in the browser, from Kafka alone."""
+    try:
+        import uvicorn
+
+        from bourse_consumers.board.server import Publisher, application
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "`bourse board` needs starlette and uvicorn: pip install 'bourse-stream[board]'"
+        ) from error
+    from bourse_consumers.board.feed import Feed
+
+    configure_logging(context.find_root().obj or "info")
+    kafka_logger().disabled = True  # page and /readyz show what does not work
+    host, port = parse_address(http)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"--http {http}: cannot listen on this address: {error.strerror}") from error
+    stop, monitor, feed = stop_on_signals(), Monitor("board"), Feed(cluster, groups)
+    with suppress(Unreachable):  # the page shows it, and goes on by itself
+        feed.require()
+    monitor.unready("starting", None)
+    monitor.check("topics", feed.trouble)
+    app = application(Publisher(feed), monitor, hosts=(host, *hosts), root=root, font=font, max_clients=max_clients)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    with feed:
+        thread.start()
+        get_logger().info("board ready", url=f"http://{http if host in http else f'127.0.0.1:{port}'}{root}/")
+        while not stop.wait(0.25) and thread.is_alive() and feed.failed is None:
+            pass
+        server.should_exit = True
+        thread.join(3)
+    if feed.failed:
+        raise feed.failed
