@@ -115,7 +115,7 @@ def rights(
     for operation, on in wanted:
         for topic in on:
             yield Right("topic", wide, f"{prefix}." if prefixed else topic.full_name(prefix), operation)
-    if service == "doctor":
+    if service in {"doctor", "board"}:
         yield Right("group", "prefixed", f"{prefix}-", "DESCRIBE")
     if needs.group:
         member = group or f"{prefix}-{needs.group}"

@@ -76,6 +76,7 @@ def test_help_imports_nothing_heavy() -> None:
             ours = {name for name in imported if name.startswith("bourse_") and "." in name}
             empty = {
                 "bourse_consumers.alerts",
+                "bourse_consumers.board",
                 "bourse_consumers.notify",
             }  # packages, imported to find commands in them
             assert ours - empty == {"bourse_cli.root", "bourse_cli.configuration", "bourse_schemas.errors"}
