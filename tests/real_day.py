@@ -100,5 +100,6 @@ class Feed:
 @contextmanager
 def serving(feed: Any, port: int = 0, **options: Any) -> Iterator[str]:
     """Serve the board on this feed; gives its URL."""
-    with serve(application(Publisher(feed), Monitor("board"), **options), port=port) as server:
+    publisher = Publisher(feed, has_font="font" in options)
+    with serve(application(publisher, Monitor("board"), **options), port=port) as server:
         yield server.url

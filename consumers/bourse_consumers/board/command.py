@@ -67,7 +67,14 @@ def board(
         feed.require()
     monitor.unready("starting", None)
     monitor.check("topics", feed.trouble)
-    app = application(Publisher(feed), monitor, hosts=(host, *hosts), root=root, font=font, max_clients=max_clients)
+    app = application(
+        Publisher(feed, has_font=font is not None),
+        monitor,
+        hosts=(host, *hosts),
+        root=root,
+        font=font,
+        max_clients=max_clients,
+    )
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
     )

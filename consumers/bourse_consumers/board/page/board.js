@@ -252,14 +252,14 @@ function line() {
 }
 
 function spacer(e, count) {
-  e.className = "space"; delete e.dataset.id; e.removeAttribute("aria-rowindex");
+  e.className = "space"; e.ariaHidden = true; delete e.dataset.id; e.removeAttribute("aria-rowindex");
   e.style.height = count * ROW_HEIGHT + "px";
   e.hidden = !count;
 }
 
 function show(e, r, index) {
   const same = e.dataset.id === r.instrument;
-  if (e.className === "space") { e.style.height = ""; e.hidden = false; }
+  if (e.className === "space") { e.style.height = ""; e.hidden = false; e.ariaHidden = null; }
   e.className = r.instrument === selected?.id ? "on" : "";
   e.dataset.id = r.instrument;
   e.setAttribute("aria-rowindex", index + 1);
@@ -293,7 +293,7 @@ const FACTS = [["yesterday", r => price(r.previous_close), 1], ["first", r => pr
 function select(id, go = true, moment = null) {
   if (!id || !rows.has(id)) return;
   const was = selected?.id;
-  if (id !== was) { selected = { id, changes: null, moment }; more(); } else selected.moment = moment;
+  if (id !== was) { selected = { id, changes: null, moment }; more(); } else if (moment) selected.moment = moment;
   if (go) {
     if (location.hash !== "#/" + id) location.hash = "#/" + id;
     if (moment) chart.at(moment);
@@ -316,7 +316,7 @@ async function more() {
     }
   } catch { /* the banner shows it */ }
   mine.busy = false;
-  if (mine === selected) { redraw(); provenance(); if (mine.moment) chart.at(mine.moment); }
+  if (mine === selected) { redraw(); provenance(); if (mine.moment) { chart.at(mine.moment); mine.moment = null; } }
 }
 
 function quote() {

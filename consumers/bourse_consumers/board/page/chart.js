@@ -27,12 +27,13 @@ function ticks(low, high, count) {
 export class Chart {
   constructor(canvas, tip, text) {
     Object.assign(this, { canvas, tip, text, data: null, cursor: null });
+    canvas.chart = this;
     canvas.addEventListener("pointermove", e => this.point(e.offsetX));
     canvas.addEventListener("pointerleave", () => this.point(null));
     canvas.addEventListener("keydown", e => {
       if (e.key !== "ArrowLeft" && e.key !== "ArrowRight" || !this.model) return;
-      const all = this.model.points, now = all.findIndex(p => p.x >= (this.cursor ?? Infinity)), step = e.key === "ArrowRight" ? 1 : -1;
-      this.point(all[Math.max(0, Math.min(all.length - 1, (now < 0 ? all.length : now) + step))]?.x);
+      const all = this.model.points, now = all.findIndex(p => p.middle >= (this.cursor ?? Infinity)), step = e.key === "ArrowRight" ? 1 : -1;
+      this.at(all[Math.max(0, Math.min(all.length - 1, (now < 0 ? all.length : now) + step))]?.middle);
       e.preventDefault();
     });
   }
@@ -40,7 +41,8 @@ export class Chart {
   // changes: an instrument's day; gaps: [from, to or null, reason]; alerts: [{at, severity, text}]; until: the newest poll.
   show(data) { this.data = data; this.draw(); }
 
-  at(ms) { if (this.model) this.point(this.model.x(ms)); }
+  // Puts the crosshair on a moment, where it stays however the axis changes.
+  at(ms) { this.cursor = ms; this.draw(); }
 
   draw() {
     const { ctx, width, height } = fit(this.canvas), d = this.data;
@@ -146,16 +148,16 @@ export class Chart {
     };
     if (d.previous) pill(d.previous, warn, css("--card"));
     pill(priced.at(-1).last_price, priced.at(-1).last_price >= mark ? up : down, css("--card"));
-    const points = list.map(b => ({ ...b, x: x(b.at + step / 2) }));
+    const points = list.map(b => ({ ...b, middle: b.at + step / 2, x: x(b.at + step / 2) }));
     this.model = { x, points, right, top, base, spans, t: px => t0 + (px - 4) / (right - 8) * (t1 - t0), low, high, bars: list };
-    this.canvas.dataset.bars = list.length;
+    Object.assign(this.canvas.dataset, { bars: list.length, last: d.changes.at(-1).sequence });
     if (this.cursor != null) this.cross(ctx);
   }
 
-  point(px) { this.cursor = px; this.draw(); if (px == null) this.tip.hidden = true; }
+  point(px) { this.at(px == null || !this.model ? null : this.model.t(px)); if (px == null) this.tip.hidden = true; }
 
   cross(ctx) {
-    const m = this.model, d = this.data, px = this.cursor, t = m.t(px), gap = m.spans.find(([a, b]) => t >= a && t <= b);
+    const m = this.model, d = this.data, t = this.cursor, px = m.x(t), gap = m.spans.find(([a, b]) => t >= a && t <= b);
     const near = m.points.reduce((best, p) => Math.abs(p.x - px) < Math.abs(best.x - px) ? p : best, m.points[0]);
     const alerts = d.alerts.filter(a => Math.abs(m.x(a.at) - px) < 7);
     ctx.strokeStyle = css("--dim"); ctx.setLineDash([2, 3]); ctx.beginPath(); ctx.moveTo(gap ? px : near.x, m.top); ctx.lineTo(gap ? px : near.x, m.base); ctx.stroke(); ctx.setLineDash([]);
