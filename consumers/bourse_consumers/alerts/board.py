@@ -19,7 +19,7 @@ __all__ = ["EXACT", "NEVER", "Board", "Named", "View"]
 
 NEVER = 2**31 - 1
 EXACT = 2**53
-SPARE = 64
+SPARE = 32
 ALWAYS = ("last_price", "previous_close", "traded_at")
 
 
@@ -142,7 +142,7 @@ class Board:
     def named(self, i: int, row: int) -> Named:
         """Return what an instrument was called at a row."""
         kept = self.names[i]
-        return kept[max(bisect_right(kept, row, key=lambda each: each.row) - 1, 0)]
+        return kept[0] if len(kept) == 1 else kept[max(bisect_right(kept, row, key=lambda each: each.row) - 1, 0)]
 
     def _room(self, rows: int, instruments: int) -> None:
         """Make room. What is not used yet is left untouched, so that it costs no memory."""

@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import structs
 
 from bourse_consumers.alerts.board import Board, View
-from bourse_consumers.alerts.expressions import STATES, Needs, Node
+from bourse_consumers.alerts.expressions import STATES, Needs
 from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of
 from bourse_consumers.alerts.rule import Rule, form
 from bourse_schemas.events import (
@@ -68,30 +68,24 @@ class Known(NamedTuple):
 class _Group:
     """Rules of one shape: the conditions, and for each of its pairs the instrument and the numbers in the places."""
 
-    def __init__(self, when: Node, until: Node | None, *, momentary: bool) -> None:
-        self.when, self.until, self.momentary = when, until, momentary
+    def __init__(self, rule: Rule) -> None:
+        self.when, self.until = rule.when.node, rule.until.node if rule.until else None
+        self.momentary, self.wide = rule.momentary, rule.scope == "instrument"
         self.clear()
 
     def clear(self) -> None:
-        self.new: list[tuple[int, Sequence[float]]] = []
-        self.places = np.zeros(0, np.int64)
-        self.table: Any = None
-        self.at: Any = None
+        self.places, self.at = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self.numbers: Any = None
 
-    @property
-    def any(self) -> bool:
-        """Return whether it has pairs."""
-        return bool(self.new) or self.at is not None
+    def add(self, places: Any, at: Any, numbers: Sequence[Sequence[float]]) -> None:
+        self.places, self.at = np.append(self.places, places), np.append(self.at, at)
+        table = np.array(numbers, float).T[:, None, :]
+        self.numbers = table if self.numbers is None else np.concatenate([self.numbers, table], axis=2)
 
-    def judge(self, board: Board, a: int, b: int, who: Any, *, wide: bool) -> tuple[Any, Any]:
+    def judge(self, board: Board, a: int, b: int) -> tuple[Any, Any]:
         """Return where the rules may begin and where they are over, rows x pairs."""
-        if self.new:
-            self.places = np.append(self.places, [pair for pair, _ in self.new])
-            numbers = np.array([numbers for _, numbers in self.new], float).T[:, None, :]
-            self.table = numbers if self.table is None else np.concatenate([self.table, numbers], axis=2)
-            self.at, self.new = who[self.places], []
-        view = View(board, a, b, self.at if wide else None)
-        view.numbers = self.table
+        view = View(board, a, b, self.at if self.wide else None)
+        view.numbers = self.numbers
         true, false = self.when.run(view)
         over = ~true if self.momentary else self.until.run(view)[0] if self.until else false
         return true & ~over, over
@@ -255,15 +249,16 @@ class Engine:
             needs.add(rule.needs)
         self.board = Board(needs)
         self.columns = ("instrument", "symbol", "title", "is_right", "trading_day", *self.board.columns)
-        shapes: dict[Any, _Group] = {}
-        self._groups: dict[int, _Group] = {}
+        shapes: dict[Any, int] = {}
+        self._groups: list[_Group] = []
+        self._group_of = np.full(len(rules), -1)
         for n, rule in enumerate(rules):
             if rule.scope != "feed":
-                until = rule.until.node if rule.until else None
-                alone = rule.scope == "instrument" or n
-                group = _Group(rule.when.node, until, momentary=rule.momentary)
-                self._groups[n] = shapes.setdefault((alone, rule.when.node.key, until and until.key), group)
-        self._shapes = [(group, shape[0] is True) for shape, group in shapes.items()]
+                until = rule.until and rule.until.node.key
+                shape = (rule.scope == "instrument" or n, rule.when.node.key, until)
+                self._group_of[n] = shapes.setdefault(shape, len(self._groups))
+                if len(shapes) > len(self._groups):
+                    self._groups.append(_Group(rule))
         # Rules that only name instruments, by name; the others are tried on every instrument.
         self._by_name: dict[str, list[int]] = {}
         self._others: list[int] = []
@@ -296,7 +291,8 @@ class Engine:
         self._judged, self._begins = list[bool](), list[bool]()
         self._done, self._closed = 0, False
         self._hole: int | None = None  # the last complete row before incomplete ones
-        for group, _ in self._shapes:
+        self._laid = 0  # the pairs that groups have
+        for group in self._groups:
             group.clear()
         self.board.members = {
             rule.members: (np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -472,10 +468,19 @@ class Engine:
         first = self._pairs.count
         self._pairs.add(rules, place, max(self.board.rows - 1, 0))
         self._spans.setdefault(place, []).append(slice(first, self._pairs.count))
-        for pair, n in enumerate(rules, first):
-            rule = self.rules[n]
-            numbers = rule.fixed or numbers_of(rule, self.board, place)[: rule.places]
-            self._groups[n].new.append((pair, numbers))
+
+    def _lay_out(self) -> None:
+        """Give new pairs to their groups, with the numbers that their rules have in the places of the shape."""
+        pairs, rules = self._pairs, self.rules
+        new = np.arange(self._laid, pairs.count, dtype=np.int32)
+        group_of = self._group_of[pairs.rule[new]]
+        for g in np.unique(group_of).tolist():
+            some = new[group_of == g]
+            who = pairs.who[some]
+            each = zip(pairs.rule[some].tolist(), who.tolist(), strict=True)
+            numbers = [rules[n].fixed or numbers_of(rules[n], self.board, i)[: rules[n].places] for n, i in each]
+            self._groups[g].add(some, who, numbers)
+        self._laid = pairs.count
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
@@ -488,11 +493,11 @@ class Engine:
             b = self._done = min(a + step, board.rows)
             with np.errstate(all="ignore"):
                 board.advance(a, b)
+                self._lay_out()
                 begin, over = np.zeros((b - a, pairs.count), bool), np.zeros((b - a, pairs.count), bool)
-                for group, wide in self._shapes:
-                    if group.any:
-                        found = group.judge(board, a, b, pairs.who, wide=wide)
-                        begin[:, group.places], over[:, group.places] = found
+                for group in self._groups:
+                    if len(group.places):
+                        begin[:, group.places], over[:, group.places] = group.judge(board, a, b)
             for row in range(a, b):
                 if self._judged[row]:
                     now = _Moment(row, int(board.times[row]), board.sequences[row], day)

@@ -20,13 +20,14 @@ __all__ = [
     "Texts",
     "describe",
     "describe_feed",
-    "quantity",
+    "percent_spec",
     "show",
     "split",
     "usual",
 ]
 
 LANGUAGES = ("fa", "en")
+COMMA = {"fa": "، ", "en": ", "}
 # What may be in braces besides expressions.
 FIELDS = ("rule", "title", "severity", "state", "instrument", "symbol", "instrument_title", "source")
 SPEC = re.compile(r"\+?,?(\.[0-9])?[f%]?")
@@ -71,28 +72,27 @@ def split(text: str) -> list[tuple[int, str, str | None, str]]:
     return [*pieces, (at, text[at:], None, "")]
 
 
-def show(value: float | None, kind: Kind, spec: str, language: str) -> str:
+def show(value: float | None, kind: Kind, spec: str, language: str, unit: str = "") -> str:
     """Return a value as a text shows it; an unknown one is a dash."""
     if value is None or isnan(value):
         return UNKNOWN
-    if kind == "state":
-        return str(STATES[int(value)])
     if kind == "time":
         return _duration(int(value), language)
-    whole = float(value).is_integer()
-    if spec[-1:] in {"f", "%"} or "." in spec:
+    if kind == "state":
+        return str(STATES[int(value)])
+    if "." in spec or spec[-1:] in {"f", "%"}:
         spec += "" if spec[-1] in "f%" else "f"
+    elif float(value).is_integer():
+        value, spec = int(value), spec or ","
     else:
-        value, spec = (int(value), spec or ",") if whole else (value, (spec or ",") + ".2f")
-    text = format(value, spec)
-    if re.fullmatch(r"-0([.,]0*)?%?", text):
+        spec = (spec or ",") + ".2f"
+    text = format(value, spec) + unit
+    if text[0] == "-" and not text.strip("-0.,%"):
         text = text[1:]
-    return _ltr(text) if language == "fa" else text
-
-
-def _ltr(text: str) -> str:
+    if language == "en":
+        return text
     text = text.translate(PERSIAN)
-    return f"{LRI}{text}{PDI}" if text[:1] in "+-" or text[-1:] == "٪" else text
+    return f"{LRI}{text}{PDI}" if text[0] in "+-" or text[-1] == "٪" else text
 
 
 def _duration(ms: int, language: str) -> str:
@@ -122,7 +122,7 @@ def describe(tree: ast.expr, language: str) -> str:
         case ast.Call(func=ast.Name(id=name), args=args) if name in FUNCTIONS:
             parts = [words(each) for each in args]
             if name in {"min", "max"}:
-                parts = [("، " if n == 0 else ", ").join(parts)]
+                parts = [COMMA[language].join(parts)]
             return FUNCTIONS[name][language].format(*parts)
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
@@ -133,13 +133,11 @@ def describe(tree: ast.expr, language: str) -> str:
     return ast.unparse(tree).strip("{}")
 
 
-def quantity(side: Side, value: float | None, language: str) -> str:
-    """Return the value of a side of a comparison."""
-    is_percent = side.text.removeprefix("abs(").startswith("percent(") and side.node.kind == "number"
-    if value is None or isnan(value) or not is_percent:
-        return show(value, side.node.kind, "", language)
-    shown = f"{value:+,.2f}%" if side.text[0] == "p" else f"{value:,.2f}%"
-    return _ltr(shown) if language == "fa" else shown
+def percent_spec(side: Side) -> str:
+    """Return how a side of a comparison is printed that is a percentage; nothing if it is not one."""
+    if side.node.kind != "number" or not side.text.removeprefix("abs(").startswith("percent("):
+        return ""
+    return "+,.2f" if side.text[0] == "p" else ",.2f"
 
 
 def describe_feed(state: str, language: str) -> str:
@@ -147,18 +145,13 @@ def describe_feed(state: str, language: str) -> str:
     return f"{COLUMNS['feed_state'][language]} {state}"
 
 
-def usual(
-    subject: Mapping[str, str], last: tuple[int | None, float], sides: Sequence[str], scope: str, language: str
-) -> str:
+def usual(subject: Mapping[str, str], price: float | None, percent: float, sides: Sequence[str], language: str) -> str:
     """Return the text of a rule that has none: who, last price with percent, and each compared quantity."""
-    comma = "، " if language == "fa" else ", "
-    if scope != "instrument":
+    comma = COMMA[language]
+    if not subject["instrument"]:
         return comma.join([subject["title"] or subject["rule"], *sides])
-    price, percent = last
-    name = subject["symbol"] or subject["instrument"]
-    head = f"{name} ({subject['instrument_title']})" if subject["instrument_title"] else name
-    now = show(price, "number", "", language)
+    title = f" ({subject['instrument_title']})" if subject["instrument_title"] else ""
+    now = show(price, "number", ",", language)
     if not isnan(percent):
-        sign = f"{percent:+.2f}%"
-        now += f" ({_ltr(sign) if language == 'fa' else sign})"
-    return f"{head}: {comma.join([now, *sides])}"
+        now = f"{now} ({show(percent, 'number', '+.2f', language, '%')})"
+    return f"{subject['symbol'] or subject['instrument']}{title}: {comma.join([now, *sides])}"

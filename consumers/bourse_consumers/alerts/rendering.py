@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from hashlib import sha1
-from itertools import groupby
 from math import isnan
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -63,10 +62,6 @@ class Change(NamedTuple):
     resolved_by: ResolvedBy | None = None
 
 
-def _place(change: Change) -> tuple[int, int]:
-    return change.row, change.rule
-
-
 def _table_row(rule: Rule, board: Board, place: int) -> Mapping[str, float]:
     """Return the numbers of an instrument in the rule's table, by column."""
     if place < 0 or not rule.table.columns:
@@ -86,49 +81,53 @@ class Renderer:
 
     def __init__(self, rules: Sequence[Rule], board: Board, feed: Any) -> None:
         self._rules, self._board, self._feed = rules, board, feed
+        self._shapes: dict[int, Any] = {}
         # Per rule and language the compared quantities in words, made when first needed.
-        self._phrases: dict[tuple[int, str], list[str]] = {}
+        self._phrases: dict[tuple[int, str], Any] = {}
 
-    def render(self, changes: Sequence[Change], marker: PollMarker | None) -> list[PriceAlert]:
+    def render(self, changes: Sequence[Change], marker: PollMarker) -> list[PriceAlert]:
         """Return changes as alerts, by row and rule."""
-        out: list[PriceAlert] = []
-        for (row, n), some in groupby(sorted(changes, key=_place), _place):
-            assert marker is not None  # noqa: S101  # changes come from polls
-            with np.errstate(all="ignore"):
-                out += self._alerts(n, row, list(some), marker)
-        return out
+        groups: dict[Any, list[Change]] = {}
+        for change in changes:
+            if change.rule not in self._shapes:
+                self._shapes[change.rule] = _shape(change.rule, self._rules[change.rule])
+            groups.setdefault((change.row, self._shapes[change.rule]), []).append(change)
+        with np.errstate(all="ignore"):
+            found = [(change, alert) for some in groups.values() for change, alert in self._alerts(some, marker)]
+        found.sort(key=lambda each: (each[0].row, each[0].rule))
+        return [alert for _, alert in found]
 
-    def _alerts(self, n: int, row: int, changes: Sequence[Change], marker: PollMarker) -> Iterator[PriceAlert]:
-        rule, board, count = self._rules[n], self._board, len(changes)
-        instrument = rule.scope == "instrument"
-        places = np.array([each.place for each in changes])
+    def _alerts(self, changes: Sequence[Change], marker: PollMarker) -> Iterator[tuple[Change, PriceAlert]]:
+        """Yield the alerts of changes of one row, of rules that differ by their numbers and words."""
+        board, count, row = self._board, len(changes), changes[0].row
+        like = self._rules[changes[0].rule]
+        instrument = like.scope == "instrument"
         view: Any = self._feed
-        if rule.scope != "feed":
-            view = View(board, row, row + 1, places if instrument else None)
-            view.numbers = np.array([numbers_of(rule, board, each) for each in places], float).T[:, None, :]
+        if like.scope != "feed":
+            view = View(board, row, row + 1, np.array([each.place for each in changes]) if instrument else None)
+            numbers = [numbers_of(self._rules[each.rule], board, each.place) for each in changes]
+            view.numbers = np.array(numbers, float).T[:, None, :]
 
         def values(node: Node) -> list[float]:
             found = np.asarray(node.run(view), float).reshape(-1)
             return (found if len(found) == count else np.broadcast_to(found, count)).tolist()  # type: ignore[no-any-return]
 
-        sides = [(side, values(side.node)) for side in rule.when.sides]
-        wanted = {
-            id(part): values(part.expression.node)
-            for texts in rule.texts.values() for parts in texts.values() for part in parts if part.expression
-        }  # fmt: skip
-        columns = {name: [np.nan] * count for name in ("last_price", "traded_at")}
-        rises = [np.nan] * count
+        sides = [values(side.node) for side in like.when.sides]
+        parts = {place: values(part.expression.node) for place, part in _parts(like) if part.expression}
+        unknown = [np.nan] * count
+        prices, times, rises = unknown, unknown, unknown
         if instrument:
-            columns = {name: view.column(name)[0].tolist() for name in columns}
+            prices, times = (view.column(name)[0].tolist() for name in ("last_price", "traded_at"))
             rises = percent(view.column("last_price"), view.column("previous_close"))[0].tolist()
         for k, change in enumerate(changes):
-            i, episode, firing = change.place, change.episode, change.state is AlertState.FIRING
+            n, i, episode, firing = change.rule, change.place, change.episode, change.state is AlertState.FIRING
+            rule = self._rules[n]
             named, code = (board.named(i, row), board.codes[i]) if instrument else (None, None)
-            numbers = _table_row(rule, board, i)
-            last, traded = (self._whole(found[k], name, row, i) for name, found in columns.items())
+            last = self._whole(prices[k], "last_price", row, i)
+            traded = self._whole(times[k], "traded_at", row, i)
             subject = {
-                "rule": rule.name, "title": rule.title or "", "severity": rule.severity.value,
-                "state": change.state.value, "instrument": code or "", "symbol": (named and named.symbol) or "",
+                "rule": rule.name, "title": rule.title or "", "severity": rule.severity, "state": change.state,
+                "instrument": code or "", "symbol": (named and named.symbol) or "",
                 "instrument_title": (named and named.title) or "", "source": marker.source,
             }  # fmt: skip
             message: dict[str, str] | None = None
@@ -136,21 +135,22 @@ class Renderer:
                 message = {}
                 for language in rule.texts or messages.LANGUAGES:
                     if rule.texts:
-                        parts = rule.texts[language]["firing" if firing else "resolved"]
+                        state = "firing" if firing else "resolved"
                         message[language] = "".join(
-                            self._filled(part, wanted.get(id(part), ()), (row, i), subject, language=language, k=k)
-                            for part in parts
+                            self._filled(part, parts.get((language, state, m), unknown)[k], (row, i), subject, language)
+                            for m, part in enumerate(rule.texts[language][state])
                         )
-                    else:
-                        phrases = self._words(n, language)
-                        shown = [
-                            f"{phrase} {messages.quantity(side, found[k], language)}"
-                            for phrase, (side, found) in zip(phrases, sides, strict=True)
-                        ]
-                        if rule.scope == "feed":
-                            shown.insert(0, messages.describe_feed(marker.feed_state, language))
-                        message[language] = messages.usual(subject, (last, rises[k]), shown, rule.scope, language)
-            yield PriceAlert(
+                        continue
+                    shown = [] if rule.scope != "feed" else [messages.describe_feed(marker.feed_state, language)]
+                    for phrase, kind, spec, found in zip(*self._words(n, language), sides, strict=True):
+                        shown.append(f"{phrase} {messages.show(found[k], kind, spec, language, '%' if spec else '')}")
+                    message[language] = messages.usual(subject, last, rises[k], shown, language)
+            texts = [side.text for side in rule.when.sides]
+            when = rule.when.text
+            if rule.table.columns:
+                row_of = _table_row(rule, board, i)
+                when, texts = fill(when, row_of), [fill(text, row_of) for text in texts]
+            yield change, PriceAlert(
                 alert_id=episode.alert_id or _alert_id(rule, code, episode),
                 state=change.state,
                 rule=rule.name,
@@ -163,10 +163,10 @@ class Renderer:
                 symbol=named.symbol if named else None,
                 instrument_title=named.title if named else None,
                 poll_sequence=change.sequence,
-                when=fill(rule.when.text, numbers),
+                when=when,
                 values={
-                    fill(side.text, numbers): found[k] / 1000 if side.node.kind == "time" else found[k]
-                    for side, found in sides if not isnan(found[k])
+                    text: found[k] / 1000 if side.node.kind == "time" else found[k]
+                    for text, side, found in zip(texts, rule.when.sides, sides, strict=True) if not isnan(found[k])
                 },
                 last_price=last,
                 traded_at=instant(traded) if traded else None,
@@ -178,10 +178,13 @@ class Renderer:
                 channels=list(rule.channels),
             )  # fmt: skip
 
-    def _words(self, n: int, language: str) -> list[str]:
+    def _words(self, n: int, language: str) -> Any:
         if (n, language) not in self._phrases:
             sides = self._rules[n].when.sides
-            self._phrases[n, language] = [messages.describe(side.tree, language) for side in sides]
+            self._phrases[n, language] = (
+                [messages.describe(side.tree, language) for side in sides], [side.node.kind for side in sides],
+                [messages.percent_spec(side) for side in sides],
+            )  # fmt: skip
         return self._phrases[n, language]
 
     def _whole(self, value: float, name: str, row: int, place: int) -> int | None:
@@ -191,15 +194,30 @@ class Renderer:
         return int(value) if abs(value) < EXACT else self._board.exact(name, row, place)
 
     def _filled(
-        self, part: messages.Part, values: Sequence[float], place: tuple[int, int], subject: Mapping[str, str], *,
-        language: str, k: int,
-    ) -> str:  # fmt: skip
+        self, part: messages.Part, value: float, place: tuple[int, int], subject: Mapping[str, str], language: str
+    ) -> str:
         """Return a part of a text; a column alone is printed as the whole number it was."""
         if part.expression is None:
             return subject[part.word] if part.word else part.text
-        node, value = part.expression.node, values[k]
+        node = part.expression.node
         whole = self._whole(value, node.key, *place) if place[1] >= 0 and node.key in self._board.columns else value
         return messages.show(whole, node.kind, part.spec, language)
+
+
+def _parts(rule: Rule) -> Iterator[tuple[tuple[str, str, int], messages.Part]]:
+    """Yield the parts of a rule's texts with their language, state and number."""
+    for language, states in rule.texts.items():
+        for state, parts in states.items():
+            for m, part in enumerate(parts):
+                yield (language, state, m), part
+
+
+def _shape(n: int, rule: Rule) -> Any:
+    """Return what rules have in common whose values are worked out together."""
+    if rule.scope != "instrument":
+        return n
+    parts = tuple((place, part.expression.node.key) for place, part in _parts(rule) if part.expression)
+    return len(rule.numbers), *(side.node.key for side in rule.when.sides), parts
 
 
 def _alert_id(rule: Rule, code: str | None, episode: Episode) -> str:
