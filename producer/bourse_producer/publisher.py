@@ -76,12 +76,10 @@ def _candles(cluster: Cluster) -> Iterator[Candle]:
             except Undecodable as error:
                 (name, partition), key = record.place, record.key or b""
                 where = f"--bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix}"
-                fault, remedy = (
-                    "not a candle",
-                    f"remove it: bourse produce {where} --remove-candle {partition}/{quote(key)}",
-                )
-                if isinstance(error, UnknownSchema):
-                    fault, remedy = "unreadable", "restore the registry's schemas"
+                fault, remedy = "unreadable", "restore the registry's schemas"
+                if not isinstance(error, UnknownSchema):
+                    fault = "not a candle"
+                    remedy = f"remove it: bourse produce {where} --remove-candle {partition}/{quote(key)}"
                 raise ConfigurationError(
                     f"{name}-{partition} at offset {record.offset}, key {key!r}: {fault} ({error}); "
                     f"the state cannot be read\n{remedy}"

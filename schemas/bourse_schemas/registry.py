@@ -31,14 +31,6 @@ UNKNOWN_SECONDS = 30.0
 NUMBERS = ("timeout", "cache.", "max.retries", "retries.")  # how the names of numeric settings begin
 
 
-class _NotFound(Exception):
-    """The registry has no such subject, version or id; `code` is its error code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 class Registry:
     """A schema registry.
 
@@ -67,8 +59,8 @@ class Registry:
         subject = topic.subject(prefix)
         try:
             found = self._ask(f"read subject {subject}", self._client.lookup_schema, subject, _schema(topic.event))
-        except _NotFound as error:
-            what = "is not registered" if error.code == 40401 else "has no version equal to this release's schema"
+        except SchemaRegistryError as error:
+            what = "is not registered" if error.error_code == 40401 else "has no version equal to this release's schema"
             raise ConfigurationError(
                 f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url} "
                 f"--topic-prefix {prefix}`"
@@ -88,7 +80,7 @@ class Registry:
             raise UnknownSchema(unknown)
         try:
             text = self._ask(f"read schema id {schema_id}", self._client.get_schema, schema_id).schema_str
-        except _NotFound as error:
+        except SchemaRegistryError as error:
             self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
             raise UnknownSchema(unknown) from error
         with suppress(ValueError):
@@ -123,7 +115,7 @@ class Registry:
             return f"{subject}: {refusal(faults)}"
         try:
             level = self._ask(f"read subject {subject}", self._client.get_config, subject).compatibility_level
-        except _NotFound:
+        except SchemaRegistryError:
             level = None
         if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
             return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
@@ -134,17 +126,16 @@ class Registry:
         right = f"read subject {subject}"
         try:
             versions = self._ask(right, lambda: list(self._client.get_versions(subject)))
-        except _NotFound as error:
-            if not 40400 <= error.code < 40500:
-                raise ConfigurationError(
-                    f"{self.url} does not answer like a schema registry: is --registry-url right?"
-                ) from error
+        except SchemaRegistryError:
             return {}
         found = {number: self._ask(right, self._client.get_version, subject, number) for number in versions}
         return {number: self._ask(right, json.loads, each.schema.schema_str or "") for number, each in found.items()}
 
     def _ask(self, right: str, question: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Return the answer to a question; `right` is what the user must be allowed to do."""
+        """Return the answer to a question; `right` is what the user must be allowed to do.
+
+        A SchemaRegistryError means that the registry has no such subject, version or id.
+        """
         import httpx2
         from socksio.exceptions import SOCKSError  # what Confluent's client calls with
 
@@ -169,11 +160,11 @@ class Registry:
                 raise Unreachable(f"the schema registry at {self.url} fails {text}") from error
             if status == 409:
                 raise SchemaIncompatible(f"cannot {right}: {error.error_message}") from error
-            if status != 404 or error.error_code == -1:
+            if not 40400 <= (error.error_code or 0) < 40500:
                 raise ConfigurationError(
                     f"{self.url} does not answer like a schema registry {text}: is --registry-url right?"
                 ) from error
-            raise _NotFound(error.error_code or 0) from error
+            raise
 
     def _unreachable(self, error: Exception) -> ConfigurationError:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
