@@ -1,11 +1,11 @@
-"""Whole batches of Avro payloads to columns at once, guarded, or not at all.
+"""Decode a whole batch of Avro payloads to columns at once, or not at all.
 
 Payloads of one writer schema become the only block of an Avro object container in memory, which polars reads into
-columns. A payload that is not exactly one record would shift those behind it without an error; so each is followed by
-its number, which the schema in the container's header declares as a last field. Where the column of numbers is not what
-it must be, or anything else is odd, there is no table: decoding one by one finds the record at fault. The numbers begin
-somewhere no payload can know: small ones look like what a payload may well hold. Booleans and enums are read as numbers
-and looked up here. What passes, as polars sees to unions alone: a branch that is not there, before a value that is.
+columns. A payload that is not exactly one record would shift those after it without an error. So each is followed by
+its number, which the schema in the container's header declares as the last field. If the column of numbers is not as
+expected, or anything else is odd, there is no frame: decoding one by one finds the bad record. The numbers begin at
+random: a payload may contain small numbers. Booleans and enums are read as numbers and looked up here.
+Known gap: an invalid union branch followed by a valid value is not detected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Columns", "Decoded", "to_frame"]
 
 GUARD = "_guard"
 SYNC = bytes(16)
-# Of what Python's own date and datetime can hold: days, and milliseconds, since 1970.
+# The days, and milliseconds, since 1970 that Python's date and datetime can hold.
 DAYS = -719_162, 2_932_896
 MILLIS = -62_135_596_800_000, 253_402_300_799_999
 _FIRST = secrets.randbits(62)
@@ -42,7 +42,7 @@ _FIRST = secrets.randbits(62)
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How payloads of one writer schema become our columns: the container's header, and what the writer has not."""
+    """How payloads of one writer schema become our columns: the container's header, and the fields the writer lacks."""
 
     header: bytes
     types: dict[str, Any]
@@ -51,14 +51,14 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Records of one event type by columns: as a polars frame of the schema's fields, and as what `Batch.table` is."""
+    """Records of one event type by columns: a polars frame, or an Arrow table like `Batch.table`."""
 
     event: type[Event]
     places: Places
     frame: pl.DataFrame
 
     def table(self) -> pa.Table:
-        """Return them as an Arrow table, with where they are."""
+        """Return them as an Arrow table, with partition, offset and timestamp."""
         # Not every consumer needs it, and it is 40 MB.
         from bourse_consumers.rows import as_table
 
@@ -66,7 +66,7 @@ class Decoded:
 
 
 class Columns:
-    """Decodes batches of one event type, whatever schemas wrote them."""
+    """Decodes batches of one event type; each batch was written with one schema, of any release."""
 
     def __init__(self, deserializer: Deserializer[Any]) -> None:
         self._deserializer = deserializer
@@ -76,29 +76,17 @@ class Columns:
         self._writers: dict[bytes, tuple[Schema, dict[str, Any]]] = {}
 
     def read(self, places: Places) -> Decoded | None:
-        """Return the records in their order, None where they have to be looked at one by one.
-
-        May raise Unreachable, where a schema is asked for.
-        """
+        """Return the records in their order, None if they have to be decoded one by one. May raise Unreachable."""
         values = [value or b"" for value in places.values]
-        writers = list(dict.fromkeys(value[: FRAME.size] for value in values))
-        frames = []
-        for writer in writers:
-            if len(writer) < FRAME.size:
-                return None
-            try:
-                plan = self._plan(writer)
-            except Undecodable:
-                return None
-            mine = values if len(writers) == 1 else [value for value in values if value.startswith(writer)]
-            frame = _read(plan, [value[FRAME.size :] for value in mine]) if plan else None
-            if frame is None:
-                return None
-            frames.append(frame.select(self._fields))
-        if len(frames) > 1:
-            came = [index for writer in writers for index, value in enumerate(values) if value.startswith(writer)]
-            frames = [pl.concat(frames)[pl.Series(came).arg_sort()]]
-        return Decoded(self._event, places, frames[0])
+        writers = {value[: FRAME.size] for value in values}
+        if len(writers) > 1 or len(writer := writers.pop()) < FRAME.size:
+            return None
+        try:
+            plan = self._plan(writer)
+        except Undecodable:
+            return None
+        frame = _read(plan, [value[FRAME.size :] for value in values]) if plan else None
+        return None if frame is None else Decoded(self._event, places, frame.select(self._fields))
 
     def unknown(self, places: Places) -> pa.Table | None:
         """Return the fields of the writers' schemas that our schema has not, row by row; None if there are none.
@@ -157,7 +145,7 @@ def _entries(value: Any) -> Any:
 
 
 def _plan(writer: Schema, event: type[Event]) -> _Plan | None:
-    """Return the plan for a writer's schema, None where fastavro has to resolve it."""
+    """Return the plan for a writer's schema, None if fastavro has to resolve it."""
     theirs = {field["name"]: field for field in writer["fields"]}
     constants = {}
     for field in avro_schema(event)["fields"]:
@@ -177,7 +165,7 @@ def _plan(writer: Schema, event: type[Event]) -> _Plan | None:
 
 
 def _bare(avro: Any) -> Any:
-    """Return a type without what does not matter to its bytes."""
+    """Return a type without the attributes that do not change its bytes."""
     if isinstance(avro, list):
         return [_bare(branch) for branch in avro]
     if isinstance(avro, dict):
@@ -186,7 +174,7 @@ def _bare(avro: Any) -> Any:
 
 
 def _plain(avro: Any) -> Any:
-    """Return the type as which a field is read: bytes that are no boolean, or no symbol, must not pass for one."""
+    """Return the type as which a field is read: an invalid boolean or symbol must not pass as a valid one."""
     match avro:
         case [*branches]:
             return [_plain(branch) for branch in branches]
@@ -196,7 +184,7 @@ def _plain(avro: Any) -> Any:
 
 
 def _flat(avro: Any) -> bool:
-    """Say whether a type is one that polars reads as we do."""
+    """Return whether polars reads this type as we do."""
     match avro:
         case ["null", inner]:
             return _flat(inner)
@@ -224,7 +212,7 @@ def _dtype(avro: Any) -> Any:
 
 @lru_cache(4)
 def _guards(count: int) -> tuple[pl.Series, list[bytes]]:
-    """Return so many numbers, and each one's bytes."""
+    """Return `count` numbers, and the bytes of each."""
     numbers = range(_FIRST, _FIRST + count)
     return pl.Series(GUARD, numbers), list(map(_long, numbers))
 
@@ -248,7 +236,7 @@ def _read(plan: _Plan, bodies: Sequence[bytes]) -> pl.DataFrame | None:
 
 
 class _Odd(Exception):
-    """A byte that is no boolean, or no symbol of its enum."""
+    """A byte that is not a boolean, or not a symbol of its enum."""
 
 
 def _column(column: pl.Series, avro: Any) -> pl.Series:
@@ -271,7 +259,7 @@ def _pick(indices: pl.Series, values: Sequence[Any]) -> pl.Series:
 
 
 def _sensible(frame: pl.DataFrame) -> bool:
-    """Say whether all dates and instants are such that Python could hold them."""
+    """Return whether Python can hold all dates and instants."""
     for column in frame.iter_columns():
         if isinstance(column.dtype, (pl.Date, pl.Datetime)) and column.null_count() < column.len():
             low, high = DAYS if column.dtype == pl.Date else MILLIS

@@ -71,15 +71,6 @@ class Consumers(LazyGroup):
         command.callback = start
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the installed consumers if an unknown one is asked for."""
-        known = self.list_commands(ctx)
-        if args and args[0] not in known and not args[0].startswith("-"):
-            raise ConfigurationError(f"no consumer {args[0]!r} is installed: there are {', '.join(known)}")
-        return super().resolve_command(ctx, args)
-
 
 @click.group(cls=Consumers, entry_point_group="bourse.consumers")
 def consume() -> None:

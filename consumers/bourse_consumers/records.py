@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 __all__ = ["Offsets", "Partition", "Places", "Record", "Records"]
@@ -60,20 +61,17 @@ class Records(Sequence[Record]):
     """Records that are made when the first of them is accessed: many consumers need the columns only."""
 
     def __init__(self, places: Places, make: Callable[[], list[Record]]) -> None:
-        self.places = places
-        self._make = make
-        self._made: list[Record] | None = None
+        self.places, self._make = places, make
 
     def __len__(self) -> int:
         return len(self.places.offsets)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._all()[index]
+        return self._made[index]
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self._all())
+        return iter(self._made)
 
-    def _all(self) -> list[Record]:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+    @cached_property
+    def _made(self) -> list[Record]:
+        return self._make()

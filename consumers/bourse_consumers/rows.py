@@ -69,7 +69,7 @@ def arrow_schema(event: type[Event]) -> pa.Schema:
 
 
 def dictionary_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns whose values come back again and again."""
+    """Return the columns whose values recur often."""
     return [name for name in schema.names if name in RECURRING or name in {"op", "trading_day"}]
 
 
@@ -100,7 +100,7 @@ def to_table(events: Sequence[Event], places: Places) -> pa.Table:
 
 
 def as_table(frame: pl.DataFrame, event: type[Event], places: Places) -> pa.Table:
-    """Return the same of a frame that has the schema's columns."""
+    """Return a frame that has the schema's columns as the same table."""
     columns, schema = frame.to_arrow(), arrow_schema(event)
     return _with_places(
         pa.Table.from_arrays([columns[field.name].cast(field.type) for field in schema], schema=schema), places
@@ -110,7 +110,7 @@ def as_table(frame: pl.DataFrame, event: type[Event], places: Places) -> pa.Tabl
 def _with_places(table: pa.Table, places: Places) -> pa.Table:
     """Return the table with `_partition`, `_offset` and `_timestamp` at its end."""
     numbers = [partition.number for partition in places.partitions], places.offsets, places.timestamps
-    # Not pa.array(): beside an installed pandas it imports that first, for two seconds and 50 MB.
+    # Not pa.array(): if pandas is installed it imports that first, which takes two seconds and 50 MB.
     columns = [
         pa.Array.from_buffers(field.type, len(numbers[0]), [None, pa.py_buffer(array(code, each))])
         for field, code, each in zip(WHERE, "iqq", numbers, strict=True)

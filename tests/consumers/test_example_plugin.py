@@ -55,13 +55,11 @@ def test_it_runs_and_says_what_is_missing(environment: dict[str, str]) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_an_unknown_consumer_names_those_there_are(environment: dict[str, str]) -> None:
-    """A slip of the pen is answered with what would have been right."""
+def test_an_unknown_consumer_is_answered_with_the_nearest(environment: dict[str, str]) -> None:
+    """A typing error gets a suggestion."""
     ran = bourse(environment, "consume", "turnovers")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.splitlines() == [
-        "Error: no consumer 'turnovers' is installed: there are alerts, archive, archive-postgres, notify, turnover"
-    ]
+    assert "No such command 'turnovers'; did you mean turnover?" in ran.stderr
 
 
 def test_a_broken_plugin_takes_no_other_down(environment: dict[str, str], tmp_path: Path) -> None:

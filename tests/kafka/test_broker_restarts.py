@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bourse_consumers.api import Batch, Consumer, Emit
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
+from bourse_consumers.transactions import TRANSACTION_MS
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import Child, spawn
 from bourse_schemas.events import TradeEvent
@@ -29,6 +30,8 @@ from reliability.brokers import Brokers
 from tests.kafka.test_market import Producing, declared, letter
 
 pytestmark = pytest.mark.kafka
+# Longer than the brokers leave a transaction open.
+IDLE_SECONDS = TRANSACTION_MS / 1000 + 2
 
 RUN = """
 import sys
@@ -78,18 +81,24 @@ class Supervised:
     def __init__(self, cluster: Cluster, kind: str, log: Path) -> None:
         arguments = [cluster.bootstrap_servers, cluster.registry_url, cluster.prefix, kind]
         self._command, self.log = [sys.executable, "-c", RUN, *arguments], log
-        self.ends: list[int] = []
+        self._cluster, self.kind, self.ends = cluster, kind, list[int]()
         self._child: Child = spawn(self._command, stdout=log, stderr=log)
 
     def ready(self) -> bool:
         """Return whether it has begun: what is published from now on is news to it."""
-        begun = r"\bactive\b" if self._command[-1] == "market" else "partitions"
+        begun = r"\bactive\b" if self.kind == "market" else "partitions"
         return re.search(begun, self.log.read_text("utf-8")) is not None
 
-    def look(self) -> None:
+    def published(self) -> list[str]:
+        """Return what it has published: the market's messages have two words."""
+        return [each for each in messages(self._cluster) if (" " in each) == (self.kind == "market")]
+
+    def answered(self, count: int) -> bool:
+        """Return whether it has published as many; start it again if it has ended."""
         if (code := self._child.poll()) is not None:
             self.ends.append(code)
             self._child = spawn(self._command, stdout=self.log, stderr=self.log)
+        return len(self.published()) >= count
 
     def stop(self) -> tuple[int, float]:
         """Return the exit code and how long it took."""
@@ -101,59 +110,65 @@ class Supervised:
         self._child.kill()
 
 
+@contextmanager
+def both(cluster: Cluster, folder: Path, wait_for: Callable[..., Any]) -> Iterator[list[Supervised]]:
+    """Run a consumer of records and one of whole polls next to each other; neither repeats anything or ends oddly."""
+    children = [Supervised(cluster, kind, folder / kind) for kind in ("copy", "market")]
+    try:
+        wait_for(lambda: all(child.ready() for child in children), 60)
+        yield children
+    finally:
+        for child in children:
+            child.close()
+    for child in children:
+        found = child.published()
+        print(f"{child.kind}: {len(found)} published, ends {child.ends}")
+        assert len(found) == len(set(found))
+        assert set(child.ends) <= {1}
+
+
+def goes_on(children: Sequence[Supervised], polls: int, wait_for: Callable[..., Any]) -> None:
+    """Wait until all of these polls, of 20 events, were answered: within a minute, or after a restart."""
+    sent = time.monotonic()
+    for child in children:
+        count = polls * (20 if child.kind == "copy" else 1)
+        wait_for(lambda child=child, count=count: child.answered(count), 150)
+        assert time.monotonic() - sent < 60 or child.ends, child.log.read_text("utf-8")[-2000:]
+        assert len(child.published()) == count
+
+
 def messages(cluster: Cluster) -> list[str]:
     decode = cluster.registry().deserializer(DEAD_LETTERS.event)
     found: list[Any] = [decode(each.value) for each in read(cluster, DEAD_LETTERS.full_name(cluster.prefix))]
     return [each.message for each in found]
 
 
-@pytest.mark.parametrize("kind", ["copy", "market"])
-@pytest.mark.parametrize("pause", [0.0, 20.0], ids=["at once", "idle for long"])
 def test_the_only_broker_restarts_and_emits_follow(
-    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, pause: float, wait_for: Callable[..., Any]
+    single: tuple[Kafka, Cluster], tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """Three times, killed and stopped; the first emits come at once or long after the broker is back."""
+    """Killed and stopped; the first emits come at once, or when every transaction has timed out since."""
     kafka, cluster = single
-    child = Supervised(cluster, kind, tmp_path / "log")
-    try:
-        wait_for(child.ready, 60)
+    with both(cluster, tmp_path, wait_for) as children:
         Producing(cluster).polls(1, 1)
-        count = 1 if kind == "market" else 20
-        wait_for(lambda: len(messages(cluster)) == count, 60)
-        for number in (2, 3, 4):
-            (kafka.kill if number % 2 else kafka.stop)()
+        goes_on(children, 1, wait_for)
+        restarts = [(kafka.kill, 0), (kafka.stop, 0), (kafka.kill, IDLE_SECONDS), (kafka.stop, IDLE_SECONDS)]
+        for number, (end, idle) in enumerate(restarts, 2):
+            end()
             kafka.start()
-            back = time.monotonic()
-            while time.monotonic() < back + pause:
-                child.look()
-                threading.Event().wait(0.2)
+            threading.Event().wait(idle)
             Producing(cluster).polls(number, number)
-            sent = time.monotonic()
-
-            def arrived(number: int = number) -> bool:
-                child.look()
-                return len(messages(cluster)) >= number * count
-
-            wait_for(arrived, 150)
-            took = time.monotonic() - sent
-            print(f"{kind} {pause}: went on after {took:.1f} s, ends {child.ends}")
-            assert took < 60 or child.ends
-        code, seconds = child.stop()
-    finally:
-        child.close()
-    found = messages(cluster)
-    assert len(found) == len(set(found)) == 4 * count
-    assert set(child.ends) <= {1}
-    assert (code, seconds < 5) == (0, True), child.log.read_text()[-2000:]
+            goes_on(children, number, wait_for)
+        for child in children:
+            code, seconds = child.stop()
+            assert (code, seconds < 5) == (0, True), child.log.read_text("utf-8")[-2000:]
 
 
-@pytest.mark.parametrize("kind", ["copy", "market"])
 def test_the_only_broker_restarts_in_the_middle_of_transactions(
-    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, wait_for: Callable[..., Any]
+    single: tuple[Kafka, Cluster], tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
     """Polls keep coming as fast as they can; what was published is what was committed, each once."""
     kafka, cluster = single
-    child, over, sequence = Supervised(cluster, kind, tmp_path / "log"), threading.Event(), 0
+    over, sequence = threading.Event(), 0
 
     def produce() -> None:
         nonlocal sequence
@@ -164,89 +179,59 @@ def test_the_only_broker_restarts_in_the_middle_of_transactions(
                     sequence += 1  # not used again, as it may have been committed
                     producing.polls(sequence, sequence)
 
-    def complete() -> bool:
-        child.look()
-        events = [
-            record.value for record in read(cluster, (TRADES if kind == "copy" else POLLS).full_name(cluster.prefix))
-        ]
-        return bool(events) and len(messages(cluster)) == len(events)
+    def complete(child: Supervised) -> bool:
+        topic = TRADES if child.kind == "copy" else POLLS
+        count = sum(1 for _ in read(cluster, topic.full_name(cluster.prefix)))
+        return child.answered(count) and len(child.published()) == count > 0
 
-    try:
-        wait_for(child.ready, 60)
+    with both(cluster, tmp_path, wait_for) as children:
         thread = threading.Thread(target=produce)
         thread.start()
-        for number in range(3):
-            seen = sequence
-            wait_for(lambda seen=seen: sequence > seen + 10, 60)
-            (kafka.kill if number % 2 else kafka.stop)()
-            kafka.start()
-        seen = sequence
-        wait_for(lambda: sequence > seen + 10, 60)
-        over.set()
-        thread.join(60)
-        wait_for(complete, 150)
-    finally:
-        over.set()
-        child.close()
-    found = messages(cluster)
-    assert len(found) == len(set(found))
-    assert set(child.ends) <= {1}
-    print(f"{kind}: {len(found)} published, ends {child.ends}")
+        try:
+            for end in (kafka.stop, kafka.kill, None):
+                seen = sequence
+                wait_for(lambda seen=seen: sequence > seen + 10, 60)
+                if end is not None:
+                    end()
+                    kafka.start()
+        finally:
+            over.set()
+            thread.join(60)
+        wait_for(lambda: all(map(complete, children)), 150)
 
 
-@pytest.mark.parametrize("kind", ["copy", "market"])
 def test_brokers_of_three_restart_one_after_the_other(
-    small_registry: str, prefix: str, tmp_path: Path, kind: str, wait_for: Callable[..., Any]
+    small_registry: str, prefix: str, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
     """While events keep coming: nothing is lost, nothing twice, and it goes on each time."""
     with Brokers() as brokers:
         cluster = declared(Cluster(brokers.bootstrap_servers, small_registry, prefix), 3)
-        child = Supervised(cluster, kind, tmp_path / "log")
-        count = 1 if kind == "market" else 20
-        try:
-            wait_for(child.ready, 60)
+        with both(cluster, tmp_path, wait_for) as children:
             producing = Producing(cluster)
             producing.polls(1, 1)
-            wait_for(lambda: len(messages(cluster)) == count, 60)
+            goes_on(children, 1, wait_for)
             for node in range(3):
                 brokers.kill(node)
                 producing.polls(node + 2, node + 2)
-                sent = time.monotonic()
-
-                def arrived(node: int = node) -> bool:
-                    child.look()
-                    return len(messages(cluster)) >= (node + 2) * count
-
-                wait_for(arrived, 150)
-                print(f"{kind}: went on after {time.monotonic() - sent:.1f} s, ends {child.ends}")
-                assert time.monotonic() - sent < 60 or child.ends
+                goes_on(children, node + 2, wait_for)
                 brokers.start(node)
                 brokers.await_all()
-        finally:
-            child.close()
-        found = messages(cluster)
-        assert len(found) == len(set(found)) == 4 * count
 
 
-@pytest.mark.parametrize("kind", ["copy", "market"])
 def test_a_signal_ends_it_within_five_seconds_while_the_broker_is_stopped(
-    single: tuple[Kafka, Cluster], tmp_path: Path, kind: str, wait_for: Callable[..., Any]
+    single: tuple[Kafka, Cluster], tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
     """A broker that does not answer and does not hang up is the worst case."""
     kafka, cluster = single
-    child = Supervised(cluster, kind, tmp_path / "log")
-    try:
-        wait_for(child.ready, 60)
+    with both(cluster, tmp_path, wait_for) as children:
         Producing(cluster).polls(1, 1)
-        wait_for(lambda: messages(cluster), 60)
+        goes_on(children, 1, wait_for)
         assert kafka._child is not None
         kafka._child.send(signal.SIGSTOP)
         threading.Event().wait(1)
-        _, seconds = child.stop()
+        seconds = [child.stop()[1] for child in children]
         kafka._child.send(signal.SIGCONT)
-    finally:
-        child.close()
-    assert seconds < 5.5
+        assert max(seconds) < 5.5
 
 
 def test_an_event_that_is_too_large_ends_the_consumer_and_is_named(
