@@ -247,11 +247,11 @@ class Runner:
         ahead = {partition: at for partition, at in poll.positions.items() if self._is_new(partition, at)}
         self._replaying.difference_update(ahead)
         self._monitor.unready("rebuilding", "rebuilding the day" if self._replaying else None)
-        ends = {topic: dict.fromkeys(Places.of(records).partitions, 0) for topic, records in new.items()}
-        busy = {partition for partitions in ends.values() for partition in partitions}
-        self._reached.update((partition, at) for partition, at in ahead.items() if partition not in busy)
-        for topic, records in new.items():
-            yield self._batch(records, {partition: ahead[partition] for partition in ends[topic]})
+        for records in new.values():
+            yield self._batch(
+                records, {partition: ahead[partition] for partition in set(Places.of(records).partitions)}
+            )
+        self._reached.update(ahead)  # all batches were processed
 
     def _batch(self, records: Sequence[Record], ends: Offsets, *, replay: bool = False) -> Batch:
         columns, unknown = partial(self._ask, self._columns), partial(self._ask, self._unknown)
@@ -304,7 +304,6 @@ class Runner:
         if batch.replay:
             return
         self._publish([*emits, *letters], batch.next)
-        self._reached.update(batch.next)
         self._judged = _judge(self._judged, records, rejected, self._max_rejected_share)
         self._rows += len(batch.records)
         self._metrics.rows.labels(self._name).inc(len(batch.records))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
 
+from bourse_cli.health import Monitor
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.api import Day, Emit, MarketConsumer, WholePoll
 from bourse_consumers.kafka_market import KafkaMarket
@@ -23,6 +25,7 @@ from bourse_consumers.runner import Runner
 from bourse_consumers.testing import marker, trade
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.processes import Child, spawn
+from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import DeadLetter, Event, Reason, Stage
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import read
@@ -220,6 +223,41 @@ def test_partitions_that_are_added_are_read(cluster: Cluster, wait_for: Callable
         producing.polls(3, 5, 60)
         wait_for(lambda: len(consumer.live()) == 5, 60)
     assert [complete for *_, complete in consumer.polls] == [True] * 5
+
+
+def test_a_quiet_market_stays_ready_and_a_lost_topic_is_noticed(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """No poll for longer than a connection may be idle; then trades are deleted, which ends also the standby."""
+    settings = {"statistics.interval.ms": "200", "connections.max.idle.ms": "4000"}
+    monitors, streams, errors = [Monitor("one"), Monitor("two")], list[KafkaMarket](), list[str]()
+
+    def run(runner: Runner) -> None:
+        try:
+            runner.run()
+        except ConfigurationError as error:
+            errors.append(str(error))
+
+    for monitor in monitors:
+        watched = replace(cluster, settings=settings, on_statistics=monitor.statistics)
+        consumer = Counting()
+        streams.append(stream := KafkaMarket(watched, f"{cluster.prefix}-{GROUP}", consumer.emits))
+        runner = Runner(Market(consumer, stream.polls, "test"), stream, stream.decode, name="test", monitor=monitor)
+        threading.Thread(target=run, args=(runner,), daemon=True).start()
+    wait_for(lambda: all(monitor.reasons() == {} for monitor in monitors), 30)
+    wait_for(lambda: sorted(stream._reader is None for stream in streams) == [False, True], 30)
+    quiet = time.monotonic() + 6
+    while time.monotonic() < quiet:
+        assert [monitor.reasons() for monitor in monitors] == [{}, {}]
+        threading.Event().wait(0.1)
+    name, admin = TRADES.full_name(cluster.prefix), cluster.admin()
+    admin.delete_topics([name])[name].result(10)
+
+    def noticed() -> bool:
+        for stream in streams:
+            stream._refreshed = 0.0  # it is time to ask again
+        return len(errors) == 2
+
+    wait_for(noticed, 30)
+    assert all(f"no topic {name}" in error and "bourse topics apply" in error for error in errors)
 
 
 CHILD = """

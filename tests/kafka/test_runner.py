@@ -326,15 +326,20 @@ def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for
 
     publish(cluster, market(3000))
     one, two = Down(), Copy()
-    with running(cluster, one):
+    stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", one.topics, one.emits)
+    with running(cluster, one, stream):
         wait_for(lambda: one.tries >= 3, 20)
+        # The brokers are asked: nothing is fetched that could show it.
+        before = stream.lag()
+        publish(cluster, market(200, first=3001))
+        wait_for(lambda: stream.lag() >= before + 200 > 2000, 20)
         with running(cluster, two):
             wait_for(lambda: one.opened >= 2 and two.seen, 30)
             one.down = False
-            wait_for(lambda: len(one.seen) + len(two.seen) >= 3000, 30)
-        publish(cluster, market(300, first=3001))
-        wait_for(lambda: len(committed(cluster, "copy")) >= 3300, 30)
-    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(3300))
+            wait_for(lambda: len(one.seen) + len(two.seen) >= 3200, 30)
+        publish(cluster, market(300, first=3201))
+        wait_for(lambda: len(committed(cluster, "copy")) >= 3500, 30)
+    assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(3500))
 
 
 def test_a_broker_that_was_away_is_waited_for(
