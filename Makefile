@@ -45,7 +45,7 @@ SINK ?= parquet
 chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet, s3 or postgres
 	@$(BIN)/python -m reliability.chaos_archive --kills $(KILLS) --seed $(SEED) --sink $(SINK) $(ARGS)
 
-chaos-alerts: .venv/.installed ## alerts whose consumers die while a day is produced: KILLS=200 SEED=1
+chaos-alerts: .venv/.installed ## alerts while consumers die and the broker restarts: KILLS=200 SEED=1
 	@$(BIN)/python -m reliability.chaos_alerts --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 fuzz: .venv/.installed ## mutated responses against the oracle: N=10000 SEED=1
