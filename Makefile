@@ -40,9 +40,9 @@ SEED ?= 1
 chaos: .venv/.installed ## a real day while producers die and brokers restart: KILLS=200 SEED=1 BROKERS=1
 	@$(BIN)/python -m reliability.chaos --kills $(KILLS) --seed $(SEED) --brokers $(BROKERS) $(ARGS)
 
-SINK ?= parquet
+SINK ?= delta
 
-chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=parquet, s3 or postgres
+chaos-archive: .venv/.installed ## archives that die while a day is produced: KILLS=200 SEED=1 SINK=delta, s3 or postgres
 	@$(BIN)/python -m reliability.chaos_archive --kills $(KILLS) --seed $(SEED) --sink $(SINK) $(ARGS)
 
 chaos-alerts: .venv/.installed ## alerts while consumers die and the broker restarts: KILLS=200 SEED=1

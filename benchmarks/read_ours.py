@@ -1,6 +1,6 @@
 """The product's consumers as `bourse consume` runs them, timed: KIND BOOTSTRAP REGISTRY COUNT WHERE.
 
-KIND is parquet, postgres, executemany (postgres without COPY) or alerts. They begin at the topic's start and end when
+KIND is delta, postgres, executemany (postgres without COPY) or alerts. They begin at the topic's start and end when
 COUNT events are through. Printed: seconds from the first batch to what is durable, and the most memory resident.
 """
 
@@ -40,10 +40,10 @@ def make(kind: str, where: str) -> Consumer:
     if kind == "executemany":
         consumer = make("postgres", where)
         consumer._copy = partial(executemany, consumer)  # type: ignore[attr-defined,arg-type]  # its only difference
-    elif kind == "parquet":
-        from bourse_consumers.archive.command import archive
+    elif kind == "delta":
+        from bourse_consumers.archive.command import consume_archive
 
-        consumer = archive.main(["--to", where], standalone_mode=False)
+        consumer = consume_archive.main(["--to", where, "--no-optimize"], standalone_mode=False)
     else:
         from bourse_consumers.postgres.command import archive_postgres
 

@@ -1,4 +1,8 @@
-"""Archives that are killed and frozen while a day is produced: `make chaos-archive KILLS=200 SEED=1 SINK=parquet`.
+"""Archives that are killed and frozen while a day is produced: `make chaos-archive KILLS=200 SEED=1 SINK=delta`.
+
+A table is read and optimized all the time, and sometimes the power is cut: all members die, and the newest commit, its
+data files and the newest checkpoint are torn, as files are that were not synced. That is worse than a real power cut,
+as some of them were.
 
 The broker restarts now and then. Members that are restarted join a group of their own, or the common one, by chance: so
 they need not wait for the sessions of the dead, and several write the same partitions at once, which is the worst case
@@ -18,8 +22,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -27,12 +31,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx2
+import polars as pl
+from deltalake.exceptions import DeltaError
 
 from bourse_cli.topics import apply_topics, plan_topics
-from bourse_consumers.archive.care import Report, verify
-from bourse_consumers.archive.files import catalog, read
-from bourse_consumers.archive.store import STAGING, open_store
-from bourse_consumers.archive.topic import topics_of
+from bourse_consumers.archive.proof import Report, Stored, prove
+from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import kept_by
 from bourse_consumers.postgres.proof import verify as verify_tables
 from bourse_consumers.postgres.sink import connect
@@ -53,6 +57,7 @@ LONGEST_FREEZE_SECONDS = 14.0
 BROKER_SHARE = 0.1
 SECONDS_A_KILL = 1.0
 SETTLE_SECONDS = 180.0
+POWER_CUT_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Options:
 
     kills: int
     seed: int
-    sink: str = "parquet"
+    sink: str = "delta"
     members: int = 3
     broker_restarts: bool = True
 
@@ -97,28 +102,86 @@ def postgres_server() -> Iterator[str]:
         server.cleanup()
 
 
-class _Files:
-    """An archive of files."""
+class _Delta:
+    """A Delta table, in a folder or an object store."""
 
     alone = True
 
-    def __init__(self, to: str, folder: Path) -> None:
-        self._store, self._staging = open_store(to), folder / "archive" / STAGING
-        self.command: Sequence[str] = ["archive", "--to", to]
+    def __init__(self, to: str, folder: Path | None) -> None:
+        self._table, self.folder = f"{to}/chaos.trades", folder
+        self.command: Sequence[str] = ["archive", "--to", to, "--no-optimize"]
+        self._optimize = [sys.executable, "-m", "bourse_cli", "archive", "optimize", "--to", to]
+        self._over, self._optimizing = threading.Event(), threading.Lock()
+        self.done: Counter[str] = Counter(optimizations=0, reads=0, wrong_reads=0)
 
     def limits(self, chance: random.Random, *, last: bool) -> list[str]:
-        rows, age = (5_000, 0.5) if last else (chance.choice([20, 200, 2_000]), chance.uniform(0.2, 2))
-        return [f"--max-rows={rows}", f"--max-age-seconds={age}"]
+        rows, seconds = (5_000, 0.5) if last else (chance.choice([20, 200, 2_000]), chance.uniform(0.2, 2))
+        return [f"--commit-rows={rows}", f"--commit-seconds={seconds}"]
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Read and optimize the table in loops."""
+        threads = [threading.Thread(target=each) for each in (self._read_on, self._optimize_on)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            for thread in threads:
+                thread.join()
+
+    def _read_on(self) -> None:
+        while not self._over.wait(0.5):
+            try:
+                ids = pl.scan_delta(self._table).select("event_id").collect()["event_id"]
+            except (DeltaError, OSError):  # it is not there yet, or torn
+                self.done["unreadable"] += 1
+            else:
+                self.done["reads"] += 1
+                self.done["wrong_reads"] += ids.n_unique() != len(ids)
+
+    def _optimize_on(self) -> None:
+        chance = random.Random(1)
+        while not self._over.wait(2):
+            with self._optimizing, suppress(subprocess.TimeoutExpired):  # it is killed then
+                ran = subprocess.run(self._optimize, capture_output=True, check=False, timeout=chance.uniform(2, 20))
+                self.done["optimizations"] += ran.returncode == 0
+
+    def cut_power(self, chance: random.Random) -> bool:
+        """Tear what a power cut may tear; return whether there was anything."""
+        log = self.folder / "_delta_log" if self.folder else None
+        if not log or not log.is_dir():
+            return False
+        with self._optimizing:
+            self._tear(log, chance)
+        return True
+
+    def _tear(self, log: Path, chance: random.Random) -> None:
+        commits = sorted(log.glob("*0*.json"))
+        for line in commits[-1].read_text("utf-8").splitlines():
+            if path := json.loads(line).get("add", {}).get("path"):
+                _tear(log.parent / path, chance)
+        _tear(commits[-1], chance)
+        for checkpoint in sorted(log.glob("*.checkpoint.parquet"))[-1:]:
+            _tear(checkpoint, chance)
 
     def count(self) -> int:
-        return sum(file.rows for file in catalog(self._store))
+        table = Table.open(self._table)
+        return sum(file.rows for file in table.files()) if table else 0
 
     def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:
-        report = verify(self._store, topics=topics_of(cluster, self._store))
-        return report, Counter(read(self._store)["event_id"].to_pylist())
+        table = Table.open(self._table)
+        if table is None:
+            raise SystemExit("there is no table")
+        rows, report = table.arrow(table.files()), Report(table.name)
+        prove(Stored(table.ends(), table.holes(), [rows]), report, kept_by(cluster, TRADES, table.name))
+        return report, Counter(rows["event_id"].to_pylist())
 
-    def orphans(self) -> int:
-        return len(list(self._staging.iterdir())) if self._staging.is_dir() else 0
+
+def _tear(path: Path, chance: random.Random) -> None:
+    size = path.stat().st_size
+    os.truncate(path, chance.choice([0, chance.randrange(size)]))
 
 
 class _Database:
@@ -141,14 +204,10 @@ class _Database:
 
     def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:
         kept = partial(kept_by, cluster, TRADES, TRADES.full_name(cluster.prefix))
-        proof = verify_tables(self._dsn, TRADES, schema="bourse", prefix=cluster.prefix, kept=kept)
-        report = Report(rows=proof.rows, compared=proof.compared, faults=proof.findings)
+        report = verify_tables(self._dsn, TRADES, schema="bourse", prefix=cluster.prefix, kept=kept)
         with connect(self._dsn) as connection:
             found = connection.execute("SELECT event_id FROM bourse.trades").fetchall()
         return report, Counter(row[0] for row in found)
-
-    def orphans(self) -> int:
-        return 0
 
 
 class _Sink(Protocol):
@@ -218,6 +277,14 @@ class Members:
         self.start()
         return "kills"
 
+    def cut_power(self, tear: Callable[[], bool]) -> None:
+        """Kill all, tear what was not synced, and start as many again."""
+        count = len(self._children)
+        self._end(signal.SIGKILL)
+        tear()
+        for _ in range(count):
+            self.start()
+
     def thaw(self, *, all_: bool = False) -> None:
         """Wake those whose time has come."""
         now = time.monotonic()
@@ -232,9 +299,12 @@ class Members:
 
     def stop(self) -> None:
         """End all."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, with_: int) -> None:
         self.thaw(all_=True)
         for child, stack in self._children:
-            child.send(signal.SIGTERM)
+            child.send(with_)
             child.wait(30)
             stack.close()
         self._children = []
@@ -244,7 +314,7 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
     """Do it; return what was found."""
     events = day.expected_events()
     chance = random.Random(options.seed)  # repeatable on purpose
-    done: Counter[str] = Counter(kills=0, freezes=0, broker_restarts=0)
+    done: Counter[str] = Counter(kills=0, freezes=0, broker_restarts=0, power_cuts=0)
     with ExitStack() as stack:
         broker = stack.enter_context(Kafka())
         cluster = Cluster(broker.bootstrap_servers, stack.enter_context(serve_registry()).url, "chaos")
@@ -256,14 +326,15 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
             "BOURSE_REGISTRY_URL": cluster.registry_url,
             "BOURSE_TOPIC_PREFIX": cluster.prefix,
         }
-        sink: _Files | _Database
+        sink: _Delta | _Database
         if options.sink == "postgres":
             sink = _Database(stack.enter_context(postgres_server()))
         else:
             reach = stack.enter_context(s3_server(folder)) if options.sink == "s3" else {}
             environment |= reach
             os.environ.update(reach)
-            sink = _Files("s3://lake/archive" if reach else str(folder / "archive"), folder)
+            table = None if reach else folder / "archive" / "chaos.trades"
+            sink = _Delta("s3://lake/archive" if reach else str(folder / "archive"), table)
         members = Members(sink, environment, folder, chance, broker if options.broker_restarts else None)
         stack.callback(members.stop)
         fed = threading.Event()
@@ -272,10 +343,16 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
         feeder.start()
         for _ in range(options.members):
             members.start()
+        if isinstance(sink, _Delta):
+            stack.enter_context(sink.busy())
         while done.total() < options.kills:
             time.sleep(chance.uniform(0.2, 2 * SECONDS_A_KILL))
             members.thaw()
-            done[members.strike()] += 1
+            if isinstance(sink, _Delta) and sink.folder is not None and chance.random() < POWER_CUT_SHARE:
+                members.cut_power(partial(sink.cut_power, chance))
+                done["power_cuts"] += 1
+            else:
+                done[members.strike()] += 1
             if died := members.died():
                 raise SystemExit(f"a member ended by itself:\n{died[0]}")
         feeder.join()
@@ -291,15 +368,13 @@ def run(options: Options, folder: Path) -> dict[str, Any]:
         report, found = sink.prove(cluster)
     return {
         "sink": options.sink,
-        "kills": done["kills"],
-        "freezes": done["freezes"],
-        "broker_restarts": done["broker_restarts"],
+        **done,
+        **(sink.done if isinstance(sink, _Delta) else {}),
         "rows": found.total(),
         "expected": len(expected),
-        "lost": len(expected - found.keys()),
+        "missing": len(expected - found.keys()),
         "twice": found.total() - len(found),
-        "orphan_files": sink.orphans(),
-        "verify": report.faults or "well",
+        "verify": report.findings or "ok",
     }
 
 
@@ -317,7 +392,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sink", choices=["parquet", "s3", "postgres"], default="parquet")
+    parser.add_argument("--sink", choices=["delta", "s3", "postgres"], default="delta")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--broker-restarts", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
@@ -327,7 +402,7 @@ def main() -> int:
         except subprocess.SubprocessError as error:
             raise SystemExit(str(error)) from error
     print(json.dumps(result))
-    return int(bool(result["lost"] or result["twice"] or result["orphan_files"] or result["verify"] != "well"))
+    return int(bool(result["missing"] or result["twice"] or result.get("wrong_reads") or result["verify"] != "ok"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ import yaml
 
 from bourse_cli.root import bourse
 from bourse_consumers.alerts.rules_file import RuleFiles
-from bourse_consumers.archive.parquet import ParquetArchive
-from bourse_consumers.archive.store import Folder
-from bourse_consumers.testing import Memory
+from bourse_consumers.archive.sink import DeltaArchive
+from bourse_consumers.testing import Memory, marker
 from bourse_consumers.testing import run as archive_all
 from bourse_producer.replay import Replay
 from bourse_sandbox.exchange import practice_exchange
 from bourse_sandbox.kafka import Kafka
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.processes import spawn
-from bourse_schemas.topics import TOPICS
+from bourse_schemas.topics import POLLS, TOPICS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")})
@@ -276,13 +276,18 @@ def test_the_subscriber_of_the_readme_runs(
 
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder in which data/trades is an archive of the day that ships with the sandbox."""
+    """Return a folder with archives of the day that ships with the sandbox."""
     replay = Replay()
     replay.day(REAL_DAY)
     memory = Memory()
     memory.append(*replay.events)
     folder = tmp_path_factory.mktemp("lake")
-    archive_all(ParquetArchive(Folder(folder / "data" / "trades"), max_rows=5_000), memory)
+    for to in ("data/archive", "data/archive-2"):
+        archive_all(DeltaArchive(str(folder / to), commit_rows=5_000), memory)
+    polls = Memory()
+    for _, poll in groupby(replay.events, key=lambda event: event.poll_sequence):
+        polls.append(marker(*poll))
+    archive_all(DeltaArchive(str(folder / "data" / "archive"), POLLS), polls)
     return folder
 
 
@@ -300,4 +305,5 @@ def test_examples_of_reading_the_archive_run(code: str, lake: Path) -> None:
 
 def test_there_are_examples_of_reading_the_archive() -> None:
     """One for each of the tools it names."""
-    assert [code.split()[1] for code in ARCHIVE_EXAMPLES] == ["duckdb", "polars", "pandas"]
+    tools = [code.split()[1] for code in ARCHIVE_EXAMPLES]
+    assert tools == ["deltalake", "polars", "duckdb", "polars", "duckdb", "polars", "duckdb", "polars"]

@@ -27,7 +27,15 @@ from prometheus_client import (
 
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["ConsumerMetrics", "KafkaMetrics", "Monitor", "NotifyMetrics", "ProducerMetrics", "parse_address"]
+__all__ = [
+    "ArchiveMetrics",
+    "ConsumerMetrics",
+    "KafkaMetrics",
+    "Monitor",
+    "NotifyMetrics",
+    "ProducerMetrics",
+    "parse_address",
+]
 
 START_SECONDS = 120.0  # a service that gives no sign of life within this time after its start is stuck
 TEXT = "text/plain; charset=utf-8"
@@ -95,6 +103,17 @@ class NotifyMetrics:
         self.seconds = histogram("notify_seconds", "From reading an alert to delivery. Readers are late by this time.")
 
 
+class ArchiveMetrics:
+    """Metrics of the archiver that optimizes the closed days of its topic."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        _, gauge, _ = _kinds(registry)
+        self.verified_day = gauge(
+            "archive_verified_day", "Start of the last verified closed day. If it stays old, days have findings."
+        )
+        self.findings = gauge("archive_findings", "Findings of the last verification. Days with any are not merged.")
+
+
 class KafkaMetrics:
     """Metrics of librdkafka's clients, from its statistics."""
 
@@ -115,6 +134,7 @@ class Monitor:
     producer = cached_property(lambda self: ProducerMetrics(self.registry))
     consumer = cached_property(lambda self: ConsumerMetrics(self.registry))
     notify = cached_property(lambda self: NotifyMetrics(self.registry))
+    archive = cached_property(lambda self: ArchiveMetrics(self.registry))
     kafka = cached_property(lambda self: KafkaMetrics(self.registry))
 
     def __init__(self, service: str) -> None:

@@ -20,8 +20,7 @@ import click
 import httpx2
 
 from bourse_cli.options import stop_on_signals
-from bourse_consumers.archive.files import catalog, count_rows
-from bourse_consumers.archive.store import Folder
+from bourse_consumers.archive.table import Table
 from bourse_sandbox.faults import Fault
 from bourse_sandbox.kafka import free_port
 from bourse_sandbox.market import REAL_DAY
@@ -39,6 +38,7 @@ _OPS = tuple(op.value for op in (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
 WARM_UP_POLLS = 5
 START_SECONDS = 30.0
 SETTLE_SECONDS = 60.0
+COMMITS = ("--commit-seconds", "2", "--no-optimize")
 END_SECONDS = 1.5  # for the services after Ctrl-C
 
 
@@ -103,7 +103,7 @@ def run(options: Options) -> int:
             return 0
         finished = run.play(began)
         summary = run.summary(time.monotonic() - began)
-    click.echo(json.dumps(summary) if options.as_json else _text(summary, folder / "archive"))
+    click.echo(json.dumps(summary) if options.as_json else _text(summary, run.table))
     return 0 if finished else 1
 
 
@@ -165,6 +165,7 @@ class _Run:
         self, options: Options, stack: Stack, folder: Path, services: ExitStack, stop: threading.Event
     ) -> None:
         self._options, self._stack, self._folder, self._services, self._stop = options, stack, folder, services, stop
+        self.table = f"{folder}/archive/{TRADES.full_name(stack.cluster.prefix)}"
         self._children: dict[str, Child] = {}
         self._url = ""
         self._sent: dict[str, float] = {}
@@ -180,7 +181,7 @@ class _Run:
         timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", str(seconds)]
         self._spawn("exchange", "sandbox", "exchange", "--port", "0", *market)
         ready = {
-            "archive": self._serve("archive", "consume", "archive", "--to", archive, "--max-age-seconds", "5"),
+            "archive": self._serve("archive", "consume", "archive", "--to", archive, *COMMITS),
             "alerts": self._serve("alerts", "consume", "alerts", "--rules", str(rules)),
         }
         with _step("practice exchange", quiet):
@@ -295,9 +296,12 @@ class _Run:
         return alerts.lag == 0
 
     def _archived(self, *, read: bool = False) -> int:
-        """Return how many rows the archive's files have: by their names, or by reading them."""
-        store = Folder(self._folder / "archive")
-        return count_rows(store) if read else sum(file.rows for file in catalog(store))
+        """Return how many rows the archive has: by its log, or by reading them."""
+        table = Table.open(self.table)
+        if table is None:
+            return 0
+        files = table.files()
+        return table.arrow(files, ["_offset"]).num_rows if read else sum(file.rows for file in files)
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Return the result, counted from the topics and the archive."""
@@ -338,7 +342,7 @@ def _wait(condition: Callable[[], Any], seconds: float, stop: threading.Event) -
     return value
 
 
-def _text(summary: dict[str, Any], archive: Path) -> str:
+def _text(summary: dict[str, Any], archive: str) -> str:
     events, visible, bourse = summary["events"], summary["visible_ms"], program("bourse")
     at = "--bootstrap-servers 127.0.0.1:9092 --registry-url http://127.0.0.1:8081"
     behind = summary["archived_rows"] < events["total"]
@@ -354,7 +358,7 @@ def _text(summary: dict[str, Any], archive: Path) -> str:
         f"{summary['archived_rows']:,} rows archived{' so far' * behind}.\n{shown}"
         "\nNext:\n"
         f"  {bourse} replay {REAL_DAY} --json | head -3\n"
-        f"  {program('python')} -c \"import pyarrow.dataset as d; print(d.dataset('{archive}').head(5))\"\n"
+        f"  {program('python')} -c \"import polars as pl; print(pl.scan_delta('{archive}').head(5).collect())\"\n"
         f"  {bourse} sandbox up --produce --kafka-port 9092 --registry-port 8081\n"
         "and while it runs, in a second terminal:\n"
         f"  {bourse} tail trades --from-beginning {at}\n"

@@ -1,62 +1,73 @@
-"""`bourse consume archive`."""
+"""`bourse consume archive`, and the tables that an archive has."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
+    from bourse_consumers.archive.table import Table
 
-__all__ = ["archive"]
+__all__ = ["NAMES", "TO", "TOPIC", "consume_archive", "one_table", "tables"]
+
+NAMES = click.Choice([topic.name for topic in TOPICS if topic.cleanup == "delete"])
+TO = click.option("--to", required=True, metavar="FOLDER|s3://…", help="Where the tables are, one for each topic.")
+TOPIC = click.option("--topic", type=NAMES, default="trades", show_default=True, help="Which topic.")
 
 
 @click.command
-@click.option("--to", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="Where the files lie.")
+@TO
+@TOPIC
 @click.option(
-    "--topic",
-    type=click.Choice([topic.name for topic in TOPICS]),
-    default="trades",
-    show_default=True,
-    help="Which topic to keep; each has a place of its own.",
-)
-@click.option("--max-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Close a file at N rows.")
-@click.option(
-    "--max-bytes",
-    type=click.IntRange(1),
-    default=16 << 20,
-    show_default=True,
-    help="Close the largest open file when all of them hold N bytes in memory.",
-)
-@click.option(
-    "--max-age-seconds",
+    "--commit-seconds",
     type=click.FloatRange(0, min_open=True),
-    default=300.0,
+    default=60.0,
     show_default=True,
-    help="… or when its first row is so old.",
+    help="An event is readable in the table after at most this time.",
 )
 @click.option(
-    "--accept-loss", is_flag=True, help="Go on where the topic has deleted what the archive lacks; the hole is noted."
+    "--commit-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Commit earlier at N rows."
 )
-def archive(  # an option each
-    to: str, topic: str, *, max_rows: int, max_bytes: int, max_age_seconds: float, accept_loss: bool
-) -> Consumer:
-    """Write every event of a topic to Parquet files, exactly once."""
+@click.option(
+    "--accept-loss", is_flag=True, help="Go on if the topic has deleted what the archive lacks; records the hole."
+)
+@click.option("--optimize/--no-optimize", default=True, help="Merge the files of closed days, or do not.")
+def consume_archive(to: str, topic: str, **options: Any) -> Consumer:
+    """Write every event of a topic to a Delta table, exactly once."""
     import pyarrow as pa
 
-    from bourse_consumers.archive.parquet import ParquetArchive
-    from bourse_consumers.archive.store import open_store
+    from bourse_consumers.archive.sink import DeltaArchive
 
     # Arrow's own allocator keeps for itself what it once had.
     pa.set_memory_pool(pa.system_memory_pool())
-    return ParquetArchive(
-        open_store(to),
-        next(each for each in TOPICS if each.name == topic),
-        max_rows=max_rows,
-        max_bytes=max_bytes,
-        max_age_seconds=max_age_seconds,
-        accept_loss=accept_loss,
-    )
+    return DeltaArchive(to, next(each for each in TOPICS if each.name == topic), **options)
+
+
+def tables(to: str, topic: str | None) -> list[Table]:
+    """Return the archive's tables, or the one of a topic; raise ConfigurationError if there is none."""
+    from bourse_consumers.archive.storage import Storage, StoreError
+    from bourse_consumers.archive.table import Table
+
+    try:
+        names = Storage(to).folders()
+        wanted = [name for name in names if name.rpartition(".")[2] in ([topic] if topic else NAMES.choices)]
+        uris = [to] if "_delta_log" in names else [f"{to.rstrip('/')}/{name}" for name in wanted]
+        found = [table for uri in uris if (table := Table.open(uri)) is not None]
+    except StoreError as error:
+        raise ConfigurationError(f"--to {to}: cannot be read: {error}") from error
+    if not found:
+        raise ConfigurationError(f"--to {to}: there is no table{f' of {topic}' if topic else ''}")
+    return found
+
+
+def one_table(to: str, topic: str) -> Table:
+    """Return the table of a topic; raise ConfigurationError if there are several."""
+    found = tables(to, topic)
+    if len(found) > 1:
+        raise ConfigurationError(f"--to {to}: name one of {', '.join(table.storage.uri for table in found)}")
+    return found[0]

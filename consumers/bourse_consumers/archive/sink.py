@@ -14,6 +14,7 @@ import pyarrow as pa
 import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Reopen, Retry
+from bourse_consumers.archive.maintenance import Optimizer
 from bourse_consumers.archive.storage import Storage, StoreError
 from bourse_consumers.archive.table import Table
 from bourse_schemas.errors import ConfigurationError, Unreachable
@@ -53,6 +54,7 @@ class DeltaArchive(Consumer):
         commit_seconds: float = 60.0,
         commit_rows: int = 50_000,
         accept_loss: bool = False,
+        optimize: bool = False,
     ) -> None:
         if topic.cleanup == "compact":
             raise ConfigurationError(
@@ -62,6 +64,7 @@ class DeltaArchive(Consumer):
         self.topics = (topic,)
         self._to = to
         self._commit_seconds, self._commit_rows, self._accept_loss = commit_seconds, commit_rows, accept_loss
+        self._optimizer = Optimizer(to, topic.name) if optimize else None
         self._table: Table | None = None
         # What the table has stored per partition, None if nothing, and the next offset to read.
         self._stored: dict[Partition, int | None] = {}
@@ -83,16 +86,15 @@ class DeltaArchive(Consumer):
             return Own({})
         try:
             table = self._table = self._opened(assigned, next(iter(assigned)).topic)
-            first, holes = table.about["first"], [*table.about["holes"]]
+            first = table.about["first"]
             begin = {}
             for partition in assigned:
                 oldest = assigned.first.get(partition, 0)
                 begin[partition] = at = table.stored(partition) or first.get(f"{partition.number}", oldest)
                 if at < oldest:
                     self._note_loss(table, partition, at, oldest)
-                    holes.append([partition.number, at, oldest])
                     begin[partition] = oldest
-            table.describe(first={f"{p.number}": at for p, at in begin.items()}, holes=holes)
+            table.describe(first={key: at for p, at in begin.items() if (key := f"{p.number}") not in first})
             table.sync()
         except (StoreError, Unreachable) as error:
             raise Retry(str(error)) from error
@@ -141,9 +143,11 @@ class DeltaArchive(Consumer):
         self._submit()
 
     def idle(self, now: datetime) -> None:  # noqa: ARG002  # ages are durations: the wall clock may jump
-        """Commit what is old enough."""
+        """Commit what is old enough; the member that has partition 0 optimizes closed days."""
         self._submit()
         self._collect()
+        if self._optimizer is not None and any(partition.number == 0 for partition in self._next):
+            self._optimizer.step(self.monitor)
 
     def durable(self) -> Offsets:
         """Return the offsets of what is committed and synced."""
@@ -152,6 +156,8 @@ class DeltaArchive(Consumer):
 
     def close(self) -> None:
         """Commit everything."""
+        if self._optimizer is not None:
+            self._optimizer.stop()
         self._submit(everything=True)
         self._collect(everything=True)
 

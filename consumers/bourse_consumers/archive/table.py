@@ -135,6 +135,15 @@ class Table:
         version: int | None = self.delta.transaction_version(app)
         return version
 
+    def ends(self) -> dict[int, tuple[int, int]]:
+        """Return, for each partition, the first offset of the table and the next one to store."""
+        first = {int(number): at for number, at in self.about["first"].items()}
+        return {number: (at, self.stored(f"{self.name}-{number}") or at) for number, at in first.items()}
+
+    def holes(self) -> list[tuple[int, int, int]]:
+        """Return the accepted holes: partition, start and end."""
+        return [(number, start, end) for number, start, end in self.about["holes"]]
+
     def files(self, day: date | None = None) -> list[File]:
         """Return the active files, those of one day if it is given, in the order of days and paths."""
         actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
@@ -168,7 +177,7 @@ class Table:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, rows: pa.Table) -> list[AddAction]:
+    def write(self, rows: pa.Table, level: int = 1) -> list[AddAction]:
         """Write rows to new files, one for each day, and sync them; they count once they are committed.
 
         Columns that the table has not yet are added to it, which is a commit of its own.
@@ -181,7 +190,7 @@ class Table:
                 self.delta.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
             self.sync()
         days = rows[self.day_column]
-        return [self._file(rows.filter(pc.equal(days, day)), day) for day in pc.unique(days).to_pylist()]
+        return [self._file(rows.filter(pc.equal(days, day)), day, level) for day in pc.unique(days).to_pylist()]
 
     def _with_day(self, rows: pa.Table) -> pa.Table:
         if self.day_column in rows.column_names:
@@ -189,7 +198,7 @@ class Table:
         instants = rows[DAY_OF[self.topic.name]].cast(pa.timestamp("ms", str(TEHRAN)))
         return rows.append_column(self.day_column, pc.local_timestamp(instants).cast(pa.date32(), safe=False))
 
-    def _file(self, rows: pa.Table, day: date) -> AddAction:
+    def _file(self, rows: pa.Table, day: date, level: int) -> AddAction:
         order = [name for name in ("instrument", "_partition", "_offset") if name in rows.column_names]
         rows = rows.sort_by([(name, "ascending") for name in order])
         bounds = {name: pc.min_max(rows[name]).as_py() for name in STATISTICS if name in rows.column_names}
@@ -198,6 +207,7 @@ class Table:
             rows.drop_columns([self.day_column]),
             content,
             compression="zstd",
+            compression_level=level,
             row_group_size=ROW_GROUP,
             write_page_checksum=True,
         )
@@ -264,7 +274,7 @@ class Table:
         """
         for attempt in range(RETRIES):
             about = {key: value for key, value in self.about.items() if key not in FIXED}
-            changed = {**about, **changes, "first": {**changes.get("first", {}), **about["first"]}}
+            changed = {**about, **changes, "first": {**about["first"], **changes.get("first", {})}}
             changed["holes"] = sorted({*map(tuple, about["holes"]), *map(tuple, changes.get("holes", ()))})
             if (text := json.dumps(changed)) == json.dumps(about):
                 return
@@ -317,6 +327,7 @@ def _recover(log: Path) -> None:
     The rows of such a commit are read from Kafka again: its offsets are gone with it.
     """
     commits = sorted(path for path in log.glob("*.json") if path.stem.isdigit())
+    found = {int(path.stem) for path in commits}
     if commits and not _is_json(commits[-1]):
         get_logger().warning("torn commit removed, its rows are read again", file=str(commits[-1]))
         commits.pop().unlink()
@@ -324,7 +335,7 @@ def _recover(log: Path) -> None:
     pointer, checkpoints = log / "_last_checkpoint", sorted(log.glob("*.checkpoint.parquet"))
     ends = [-1, *(int(path.name[:20]) for path in checkpoints)]
     if checkpoints and not _is_parquet(checkpoints[-1]):
-        if not {*range(ends[-2] + 1, ends[-1] + 1)} <= {int(path.stem) for path in commits}:
+        if not {*range(ends[-2] + 1, ends[-1] + 1)} <= found:
             raise ConfigurationError(
                 f"{checkpoints[-1]} is damaged and the commits before it are gone: restore the table from a backup, or "
                 "archive into a new folder"
