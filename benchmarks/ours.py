@@ -21,6 +21,7 @@ from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import ExchangeUnavailable
 from bourse_schemas.events import DeadLetter, PollMarker
 from bourse_schemas.kafka import Cluster
+from reliability.alone import Alone
 
 
 def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> None:
@@ -52,7 +53,7 @@ def main(exchange: str, bootstrap_servers: str, registry: str, prefix: str) -> N
     with httpx2.Client(headers={"User-Agent": "bourse-stream"}) as client:
         account = Credentials("bench", "bench", "0123456789")
         finnotech = Exchange(client, exchange, account, clock=clock)
-        Producer(finnotech, lambda: Publication(cluster), settings, clock).run()
+        Producer(finnotech, lambda: Publication(cluster), settings, clock, leadership=Alone()).run()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from bourse_producer.responses import Reading, derive
 from bourse_producer.service import Producer, Settings
 from bourse_sandbox.serving import serve
 from bourse_schemas.events import Candle, DeadLetter, Outcome, PollMarker, TradeEvent
+from reliability.alone import Alone
 from reliability.certificate import self_signed
 
 __all__ = ["Fuzz", "main"]
@@ -137,7 +138,7 @@ class Fuzz:
             clock, hook = PracticeClock(), self._delivered.append
             exchange = Finnotech(client, url, account, clock=clock, on_response=hook, patience=patience)
             settings = Settings(poll_seconds=0, always=True)
-            producer = Producer(exchange, lambda: self, settings, clock, capture=self)
+            producer = Producer(exchange, lambda: self, settings, clock, leadership=Alone(), capture=self)
             for _ in range(cases):
                 self._try(producer)
 

@@ -77,30 +77,6 @@ class Publication(Protocol):
         """Give the instance up."""
 
 
-class Alone:
-    """Leadership without an election, of an only instance."""
-
-    leads = True
-
-    def term(self, wait_seconds: float = 0.0) -> int | None:  # noqa: ARG002  # it does not wait
-        """Lead."""
-        return 1
-
-    def owe(self, in_seconds: float | None) -> None:
-        """Owe nothing to anybody."""
-
-    def overdue(self) -> bool:
-        """Owe nothing to anybody."""
-        return False
-
-    def resign(self) -> None:
-        """End: a second instance of this prefix runs."""
-        raise Fenced("another instance took over")
-
-    def close(self) -> None:
-        """Leave nothing."""
-
-
 class Capture(Protocol):
     """Where the bytes that a poll is made of are kept."""
 
@@ -143,13 +119,12 @@ class Producer:
         settings: Settings,
         clock: Clock,
         *,
-        leadership: Election | None = None,
+        leadership: Election,
         capture: Capture | None = None,
         monitor: Monitor | None = None,
     ) -> None:
         self._exchange, self._new_publication, self._settings, self._clock = exchange, publication, settings, clock
-        self._leadership: Election | Alone = leadership or Alone()
-        self._capture = capture
+        self._leadership, self._capture = leadership, capture
         self._reporter = Reporter(monitor or Monitor("producer"), settings.profile.source, lambda: clock.now().date())
         self._monitor, self._metrics, self._log = self._reporter.monitor, self._reporter.metrics, self._reporter.log
         self._beats = Beats(settings.poll_seconds, settings.always, clock.simulated, settings.calendar())

@@ -38,6 +38,7 @@ from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS, TRADES
+from reliability.alone import Alone
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,7 @@ def publish(cluster: Cluster, day: Path) -> None:
     settings, clock = Settings(poll_seconds=0, always=True), PracticeClock()
     with practice.serve() as server, httpx2.Client() as client:
         exchange = Finnotech(client, server.url, Credentials("practice", "practice", "0123456789"), clock=clock)
-        producer = Producer(exchange, lambda: Publisher(cluster), settings, clock)
+        producer = Producer(exchange, lambda: Publisher(cluster), settings, clock, leadership=Alone())
         for _ in range(practice.state()["responses"]):
             producer.poll()
         producer._close()

@@ -44,6 +44,7 @@ from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeE
 from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.reading import TopicRecord
 from bourse_schemas.topics import CANDLES, POLLS, TRADES, Topic
+from reliability.alone import Alone
 
 pytestmark = [
     pytest.mark.kafka,
@@ -129,7 +130,7 @@ def in_process(cluster: Cluster, url: str, client: httpx2.Client, profile: Profi
     """Return a producer of this process that goes by the exchange's time."""
     settings, clock = Settings(profile=profile, poll_seconds=0, always=True), PracticeClock()
     exchange = Finnotech(client, url, PRACTICE, profile, clock=clock)
-    return Producer(exchange, lambda: Publisher(cluster), settings, clock)
+    return Producer(exchange, lambda: Publisher(cluster), settings, clock, leadership=Alone())
 
 
 def poll(producer: Producer, times: int) -> None:

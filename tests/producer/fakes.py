@@ -18,6 +18,7 @@ from bourse_producer.publisher import State
 from bourse_producer.service import Producer, Settings
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker, TradeEvent
+from reliability.alone import Alone
 
 __all__ = ["ALL_DAYS", "DAY", "ByTheClock", "FakeClock", "FakeExchange", "Log", "Office", "at", "row", "was_committed"]
 
@@ -255,6 +256,7 @@ class Office:
 def service(clock: FakeClock, log: Log, exchange: FakeExchange | None = None, **changes: Any) -> Producer:
     """Return a producer by this clock, on every day."""
     extras = {name: changes.pop(name) for name in ("leadership", "capture", "monitor") if name in changes}
+    extras.setdefault("leadership", Alone())
     settings = Settings(**{"calendar": lambda: ALL_DAYS, **changes})
     return Producer(exchange or ByTheClock(clock), log, settings, clock, **extras)
 

@@ -25,6 +25,7 @@ from bourse_sandbox.exchange import SCOPE, practice_exchange
 from bourse_sandbox.faults import KINDS, Fault
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, DeadLetter, FeedState, Outcome, PollMarker, TradeEvent
+from reliability.alone import Alone
 from reliability.certificate import self_signed
 
 PUBLISHED, UNCHANGED, FAILED = Outcome.PUBLISHED, Outcome.UNCHANGED, Outcome.FAILED
@@ -70,7 +71,7 @@ def play(*faults: str, polls: int = 5, profile: str = "trades-realtime", **optio
         account = Credentials("practice", "practice", "0123456789")
         patience = Patience(longest_seconds=0)
         exchange = Finnotech(client, server.url, account, chosen, clock=clock, patience=patience, deadline_seconds=1.5)
-        producer = Producer(exchange, lambda: log, settings, clock)
+        producer = Producer(exchange, lambda: log, settings, clock, leadership=Alone())
         for _ in range(polls):
             producer.poll()
         return log, practice.state()
