@@ -332,7 +332,7 @@ def test_a_webhook_is_signed_and_a_repetition_is_recognized(web: Web) -> None:
 
 
 def test_a_failure_has_a_reason_and_no_secret(web: Web, apprised: Callable[..., Apprised]) -> None:
-    """The server's answer, or that there is none; no token, path or password; a refusal is told apart."""
+    """The server's answer, or that there is none; no token, path or password; a refusal is distinguished."""
     web.status = 403
     gone = f"127.0.0.1:{free_port()}"
     ways = [
@@ -482,6 +482,7 @@ channels:
         ("a: [", "not YAML"),
         ("version: 2\nchannels: {}", "version: "),
         ("version: 1\nchannels: {}", "channels: "),
+        ("version: 1\nchannels: {desk: 1, mail: null}", "channels.desk: "),
     ],
 )
 def test_a_file_that_is_not_one_is_an_operators_mistake(tmp_path: Path, text: str | None, message: str) -> None:

@@ -292,10 +292,9 @@ class _File(Strict):
 def load(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Channel]:
     """Return the channels of a file by name; raise ConfigurationError with every mistake."""
     document = Document(path, "the channels", secret=True)
-    channels = document.data.get("channels")
-    people = (
-        [name for name, each in channels.items() if "alertmanager" not in each] if isinstance(channels, dict) else []
-    )
+    channels: Any = document.data.get("channels")
+    pairs = channels.items() if isinstance(channels, dict) else ()
+    people = [name for name, each in pairs if isinstance(each, dict) and "alertmanager" not in each]
     file = document.check(_File, document.data, context=(path.parent, environment, people))
     if document.wrong or file is None:
         raise document.error()

@@ -35,6 +35,7 @@ class Notify(Consumer):
     ) -> None:  # fmt: skip
         self.from_end = not from_start
         self._name, self._channel, self._channels = name, channels[name], channels
+        self._sender = self._channel.sender
         self._max_age, self._give_up, self._now = max_age, give_up.total_seconds(), now
         self._writer = Writer(self._channel.language)
         # The records in hand, and the parts of their message that are not delivered once one of them is.
@@ -80,7 +81,7 @@ class Notify(Consumer):
 
     def close(self) -> None:
         """Release the way to the channel."""
-        self._channel.sender.close()
+        self._sender.close()
 
     def _wants(self, alert: PriceAlert) -> bool:
         """Return whether there is a message about it: not about the day's end, nor the end of a single moment."""
@@ -93,7 +94,7 @@ class Notify(Consumer):
         left = self._left if hand == self._hand and self._left else self._parts(self._channel, alerts)
         self._hand, self._left = hand, ()
         while left:
-            self._channel.sender.send(left[0])
+            self._sender.send(left[0])
             left = self._left = left[1:]
 
     def _parts(self, channel: Channel, alerts: Sequence[PriceAlert]) -> Any:
@@ -185,7 +186,7 @@ class Alertmanager(Notify):
             annotations = {"summary": self._writer.title(alert), "description": self._writer.text(alert)}
             times = {"startsAt": min(first.raised_at, now).isoformat(), "endsAt": ends.isoformat()}
             posted.append({"labels": labels, "annotations": annotations, **times})
-        self._channel.sender.post(json.dumps(posted), {})
+        self._sender.post(json.dumps(posted), {})
 
 
 def consumer_of(name: str, channels: Mapping[str, Channel], **options: Any) -> Notify:
