@@ -86,8 +86,8 @@ def test_an_alert_in_the_channels_language(writer: Writer, title: str, line: str
 
 
 def test_an_old_alert_carries_its_age() -> None:
-    """From two minutes on, in its largest unit."""
-    for age, text in ((120, None), (121, "2 min ago"), (3 * 3600, "3 h ago"), (49 * 3600, "2 d ago")):
+    """From two minutes on, in its largest unit; one of a day that is replayed years later has none."""
+    for age, text in ((120, None), (121, "2 min ago"), (3 * 3600, "3 h ago"), (49 * 3600, "2 d ago"), (4e7, None)):
         (line,) = lines(EN.message([alert()], NOON + timedelta(seconds=age)))
         assert line.endswith(text or "12:00:00")
     (line,) = lines(FA.message([alert()], NOON + timedelta(minutes=12)))
@@ -149,10 +149,11 @@ def test_what_is_too_old_is_only_counted() -> None:
     old = [alert(number, raised_at=NOON - 2 * HOUR) for number in range(3)]
     message = EN.message([*old, alert(9)], NOON, max_age=HOUR)
     assert plain(message.title) == "🔵 ومعادن fast-move"
-    assert lines(message)[1:] == ["3 alerts older than 1 h", "fast-move: 3"]
+    assert lines(message)[1:] == ["alerts older than 1 h: 3", "fast-move: 3"]
     message = FA.message(old, NOON, max_age=HOUR)
     assert plain(message.title) == "📋 ۳ هشدار قدیمی‌تر از ۱ ساعت"
     assert lines(message) == ["fast-move: ۳"]
+    assert len(lines(FA.message(old, NOON + timedelta(days=400), max_age=HOUR))) == 3, "the practice exchange"
 
 
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=9), st.integers(61 * 6, 900))

@@ -23,6 +23,7 @@ __all__ = ["Message", "Writer", "example", "split"]
 
 LINES = 20
 AGED = timedelta(minutes=2)
+PRACTICE = timedelta(days=366)  # an alert that is older is of a replayed day: it counts as new
 RLM, LRI, FSI, PDI = "\u200f", "\u2066", "\u2068", "\u2069"
 MARKS = {Severity.CRITICAL: "🔴", Severity.INFO: "🔵"}  # 🟠 for others
 UNITS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
@@ -59,7 +60,7 @@ class Writer:
         """
         fresh, old = list[PriceAlert](), list[PriceAlert]()
         for each in alerts:
-            (old if now - each.raised_at > max_age else fresh).append(each)
+            (old if max_age < now - each.raised_at < PRACTICE else fresh).append(each)
         if len(fresh) > digest_above:
             fresh = list({each.alert_id: each for each in fresh}.values())
             fresh.sort(key=lambda each: each.raised_at, reverse=True)
@@ -99,7 +100,8 @@ class Writer:
         for each in alerts[:LINES]:
             age, text = now - each.raised_at, self.text(each)
             at = self._ltr(self._digits(f"{each.raised_at.astimezone(TEHRAN):%H:%M:%S}"))
-            line = self.say("comma").join((text, at, *([self.say("ago", self._span(age))] if age > AGED else [])))
+            ago = [self.say("ago", self._span(age))] if AGED < age < PRACTICE else []
+            line = self.say("comma").join((text, at, *ago))
             # Most texts of alerts that fire name the symbol themselves.
             named = each.symbol is not None and each.symbol in text and each.state is not AlertState.RESOLVED
             head = "" if len(alerts) == 1 else f"{_mark(each)} " if named else f"{self.title(each)}: "
