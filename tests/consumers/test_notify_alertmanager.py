@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -108,9 +109,7 @@ class Place:
 
     def received(self, receiver: str, status: str) -> set[str]:
         """Return the instruments for which a receiver got a message of this status."""
-        got = [
-            body for asked, body in zip(self.web.asked, self.web.bodies(), strict=True) if asked.path == f"/{receiver}"
-        ]
+        got = [json.loads(asked.body) for asked in list(self.web.asked) if asked.path == f"/{receiver}"]
         return {each["labels"]["instrument"] for body in got for each in body["alerts"] if each["status"] == status}
 
 
