@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,9 +19,6 @@ from bourse_schemas.errors import ConfigurationError, PublishError
 from bourse_schemas.events import TEHRAN
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
-
-if TYPE_CHECKING:
-    from bourse_consumers.archive.table import Table
 
 __all__ = ["archive"]
 
@@ -50,53 +47,81 @@ def progress(steps: Iterable[Any], label: str) -> AbstractContextManager[Iterabl
     return click.progressbar(steps, label=label, file=sys.stderr, hidden=not sys.stderr.isatty())
 
 
+ONE = click.option("--topic", type=NAMES, help="Only this topic. [default: all that are there]")
+
+
 @archive.command
-@click.option(
-    "--to", required=True, metavar="FOLDER|s3://…|postgresql://…", help="Folder, bucket or database of the archive."
-)
-@click.option("--table", type=click.Choice([topic.name for topic in TOPICS]), help="Which topic. [default: all]")
-@click.option("--schema", default="bourse", help="The schema that holds the tables, in a database.")
-@click.option("--topic/--no-topic", "beside", default=True, help="Compare with what the topic still has, or do not.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--to", required=True, metavar="FOLDER|s3://…|postgresql://…", help="Where the archive is.")
+@ONE
+@click.option("--schema", default="bourse", show_default=True, help="Schema of the tables in a database.")
+@click.option("--no-topic", "alone", is_flag=True, help="Do not compare with what the topics still have.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each table.")
 @cluster_options
-def verify(cluster: Cluster, *, to: str, table: str | None, schema: str, beside: bool, as_json: bool) -> None:
-    """Prove that an archive holds every event once: offsets, sequences, totals, and the topic itself.
+@click.pass_context
+def verify(
+    ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, schema: str, alone: bool, as_json: bool
+) -> None:
+    """Prove that an archive has every event once: files, offsets, sequences, totals, polls, and the topic itself.
 
-    Exit 0 if it does, otherwise 1.
+    Exit 1 if there are findings.
     """
+    from bourse_consumers.archive.verify import kept_by, show
+    from bourse_consumers.archive.verify import verify as check
+
     if to.startswith(("postgresql://", "postgres://")):
-        _verify_postgres(to, cluster, table or "trades", schema, beside=beside, as_json=as_json)
+        from bourse_consumers.postgres.command import require_no_password
+        from bourse_consumers.postgres.proof import verify as check_tables
+
+        require_no_password(to, "--to")
+        declared = next(each for each in TOPICS if each.name == (topic or "trades"))
+        kept = partial(kept_by, cluster, declared, declared.full_name(cluster.prefix))
+        reports = [check_tables(to, declared, schema=schema, prefix=cluster.prefix, kept=None if alone else kept)]
     else:
-        _verify_table(one_table(to, table or "trades"), cluster, beside=beside, as_json=as_json)
-
-
-def _verify_table(table: Table, cluster: Cluster, *, beside: bool, as_json: bool) -> None:
-    from bourse_consumers.archive.proof import Report, Stored, prove
-    from bourse_consumers.archive.verify import kept_by, show
-
-    files, report = table.files(), Report(table.name)
-    report.files = len(files)
-    days = sorted({file.day for file in files})
-    parts = (table.arrow([file for file in files if file.day == day]) for day in days)
-    kept = kept_by(cluster, table.topic, table.name) if beside else None
-    prove(Stored(table.ends(), table.holes(), parts), report, kept)
-    show(report, as_json=as_json)
-
-
-def _verify_postgres(dsn: str, cluster: Cluster, table: str, schema: str, *, beside: bool, as_json: bool) -> None:
-    from bourse_consumers.archive.verify import kept_by, show
-    from bourse_consumers.postgres.command import require_no_password
-    from bourse_consumers.postgres.proof import verify as examine
-
-    require_no_password(dsn, "--to")
-    topic = next(each for each in TOPICS if each.name == table)
-    kept = partial(kept_by, cluster, topic, topic.full_name(cluster.prefix)) if beside else None
-    show(examine(dsn, topic, schema=schema, prefix=cluster.prefix, kept=kept), as_json=as_json)
+        found = tables(to, topic)
+        reports = [check(each, None if alone else partial(kept_by, cluster, each.topic, each.name)) for each in found]
+    for report in reports:
+        show(report, as_json=as_json)
+    ctx.exit(any(report.findings for report in reports))
 
 
 @archive.command
 @TO
-@click.option("--topic", type=NAMES, help="Only this topic.")
+@ONE
+@click.option("--from-topic", is_flag=True, help="Write them again. Without it they are listed.")
+@cluster_options
+@click.pass_context
+def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, from_topic: bool) -> None:
+    """Verify an archive and write the days and partitions that have findings again, from what the topics still have.
+
+    Archivers and readers may run meanwhile. Exit 1 if findings are left.
+    """
+    from bourse_consumers.archive.repair import repair as write_again
+    from bourse_consumers.archive.storage import StoreError
+    from bourse_consumers.archive.verify import kept_by, show
+    from bourse_consumers.archive.verify import verify as check
+
+    left = False
+    for table in tables(to, topic):
+        kept = partial(kept_by, cluster, table.topic, table.name)
+        report = check(table, kept)
+        show(report)
+        if from_topic and report.damaged:
+            try:
+                repaired, lost = write_again(table, report, kept())
+            except StoreError as error:
+                raise PublishError(f"nothing is changed: {error}; run it again") from error
+            click.echo(f"{table.name}: written again: {', '.join(map(str, sorted(repaired))) or 'nothing'}")
+            if lost:
+                click.echo(f"{table.name}: not whole on the topic any more: {', '.join(map(str, sorted(lost)))}")
+            report = check(table, kept)
+            show(report)
+        left = left or bool(report.findings)
+    ctx.exit(left)
+
+
+@archive.command
+@TO
+@ONE
 @click.option("--before", type=DAY, help="Days before this one. [default: today in Tehran]")
 @click.option("--day", type=DAY, help="Only this day.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")

@@ -45,6 +45,7 @@ __all__ = [
     "group_lag",
     "offsets",
     "read",
+    "read_values",
 ]
 
 Partition = tuple[str, int]
@@ -127,6 +128,23 @@ def read(
             yield from reader.step_within(ends)
 
 
+def read_values(
+    cluster: Cluster, place: Partition, start: int, end: int, *, count: int, timeout: float = TIMEOUT
+) -> Iterator[tuple[list[int], list[int], list[bytes | None]]]:
+    """Yield offsets, timestamps (ms) and values of a partition between two offsets, at least `count` at a time.
+
+    It is faster than `read`. Records that were deleted before they were read are an error.
+    """
+    with _Reader(cluster, {place: start}, {place: end}, timeout, "error") as reader:
+        found: list[Any] = []
+        while reader.behind:
+            found += [message for message in reader.messages() if (message.offset() or 0) < end]
+            if found and (len(found) >= count or not reader.behind):
+                offsets, values = ([getattr(each, name)() for each in found] for name in ("offset", "value"))
+                yield offsets, [message.timestamp()[1] for message in found], values
+                found = []
+
+
 def follow(
     cluster: Cluster, topics: Mapping[str, int | None], *, starts: Offsets | None = None, timeout: float = TIMEOUT
 ) -> Iterator[Batch]:
@@ -187,17 +205,22 @@ class _Reader:
 
     def step(self) -> list[TopicRecord]:
         """Return what comes within a moment; raise Unreachable if there was no progress for too long."""
+        return list(map(_record, self.messages()))
+
+    def messages(self) -> list[Message]:
+        """Return the same as the client has it."""
         began = time.monotonic()
         # `consume` waits for the whole batch or the whole time; a first `poll` returns as soon as there is anything.
         first = self._consumer.poll(STEP_SECONDS)
         self._waited += time.monotonic() - began
-        records = []
+        good = []
         for message in [] if first is None else [first, *self._consumer.consume(CHUNK - 1, 0)]:
             if (error := message.error()) is None:
-                records.append(record := _record(message))
-                self._reached(record.place, record.offset + 1)
+                good.append(message)
             else:
                 self._note((message.topic() or "", message.partition() or 0), message.offset() or 0, error)
+        for place, at in {(each.topic() or "", each.partition() or 0): each.offset() or 0 for each in good}.items():
+            self._reached(place, at + 1)
         if self.behind and self._waited >= self.timeout:
             (name, number), end = next(iter(self.behind.items()))
             at = self._at[name, number]
@@ -206,7 +229,7 @@ class _Reader:
                 f"{name}-{number}: no progress from offset {at} to {end} within {self.timeout:.0f} s: "
                 f"{self.trouble or reason}"
             )
-        return records
+        return good
 
     def _open_transaction(self, name: str, number: int) -> str:
         """Return how to end a transaction that its coordinator lost, as a broker that was killed can leave it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -67,14 +68,24 @@ class Report:
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def find(self, what: str, **place: Any) -> None:
-        """Add a finding; `place` is file, day, partition, first and last offset, if they are known."""
+        """Add a finding; `place` is file, day, partitions, first and last offset, if they are known."""
         self.findings.append({"what": what, **place})
 
     def find_rows(self, what: str, rows: pl.DataFrame) -> None:
         """Add a finding for each day and partition of these rows."""
         bad = rows.group_by("_day", "_partition").agg(OFFSET.min(), last=OFFSET.max(), count=pl.len())
         for day, number, first, last, count in bad.sort("_partition", "_offset").iter_rows():
-            self.find(f"{what}: {count}", day=day, partition=number, first=first, last=last)
+            self.find(f"{what}: {count}", day=day, partitions=(number, number), first=first, last=last)
+
+    @property
+    def damaged(self) -> set[tuple[date, int]]:
+        """Return the days and partitions that have findings."""
+        return {
+            (each["day"], number)
+            for each in self.findings
+            if each.get("day") is not None
+            for number in range(each["partitions"][0], each["partitions"][1] + 1)
+        }
 
 
 def prove(stored: Stored, report: Report, kept: Kept | None = None, markers: Markers | None = None) -> None:
@@ -176,11 +187,13 @@ class _Proof:
         start, end = kept.ends[number]
         _, following = self.stored.ends.get(number, (start, start))
         if following > end:
-            self.report.find(f"the archive has offsets to {following - 1}, the topic ends at {end}", partition=number)
+            self.report.find(
+                f"the archive has offsets to {following - 1}, the topic ends at {end}", partitions=(number, number)
+            )
         mine, lost = self.places.filter(_partition=number), _within(self.stored.holes)
         behind, at, tables = 0, start, kept.rows(number, start, end)
         while (table := next(tables, None)) is not None or at < following:
-            theirs = EMPTY if table is None else _places(self._aligned(_frame(table), number))
+            theirs = EMPTY if table is None else _places(self._aligned(_frame(table)))
             until = following if table is None else theirs["_offset"][-1] + 1
             ours = mine.filter(OFFSET.is_between(at, until - 1))
             at = until
@@ -194,19 +207,19 @@ class _Proof:
                 self.report.find_rows("rows not on the topic", ours.join(theirs, "_offset", "anti"))
                 self.report.find_rows("rows different from the topic", both)
         if behind and number not in self.stored.ends:
-            self.report.find(f"partition missing, rows on the topic: {behind}", partition=number)
+            self.report.find(f"partition missing, rows on the topic: {behind}", partitions=(number, number))
         self.report.behind += behind
         return behind
 
-    def _aligned(self, rows: pl.DataFrame, number: int) -> pl.DataFrame:
+    def _aligned(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Return the topic's rows with the archive's columns."""
-        for name in rows.columns:
-            if self._schema and name not in self._schema and rows[name].null_count() < rows.height:
-                self.report.find(f"column missing that has values on the topic: {name}", partition=number)
-        nulls = {name: pl.lit(None, kind) for name, kind in self._schema.items() if name not in rows.columns}
-        return rows.with_columns(**nulls).select(
-            pl.col(name).cast(kind) for name, kind in (self._schema or rows.schema).items()
-        )
+        schema = self._schema or dict(rows.schema)
+        for name in rows.columns if self._schema else ():
+            if name not in schema:
+                without = rows.filter(pl.col(name).is_not_null())
+                self.report.find_rows(f"rows without the column {name} that the topic has", _places(without))
+        nulls = {name: pl.lit(None, kind) for name, kind in schema.items() if name not in rows.columns}
+        return rows.with_columns(**nulls).select(pl.col(name).cast(kind) for name, kind in schema.items())
 
     def polls(self, markers: Markers, complete: set[int]) -> None:
         """Check that polls have the rows that their markers count, as far as polls and partitions are archived."""

@@ -168,6 +168,7 @@ class Table:
             content = pq.ParquetFile(pa.py_buffer(self.storage.get(file.path)), page_checksum_verification=True)
             names = [name for name in wanted.names if name in content.schema_arrow.names]
             rows = content.read(names)
+            rows = rows.cast(pa.schema([wanted.field(name) for name in rows.column_names]))  # others write string views
             if self.day_column in wanted.names:
                 rows = rows.append_column(self.day_column, pa.array([file.day] * rows.num_rows, pa.date32()))
             tables.append(rows.replace_schema_metadata())
@@ -182,7 +183,7 @@ class Table:
 
         Columns that the table has not yet are added to it, which is a commit of its own.
         """
-        rows = self._with_day(rows)
+        rows = self.with_day(rows)
         rows = rows.cast(pa.schema([_stored(field) for field in rows.schema]))
         known = {field.name for field in self.delta.schema().fields}
         if new := [field for field in rows.schema if field.name not in known]:
@@ -192,7 +193,8 @@ class Table:
         days = rows[self.day_column]
         return [self._file(rows.filter(pc.equal(days, day)), day, level) for day in pc.unique(days).to_pylist()]
 
-    def _with_day(self, rows: pa.Table) -> pa.Table:
+    def with_day(self, rows: pa.Table) -> pa.Table:
+        """Return rows with the column of their day."""
         if self.day_column in rows.column_names:
             return rows
         instants = rows[DAY_OF[self.topic.name]].cast(pa.timestamp("ms", str(TEHRAN)))

@@ -1,76 +1,141 @@
-"""Verify an archive: what the topic still has of it, and the report."""
+"""Verify a table: its files, then its rows, against what the topic still has; and print the report.
+
+That no commit is missing is checked when a table is opened.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby
+from operator import attrgetter
 
 import click
+import polars as pl
 import pyarrow as pa
 
-from bourse_consumers.api import Batch, Partition, Record
-from bourse_consumers.archive.proof import Kept, Report
+from bourse_consumers.api import Batch, Partition, Places, Record, Records
+from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
+from bourse_consumers.archive.storage import StoreError
+from bourse_consumers.archive.table import File, Table
 from bourse_consumers.columns import Columns
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.reading import FIRST, LAST, offsets, read
+from bourse_schemas.reading import FIRST, LAST, offsets, read_values
 from bourse_schemas.topics import Topic
 
-__all__ = ["kept_by", "show"]
+__all__ = ["kept_by", "readable", "show", "verify"]
 
 CHUNK = 20_000
+Done = Callable[[int], None]
 
 
-def kept_by(cluster: Cluster, topic: Topic, name: str) -> Kept:
-    """Return what a topic still has, decoded by its writers' schemas."""
+def verify(table: Table, kept: Callable[[Done], Kept] | None = None) -> Report:
+    """Check a table; `kept` returns what the topic has. Polls are counted if their table is next to it."""
+    files, report = table.files(), Report(table.name)
+    report.files = len(files)
+    markers = _markers(table, report) if table.topic.name == "trades" else None
+    with click.progressbar(length=1, label=table.name, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        # The topic has all rows of the polls that were read before it.
+        there = kept(bar.update) if kept else None
+        ends = there.ends.values() if there else ()
+        bar.length = sum(file.rows for file in files) + sum(end - start for start, end in ends)
+        prove(Stored(table.ends(), table.holes(), _parts(table, files, report, bar.update)), report, there, markers)
+    return report
+
+
+def _markers(table: Table, report: Report) -> Markers | None:
+    polls = Table.open(f"{table.storage.uri.removesuffix('trades')}polls")
+    if polls is None:
+        return None
+    counts = pl.from_arrow(readable(polls, polls.files(), report).select(["poll_sequence", *COUNTED.values()]))
+    return Markers(pl.DataFrame(counts), from_start=all(first == 0 for first, _ in polls.ends().values()))
+
+
+def _parts(table: Table, files: list[File], report: Report, done: Done) -> Iterator[pa.Table]:
+    for _, same in groupby(files, attrgetter("day")):
+        rows = readable(table, list(same), report)
+        yield rows
+        done(rows.num_rows)
+
+
+def readable(table: Table, files: list[File], report: Report) -> pa.Table:
+    """Return the rows of those files that are as the log has them; report the others."""
+    sizes: dict[str, int] = {}
+    for folder in {file.path.partition("/")[0] for file in files}:
+        sizes |= table.storage.sizes(folder)
+    good = [table.arrow([])]
+    for file in files:
+        size, found = sizes.get(file.path), None
+        what = f"file has {size} bytes, not {file.size}"
+        if size is None:
+            what = "file is missing"
+        elif size == file.size:
+            try:
+                found = table.arrow([file])
+                what = f"file has {found.num_rows} rows, not {file.rows}"
+            except (pa.ArrowException, OSError, StoreError) as error:
+                what = f"file is damaged: {error}"
+        if found is not None and found.num_rows == file.rows:
+            good.append(found)
+        else:
+            first, last = file.offsets
+            report.find(what, file=file.path, day=file.day, partitions=file.partitions, first=first, last=last)
+    return pa.concat_tables(good)
+
+
+def kept_by(cluster: Cluster, topic: Topic, name: str, done: Done = lambda _: None) -> Kept:
+    """Return what a topic still has, decoded by its writers' schemas; `done` gets how many offsets were read."""
     places = [(name, number) for number in range(cluster.require_topics([name])[name])]
     first, end = (offsets(cluster, dict.fromkeys(places, which)) for which in (FIRST, LAST))
     decode = cluster.registry().deserializer(topic.event)
     columns = Columns(decode)
 
-    def table(records: list[Record]) -> pa.Table:
-        return Batch(records, {}, decode=lambda record: decode(record.value), columns=columns.read).table()
+    def batch(places: Places) -> Batch:
+        records = Records(places, lambda: [Record(*each[:3], None, each[3], {}) for each in zip(*places, strict=True)])
+        return Batch(records, {}, False, lambda record: decode(record.value), columns.read, columns.unknown)
 
-    def decodable(record: Record) -> bool:
+    def decoded(places: Places) -> list[pa.Table]:
         try:
-            decode(record.value)
-        except Undecodable:
-            return False  # it is a dead letter, and not archived
-        return True
+            return [batch(places).all_fields()]
+        except Undecodable:  # somewhere is a dead letter, which is not archived
+            half = len(places.offsets) // 2
+            halves = (Places(*(column[side] for column in places)) for side in (slice(half), slice(half, None)))  # type: ignore[arg-type]  # columns all of them
+            return [table for each in halves if half for table in decoded(each)]
 
     def rows(number: int, start: int, end: int) -> Iterator[pa.Table]:
-        place = (name, number)
-        # What the topic deletes meanwhile is not skipped silently.
-        found = read(cluster, name, start={place: start}, end={place: end}, reset="error") if start < end else iter(())
-        while chunk := list(islice(found, CHUNK)):
-            records = [Record(Partition(*each.place), *each[1:]) for each in chunk]
-            try:
-                yield table(records)
-            except Undecodable:
-                if records := list(filter(decodable, records)):
-                    yield table(records)
+        ahead: Future[list[pa.Table]] | None = None
+        found = read_values(cluster, (name, number), start, end, count=CHUNK) if start < end else iter(())
+        with ThreadPoolExecutor(1) as decoder:  # one chunk is decoded while the next one is read
+            for read in found:
+                ready, ahead = ahead, decoder.submit(decoded, Places([Partition(name, number)] * len(read[0]), *read))
+                yield from ready.result() if ready else ()
+                done(read[0][-1] + 1 - start)
+                start = read[0][-1] + 1
+            yield from ahead.result() if ahead else ()
 
-    return Kept({number: (first[place], end[place]) for place in places for number in place[1:]}, rows)
+    return Kept({place[1]: (first[place], end[place]) for place in places}, rows)
 
 
-def show(report: Report, *, as_json: bool) -> None:
-    """Print a report; the exit code is 1 if it has findings."""
+def show(report: Report, *, as_json: bool = False) -> None:
+    """Print a report."""
     if as_json:
         click.echo(json.dumps({"ok": not report.findings, **asdict(report)}, default=str))
-    else:
-        for number, (first, following) in sorted(report.partitions.items()):
-            click.echo(f"{report.topic}-{number}: offsets {first} to {following - 1}")
-        for each in report.findings:
-            place = [f"{name} {each[name]}" for name in ("file", "day", "partition") if name in each]
-            place += [f"offsets {each['first']} to {each['last']}"] if "first" in each else []
-            click.echo(f"FINDING {', '.join([*place, ''])}{each['what']}")
-        click.echo(
-            f"{report.rows:,} rows of {report.days} days in {report.files} files, {report.compared:,} compared with "
-            f"the topic, {report.behind:,} not archived yet, {report.lost:,} offsets in recorded holes"
-        )
-        if report.polls:
-            click.echo(f"polls {report.polls[0]} to {report.polls[1]} have the rows that their markers count")
-        click.echo(f"{len(report.findings)} findings" if report.findings else "ok: nothing is missing or stored twice")
-    click.get_current_context().exit(1 if report.findings else 0)
+        return
+    for number, (first, following) in sorted(report.partitions.items()):
+        click.echo(f"{report.topic}-{number}: offsets {first} to {following - 1}")
+    for each in report.findings:
+        place = [f"{name} {each[name]}" for name in ("file", "day") if each.get(name)]
+        spans = {"partitions": each.get("partitions"), "offsets": "first" in each and (each["first"], each["last"])}
+        place += [f"{name} {span[0]} to {span[1]}" for name, span in spans.items() if span]
+        click.echo(f"FINDING {', '.join([*place, each['what']])}")
+    click.echo(
+        f"{report.rows:,} rows of {report.days} days in {report.files} files, {report.compared:,} compared with the "
+        f"topic, {report.behind:,} not archived yet, {report.lost:,} offsets in recorded holes"
+    )
+    if report.polls:
+        click.echo(f"polls {report.polls[0]} to {report.polls[1]} were compared with their markers")
+    click.echo(f"{len(report.findings)} findings" if report.findings else "ok: nothing is missing or stored twice")

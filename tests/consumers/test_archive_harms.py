@@ -1,0 +1,222 @@
+"""Harms to an archive: what verify prints of each, and whether repair fixes it. docs/archive.md has the same table."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from bourse_consumers.api import Batch
+from bourse_consumers.archive.command import one_table
+from bourse_consumers.archive.proof import Kept, Report
+from bourse_consumers.archive.repair import repair
+from bourse_consumers.archive.sink import DeltaArchive
+from bourse_consumers.archive.table import Table
+from bourse_consumers.archive.verify import show, verify
+from bourse_consumers.testing import Memory, marker, run, trade
+from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.topics import POLLS, TRADES, Topic
+
+DAYS = [date(2026, 11, 23), date(2026, 11, 24), date(2026, 11, 25)]
+REPAIRED, FOUND, READ_AGAIN, HARMLESS = "repaired", "found only", "archived again", "nothing is lost"
+
+
+def kept(memory: Memory, topic: Topic, first: int = 0) -> Kept:
+    """Return what the topic in memory still has from an offset on, in chunks of ten."""
+    logs = {place.number: log for place, log in memory.records.items() if place.topic == topic.full_name()}
+
+    def rows(number: int, start: int, end: int) -> Iterator[pa.Table]:
+        found = [record for record in logs[number][start:end] if record is not None]
+        for at in range(0, len(found), 10):
+            yield Batch(found[at : at + 10], {}, decode=memory.decode).table()
+
+    return Kept({number: (first, len(log)) for number, log in logs.items()}, rows)
+
+
+class Archive:
+    """A folder with the tables of trades and polls, and the topics in memory."""
+
+    def __init__(self, folder: Path, memory: Memory) -> None:
+        self.folder, self.memory = folder, memory
+        self.trades = folder / "bourse.trades"
+
+    def run(self) -> None:
+        """Archive what comes next."""
+        for topic in (TRADES, POLLS):
+            run(DeltaArchive(str(self.folder), topic, commit_rows=8), self.memory, batch_size=4)
+
+    def table(self, topic: Topic = TRADES) -> Table:
+        """Open a table."""
+        return one_table(str(self.folder), topic.name)
+
+    def verify(self, topic: Topic = TRADES, *, topic_is_there: bool = True) -> Report:
+        """Verify a table."""
+        of_topic = partial(kept, self.memory, topic)
+        return verify(self.table(topic), (lambda _: of_topic()) if topic_is_there else None)
+
+    def repair(self, topic: Topic = TRADES, first: int = 0) -> tuple[set[date], set[date]]:
+        """Repair a table from a topic that has the offsets from `first` on."""
+        return repair(self.table(topic), self.verify(topic), kept(self.memory, topic, first))
+
+    def file(self, day: date = DAYS[1]) -> Path:
+        """Return a data file of a day."""
+        return self.trades / self.table().files(day)[0].path
+
+    def commit(self, back: int = 0) -> Path:
+        """Return the newest commit, or one before it."""
+        return sorted((self.trades / "_delta_log").glob("*.json"))[-1 - back]
+
+    def delta(self, topic: Topic = TRADES) -> DeltaTable:
+        """Return the table as other programs open it."""
+        return DeltaTable(f"{self.folder}/{topic.full_name()}")
+
+
+@pytest.fixture(scope="session")
+def _whole(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    """Archive three days of two partitions once."""
+    memory = Memory(partitions=2, markers=True)
+    poll = 0
+    for day in DAYS:
+        for sequence in range(1, 7):
+            poll += 1
+            both = [
+                trade(sequence=sequence, trading_day=day, poll_sequence=poll, instrument=f"IRO1MADN000{number}")
+                for number in range(2)
+            ]
+            for number, event in enumerate(both):
+                memory.append(event, partition=number)
+            memory.append(marker(*both))
+    archive = Archive(tmp_path_factory.mktemp("harms"), memory)
+    archive.run()
+    return archive
+
+
+@pytest.fixture
+def archive(_whole: Archive, tmp_path: Path) -> Archive:
+    """Return a copy of the archive."""
+    return Archive(Path(shutil.copytree(_whole.folder, tmp_path / "archive")), _whole.memory)
+
+
+def truncate(archive: Archive) -> None:
+    """Cut a file."""
+    file = archive.file()
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(archive: Archive) -> None:
+    """Flip a byte of a page."""
+    file = archive.file()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    file.write_bytes(content)
+
+
+def write_twice(archive: Archive) -> None:
+    """Append rows that are there."""
+    write_deltalake(archive.delta(), archive.delta().to_pyarrow_table().slice(0, 3), mode="append")
+
+
+def tear_checkpoint(archive: Archive) -> None:
+    """Cut a checkpoint."""
+    archive.delta().create_checkpoint()
+    (checkpoint,) = (archive.trades / "_delta_log").glob("*.checkpoint.parquet")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+
+
+def alter(archive: Archive) -> None:
+    """Change a price."""
+    archive.delta().update(new_values={"last_price": 1}, predicate="_partition = 0 AND _offset = 4")
+
+
+def drop_column(archive: Archive) -> None:
+    """Have a table whose schema does not know a column."""
+    rows = archive.delta().to_pyarrow_table().drop_columns(["previous_close"])
+    write_deltalake(archive.delta(), rows, mode="overwrite", schema_mode="overwrite")
+
+
+def delete(where: str, topic: Topic = TRADES) -> Callable[[Archive], None]:
+    """Return a harm that deletes rows, in a commit as any other program makes it."""
+    return lambda it: it.delta(topic).delete(where) and None
+
+
+def empty(archive: Archive) -> None:
+    """Delete everything, and the offsets with it."""
+    shutil.rmtree(archive.trades)
+    Table.create(str(archive.trades), "bourse.trades")
+
+
+# The harm, what does it, what verify prints, and what becomes of it.
+HARMS: dict[str, tuple[Callable[[Archive], Any], str, str]] = {
+    "a data file is deleted": (lambda it: it.file().unlink(), "file is missing", REPAIRED),
+    "a data file is truncated": (truncate, "file has N bytes, not N", REPAIRED),
+    "a byte of a page is flipped": (flip, "file is damaged", REPAIRED),
+    "the newest commit is emptied": (
+        lambda it: it.commit().write_bytes(b""),
+        "N not archived yet",
+        READ_AGAIN,
+    ),
+    "a commit before it is emptied": (lambda it: it.commit(2).write_bytes(b""), "is empty: what", FOUND),
+    "a commit in the middle is deleted": (lambda it: it.commit(2).unlink(), "found gap", FOUND),
+    "the newest commit is deleted": (lambda it: it.commit().unlink(), "N not archived yet", READ_AGAIN),
+    "a checkpoint is torn": (tear_checkpoint, "ok: nothing is missing or stored twice", HARMLESS),
+    "rows are written twice": (write_twice, "rows stored twice: N", REPAIRED),
+    "rows are deleted": (delete("_offset = 4"), "rows missing that the topic has: N", REPAIRED),
+    "values are altered": (alter, "rows different from the topic: N", REPAIRED),
+    "all rows of a partition are deleted": (delete("_partition = 1"), "rows missing that the topic has: N", REPAIRED),
+    "the first day is deleted": (delete("trading_day = '2026-11-23'"), "rows missing that the topic has: N", REPAIRED),
+    "the last day is deleted": (delete("trading_day = '2026-11-25'"), "rows missing that the topic has: N", REPAIRED),
+    "the table is replaced by an empty one": (empty, "archive empty, rows on the topic: N", READ_AGAIN),
+    "the folder is emptied": (lambda it: shutil.rmtree(it.trades), "there is no table", READ_AGAIN),
+    "the polls are archived less far than the trades": (
+        delete("poll_sequence > 9", POLLS),
+        "polls N to 9 were compared with their markers",
+        HARMLESS,
+    ),
+    "the table has the columns of an older release": (
+        drop_column,
+        "rows without the column previous_close that the topic has: N",
+        REPAIRED,
+    ),
+}
+
+
+def printed(archive: Archive, capsys: pytest.CaptureFixture[str]) -> tuple[str, bool]:
+    """Return what verify prints, with N for numbers, and whether it is ok."""
+    capsys.readouterr()
+    report = archive.verify()
+    show(report, as_json=False)
+    return capsys.readouterr().out, not report.findings
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_harm_is_found_and_fixed(harm: str, archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what docs/archive.md promises."""
+    output, ok = printed(archive, capsys)
+    assert ok, output
+    damage, message, outcome = HARMS[harm]
+    damage(archive)
+    pattern = re.escape(message).replace("N", r"[\d,]+")
+    try:
+        output, ok = printed(archive, capsys)
+    except (ConfigurationError, Exception) as error:  # judged below
+        output, ok = str(error), False
+    assert re.search(pattern, output), output
+    assert ok == (outcome == HARMLESS or "not archived yet" in message), output
+    if outcome == FOUND:
+        return
+    if outcome == REPAIRED:
+        repaired, lost = archive.repair()
+        assert repaired
+        assert lost == set()
+    archive.run()
+    output, ok = printed(archive, capsys)
+    assert ok, output
+    assert archive.verify().rows == archive.verify().compared == 36
