@@ -45,12 +45,13 @@ SERVICES = {
     "archive": Service((TRADES,), (DEAD_LETTERS,), "archive"),
     "postgres": Service((TRADES,), (DEAD_LETTERS,), "archive-postgres"),
     "notify": Service((ALERTS,), (DEAD_LETTERS,), "notify", ("-",)),  # a group per channel
+    "verify": Service((TRADES,)),
     "tail": Service(TOPICS),
     "board": Service(TOPICS),
     "doctor": Service(TOPICS, others=("DESCRIBE_CONFIGS",), on=TOPICS),
     "subscriber": Service((TRADES,), group="subscriber"),
 }
-OWN_TOPICS = ("archive", "postgres", "tail", "subscriber")
+OWN_TOPICS = ("archive", "postgres", "verify", "tail", "subscriber")
 
 
 class Right(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from deltalake import DeltaTable, write_deltalake
 
+from bourse_consumers import archive_cli as cli
 from bourse_consumers.api import Batch
 from bourse_consumers.archive.command import one_table
 from bourse_consumers.archive.proof import Kept, Report
@@ -21,11 +24,21 @@ from bourse_consumers.archive.repair import repair
 from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import show, verify
-from bourse_consumers.testing import Memory, marker, run, trade
+from bourse_consumers.columns import Columns
+from bourse_consumers.runner import Runner
+from bourse_consumers.testing import DECODERS, SCHEMAS, SERIALIZERS, Memory, marker, stream_of, trade
+from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.events import TradeEvent
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
 DAYS = [date(2026, 11, 23), date(2026, 11, 24), date(2026, 11, 25)]
+COLUMNS = {topic: Columns(DECODERS[topic.full_name()]) for topic in (TRADES, POLLS)}
+# A later release's schema of events.
+NEWER = {
+    **SCHEMAS[1],
+    "fields": [*SCHEMAS[1]["fields"], {"name": "yield_ppm", "type": ["null", "long"], "default": None}],
+}
 REPAIRED, FOUND, READ_AGAIN, HARMLESS = "repaired", "found only", "archived again", "nothing is lost"
 
 
@@ -36,7 +49,8 @@ def kept(memory: Memory, topic: Topic, first: int = 0) -> Kept:
     def rows(number: int, start: int, end: int) -> Iterator[pa.Table]:
         found = [record for record in logs[number][start:end] if record is not None]
         for at in range(0, len(found), 10):
-            yield Batch(found[at : at + 10], {}, decode=memory.decode).table()
+            records, columns = found[at : at + 10], COLUMNS[topic]
+            yield Batch(records, {}, False, memory.decode, columns.read, columns.unknown).all_fields()
 
     return Kept({number: (first, len(log)) for number, log in logs.items()}, rows)
 
@@ -51,7 +65,14 @@ class Archive:
     def run(self) -> None:
         """Archive what comes next."""
         for topic in (TRADES, POLLS):
-            run(DeltaArchive(str(self.folder), topic, commit_rows=8), self.memory, batch_size=4)
+            consumer, columns = DeltaArchive(str(self.folder), topic, commit_rows=8), COLUMNS[topic]
+            stream = stream_of(consumer, self.memory)
+            options: dict[str, Any] = {"columns": columns.read, "unknown": columns.unknown, "batch_size": 4}
+            runner = Runner(consumer, stream, self.memory.decode, name="test", **options)
+            while runner.step():
+                pass
+            runner.stop()
+            runner.run()
 
     def table(self, topic: Topic = TRADES) -> Table:
         """Open a table."""
@@ -100,8 +121,9 @@ def _whole(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 
 @pytest.fixture
-def archive(_whole: Archive, tmp_path: Path) -> Archive:
+def archive(_whole: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
     """Return a copy of the archive."""
+    monkeypatch.setitem(SCHEMAS, 99, NEWER)
     return Archive(Path(shutil.copytree(_whole.folder, tmp_path / "archive")), _whole.memory)
 
 
@@ -142,9 +164,20 @@ def drop_column(archive: Archive) -> None:
     write_deltalake(archive.delta(), rows, mode="overwrite", schema_mode="overwrite")
 
 
-def delete(where: str, topic: Topic = TRADES) -> Callable[[Archive], None]:
+def delete(where: str, topic: Topic = TRADES) -> Callable[[Archive], object]:
     """Return a harm that deletes rows, in a commit as any other program makes it."""
-    return lambda it: it.delta(topic).delete(where) and None
+    return lambda archive: archive.delta(topic).delete(where)
+
+
+def add_field(archive: Archive) -> None:
+    """Publish an event of a newer release, with a field that the archiver does not know."""
+    whole, archive.memory = archive.memory, Memory(partitions=2, markers=True)
+    archive.memory.records = {partition: list(log) for partition, log in whole.records.items()}
+    event = trade(sequence=7, trading_day=DAYS[2], poll_sequence=19, instrument="IRO1MADN0000")
+    value = SERIALIZERS[TradeEvent](event).value or b""
+    archive.memory.append_bytes(TradeEvent, FRAME.pack(0, 99) + value[FRAME.size :] + b"\x02\x54")
+    archive.run()
+    assert 42 in archive.delta().to_pyarrow_table()["yield_ppm"].to_pylist()
 
 
 def empty(archive: Archive) -> None:
@@ -180,6 +213,7 @@ HARMS: dict[str, tuple[Callable[[Archive], Any], str, str]] = {
         "polls N to 9 were compared with their markers",
         HARMLESS,
     ),
+    "a field is added while an older archiver runs": (add_field, "ok: nothing is missing or stored twice", HARMLESS),
     "the table has the columns of an older release": (
         drop_column,
         "rows without the column previous_close that the topic has: N",
@@ -219,4 +253,63 @@ def test_a_harm_is_found_and_fixed(harm: str, archive: Archive, capsys: pytest.C
     archive.run()
     output, ok = printed(archive, capsys)
     assert ok, output
-    assert archive.verify().rows == archive.verify().compared == 36
+    report = archive.verify()
+    assert report.rows == report.compared >= 36
+
+
+def test_the_manual_lists_the_harms() -> None:
+    """With what verify prints, and what becomes of each."""
+    manual = (Path(__file__).parents[2] / "docs" / "archive.md").read_text("utf-8")
+    lines = [f"| {harm} | `{message}` | {outcome} |" for harm, (_, message, outcome) in HARMS.items()]
+    assert "\n".join(["|---|---|---|", *lines, ""]) in manual
+
+
+def test_what_the_topic_no_longer_has_whole_is_not_repaired(archive: Archive) -> None:
+    """The day of its oldest record and those before stay as they are; later ones are repaired."""
+    for day in DAYS[1:]:
+        archive.file(day).unlink()
+    before = archive.table().delta.version()
+    # The oldest record that is left is one of the second day.
+    repaired, lost = archive.repair(first=15)
+    assert (repaired, lost) == ({DAYS[2]}, {DAYS[1]})
+    assert archive.table().delta.version() == before + 1
+    assert {each["day"] for each in archive.verify().findings if "day" in each} == {DAYS[1]}
+
+
+def test_verify_without_the_topic(archive: Archive) -> None:
+    """Sequences, totals and polls prove rows for ever."""
+    assert archive.verify(topic_is_there=False).findings == []
+    archive.delta().delete("poll_sequence = 8 AND _partition = 1")
+    found = [each["what"] for each in archive.verify(topic_is_there=False).findings]
+    counts = "8 has 0 of 0 opened, 1 of 2 traded, 0 of 0 revised, 0 of 0 cancelled"
+    assert found == [
+        "rows out of the sequence of their instrument: 1",
+        f"polls without the rows that their marker counts: 1; {counts}",
+    ]
+    archive.delta(POLLS).delete("poll_sequence = 5")
+    assert "rows after missing polls: 1" in [
+        each["what"] for each in archive.verify(POLLS, topic_is_there=False).findings
+    ]
+
+
+def test_polls_are_compared_with_their_topic(archive: Archive) -> None:
+    """Their table has a column of the day that the topic does not have; repair fixes it."""
+    archive.delta(POLLS).delete("poll_sequence > 15")
+    assert [each["what"] for each in archive.verify(POLLS).findings] == ["rows missing that the topic has: 3"]
+    assert archive.repair(POLLS)[1] == set()
+    report = archive.verify(POLLS)
+    assert (report.findings, report.rows) == ([], 18)
+
+
+def test_the_command_verifies_all_tables(archive: Archive) -> None:
+    """One JSON object each; the exit code is 1 if one of them has findings."""
+    command = ["verify", "--to", str(archive.folder), "--no-topic", "--json"]
+    first = CliRunner().invoke(cli.archive, command)
+    reports = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [(each["topic"], each["ok"], each["rows"]) for each in reports] == [
+        ("bourse.polls", True, 18),
+        ("bourse.trades", True, 36),
+    ]
+    assert first.exit_code == 0
+    archive.file().unlink()
+    assert CliRunner().invoke(cli.archive, command).exit_code == 1

@@ -93,10 +93,22 @@ def keep(cluster: Cluster, to: Path, rows: int, **limits: Any) -> None:
     runner.run()
 
 
+def where(cluster: Cluster) -> list[str]:
+    """Return the options that name the cluster."""
+    return ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
+
+
 def verify(cluster: Cluster, to: Path, *more: str) -> Result:
     """Run `bourse archive verify`."""
-    where = ["--bootstrap-servers", cluster.bootstrap_servers, "--registry-url", cluster.registry_url]
-    return CliRunner().invoke(archive, ["verify", "--to", str(to), *where, "--json", *more])
+    return CliRunner().invoke(archive, ["verify", "--to", str(to), *where(cluster), "--json", *more])
+
+
+def damage(table: Table) -> None:
+    """Delete a data file."""
+    table.refresh()
+    (file,) = table.files()
+    assert table.storage.folder is not None
+    (table.storage.folder / file.path).unlink()
 
 
 def again_and_again(step: Callable[[], object]) -> None:
@@ -154,6 +166,12 @@ def test_a_real_day_is_proved_against_its_topic(cluster: Cluster, tmp_path: Path
     assert (ran.exit_code, merged["files"], merged["verified_day"]) == (0, 1, "2019-08-21")
     again = json.loads(verify(cluster, tmp_path).stdout)
     assert (again["files"], again["findings"], again["compared"]) == (1, [], 19_346)
+    damage(about)
+    assert verify(cluster, tmp_path).exit_code == 1
+    repaired = CliRunner().invoke(archive, ["repair", "--to", str(tmp_path), "--from-topic", *where(cluster)])
+    assert repaired.exit_code == 0, repaired.output
+    assert "written again: 2019-08-21" in repaired.stdout
+    assert json.loads(verify(cluster, tmp_path).stdout)["compared"] == 19_346
 
 
 def test_a_topic_that_was_created_again_is_refused(

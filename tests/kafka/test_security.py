@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 import os
 import signal
 import subprocess
@@ -326,6 +327,11 @@ def test_every_service_runs_with_the_rights_that_are_printed(
         for child, _, log in running.values():
             child.send(signal.SIGTERM)
             assert child.wait(10) == 0, log.read_text()
+    for place in ("archive", dsn):
+        verified = ready.run("verify", "archive", "verify", "--to", place, "--json")
+        report = json.loads(verified.stdout)
+        assert (verified.returncode, report["findings"]) == (0, []), verified.stderr
+        assert report["rows"] == report["compared"] > 300
     tail = ready.run("tail", "tail", "trades", "--from-beginning", "--exit-at-end", "--json")
     assert (tail.returncode, len(tail.stdout.splitlines()) > 300) == (0, True), tail.stderr
     doctor = ready.run("doctor", *DOCTOR)
@@ -371,6 +377,7 @@ def _checks(dsn: str) -> Mapping[str, tuple[str, ...]]:
     return {
         "produce": (*PRODUCE, "--once"),
         "tail": ("tail", "trades", "--exit-at-end"),
+        "verify": ("archive", "verify", "--to", "archive"),
         "doctor": DOCTOR,
         **{service: _consume(service, dsn) for service in CONSUMERS},
     }

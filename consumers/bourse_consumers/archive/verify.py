@@ -37,22 +37,27 @@ def verify(table: Table, kept: Callable[[Done], Kept] | None = None) -> Report:
     """Check a table; `kept` returns what the topic has. Polls are counted if their table is next to it."""
     files, report = table.files(), Report(table.name)
     report.files = len(files)
-    markers = _markers(table, report) if table.topic.name == "trades" else None
+    markers = _markers(table) if table.topic.name == "trades" else None
     with click.progressbar(length=1, label=table.name, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         # The topic has all rows of the polls that were read before it.
-        there = kept(bar.update) if kept else None
-        ends = there.ends.values() if there else ()
-        bar.length = sum(file.rows for file in files) + sum(end - start for start, end in ends)
+        bar.length, there = sum(file.rows for file in files), None
+        if kept:
+            ends, rows = kept(bar.update)
+            bar.length += sum(end - start for start, end in ends.values())
+            there = Kept(ends, lambda *span: map(table.with_day, rows(*span)))
         prove(Stored(table.ends(), table.holes(), _parts(table, files, report, bar.update)), report, there, markers)
     return report
 
 
-def _markers(table: Table, report: Report) -> Markers | None:
+def _markers(table: Table) -> Markers | None:
     polls = Table.open(f"{table.storage.uri.removesuffix('trades')}polls")
     if polls is None:
         return None
-    counts = pl.from_arrow(readable(polls, polls.files(), report).select(["poll_sequence", *COUNTED.values()]))
-    return Markers(pl.DataFrame(counts), from_start=all(first == 0 for first, _ in polls.ends().values()))
+    damage = Report(polls.name)
+    rows = readable(polls, polls.files(), damage)
+    counts = pl.DataFrame(rows.select(["poll_sequence", *COUNTED.values()]))
+    whole = Markers(counts, from_start=all(first == 0 for first, _ in polls.ends().values()))
+    return None if damage.findings else whole
 
 
 def _parts(table: Table, files: list[File], report: Report, done: Done) -> Iterator[pa.Table]:
