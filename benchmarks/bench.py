@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.alerts import judging
+from benchmarks.archiving import archiving
 from benchmarks.figures import PEER, ROOT, Figure, chart, machine, page
 from benchmarks.firing import firing
 from benchmarks.peak import peak_mb
@@ -156,6 +157,7 @@ def main() -> None:
         "growth": lambda: [growth()],
         "transaction": lambda: (figure for kind in ("mock", "kafka") for figure in transaction(kind)),
         "reading": lambda: reading(options.events, options.rounds),
+        "archiving": archiving,
         "judging": judging,
         "firing": firing,
         "memory": lambda: [memory()],

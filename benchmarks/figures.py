@@ -105,7 +105,7 @@ NAMES = {
     "ours": "bourse-stream",
     "peer": "quixstreams",
     "aio": "aiokafka + fastavro",
-    "plain": "confluent-kafka + pyarrow",
+    "plain": "confluent-kafka + write_deltalake",
     "executemany": "the same loop, executemany",
 }
 PAGE = """\
@@ -133,10 +133,6 @@ What is not reached:
   for each record, and the broker's answer to the commit. A smaller poll does not make the commit shorter, and both
   sides pay for it, which limits the ratio if a third of the rows changed. What is ours alone is parsing, comparing and
   encoding.
-* **Archive compared with quixstreams.** Of the product's time for an event about a third is librdkafka's Python
-  binding (a `Message` made, its value copied), a third polars' Avro reader, a fifth Arrow's dictionaries and copies.
-  Files are written meanwhile, by a thread of their own. Each is a library's own loop in C or Rust: what is left in
-  Python is under a tenth. `pyruhvro` reads Avro four times as fast as polars; its author calls it experimental.
 * **PostgreSQL.** The server is what is measured: without any client's work a COPY of these rows into the table with its
   key takes it 8 µs a row, and the commit's way to the disk 6 µs, of 20. `executemany` of psycopg 3 sends its statements
   in a pipeline, and costs the server less than twice that.

@@ -1,6 +1,6 @@
 """The same work with confluent-kafka and its AvroDeserializer: same arguments and output as read_ours.py.
 
-parquet writes with pyarrow; postgres is the product's own loop, with executemany where that has COPY. Offsets are
+delta writes with write_deltalake; postgres is the product's own loop, with executemany where that has COPY. Offsets are
 committed behind what is written. Runs in .venv/bench.
 """
 
@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -25,16 +24,13 @@ ROWS = 50_000
 Rows = list[dict[str, Any]]
 
 
-def parquet(folder: str) -> Callable[[Rows], None]:
-    """Return what writes rows as a file."""
+def delta(folder: str) -> Callable[[Rows], None]:
+    """Return what appends rows to a table."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    Path(folder).mkdir(parents=True)
+    from deltalake import write_deltalake
 
     def write(rows: Rows) -> None:
-        name = f"{rows[0]['_partition']}-{rows[0]['_offset']:020}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), f"{folder}/{name}", compression="zstd")
+        write_deltalake(folder, pa.Table.from_pylist(rows), mode="append", partition_by=["trading_day"])
 
     return write
 
@@ -53,7 +49,7 @@ def main(_: str, bootstrap_servers: str, registry: str, count: str, where: str) 
     consumer.subscribe(["bourse.trades"])
     decode = AvroDeserializer(SchemaRegistryClient({"url": registry}))
     context = SerializationContext("bourse.trades", MessageField.VALUE)
-    write = parquet(where)
+    write = delta(where)
     rows: Rows = []
     began, left = 0.0, int(count)
     while left:

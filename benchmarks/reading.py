@@ -1,4 +1,4 @@
-"""Reading: a topic of real events into Parquet, into PostgreSQL and through alert rules, compared with others."""
+"""Reading: a topic of real events into a Delta table, into PostgreSQL and through alert rules, compared with others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -17,17 +19,22 @@ from uuid import uuid4
 import psycopg
 import pyarrow.compute as pc
 import pyarrow.dataset
+from deltalake import DeltaTable
 
 from benchmarks.figures import NAMES, PEER, ROOT, Figure
 from benchmarks.rules import write
 from benchmarks.topic import events, fill
+from bourse_consumers.archive.table import Table
+from bourse_consumers.archive.verify import kept_by, verify
 from bourse_sandbox.kafka import VERSION as KAFKA_VERSION
 from bourse_sandbox.kafka import KafkaUnavailable
 from bourse_sandbox.stack import Stack
+from bourse_schemas.kafka import Cluster
+from bourse_schemas.topics import TRADES
 
 __all__ = ["READERS", "reading"]
 
-READERS = ("parquet", "postgres", "alerts")
+READERS = ("delta", "postgres", "alerts")
 
 
 class Contestant(NamedTuple):
@@ -52,8 +59,8 @@ def reading(count: int, rounds: int, kinds: Sequence[str] = READERS) -> Iterator
             symbols, instruments = {event.symbol for event in found}, len({event.instrument for event in found})
             del found
             where = stack.cluster.bootstrap_servers, stack.cluster.registry_url
-            if "parquet" in kinds:
-                yield from _parquet(where, rounds, about, (count, traded))
+            if "delta" in kinds:
+                yield from _delta(stack.cluster, rounds, about, (count, traded))
             if "postgres" in kinds:
                 yield _postgres(where, count // 2, rounds, about)
             if "alerts" in kinds:
@@ -97,27 +104,39 @@ def _figure(what: str, laps: Laps, count: int, targets: Mapping[str, float]) -> 
         bars = {}
 
 
-def _parquet(where: tuple[str, str], rounds: int, about: str, wanted: tuple[int, int]) -> Iterator[Figure]:
+def _delta(cluster: Cluster, rounds: int, about: str, wanted: tuple[int, int]) -> Iterator[Figure]:
     """Yield the figures of those who write files; `wanted` are the rows, and what they sum up to."""
     count, _ = wanted
     contestants = {
-        "ours": Contestant(Path(sys.executable), "read_ours", "parquet"),
+        "ours": Contestant(Path(sys.executable), "read_ours", "delta"),
         "peer": Contestant(PEER, "read_peer", "parquet"),
-        "plain": Contestant(PEER, "read_plain", "parquet"),
+        "plain": Contestant(PEER, "read_plain", "delta"),
     }
+    where = cluster.bootstrap_servers, cluster.registry_url
     with tempfile.TemporaryDirectory() as folder:
         laps = _contest(where, count, rounds, contestants, lambda name: f"{folder}/{name}-{uuid4().hex}")
         for path in Path(folder).iterdir():
-            table = pyarrow.dataset.dataset(path, exclude_invalid_files=True).to_table()
+            found = path / TRADES.full_name() if path.name.startswith("ours") else path
+            if path.name.startswith("peer"):
+                table = pyarrow.dataset.dataset(found, exclude_invalid_files=True).to_table()
+            else:
+                table = DeltaTable(found).to_pyarrow_table()
             # quixstreams keeps a row as it finds it, others by columns of their own.
             values = table["value_delta" if "value_delta" in table.column_names else "value"]
             if (table.num_rows, pc.sum(values).as_py()) != wanted:
                 raise SystemExit(f"error: {path.name} has not written the rows there are: {table.num_rows}")
-    yield from _figure(f"Topic → Parquet, {about}", laps, count, {"peer": 15, "plain": 8})
-    peaks = [lap["peak_mb"] for lap in laps["ours"] if lap["peak_mb"]]
-    if peaks:
-        found = f"{max(peaks):.0f} MB"
-        yield Figure(f"Most memory resident, {about} → Parquet", found, "≤ 250 MB", max(peaks) <= 250, {"mb": peaks})
+        ours = Table.open(f"{next(Path(folder).glob('ours-*'))}/{TRADES.full_name()}")
+        began = time.perf_counter()
+        report = verify(ours, partial(kept_by, cluster, TRADES, ours.name)) if ours else None
+        speed = count / (time.perf_counter() - began)
+        if report is None or report.findings or report.compared != count:
+            raise SystemExit(f"error: the archive is not what is on the topic: {report}")
+    yield from _figure(f"Topic → archive, {about}", laps, count, {"peer": 8, "plain": 5})
+    if peaks := [lap["peak_mb"] for lap in laps["ours"] if lap["peak_mb"]]:
+        found_mb = f"{max(peaks):.0f} MB"
+        yield Figure(f"Most memory resident, {about} → archive", found_mb, "≤ 350 MB", max(peaks) <= 350, {"mb": peaks})
+    what = f"Verify the archive of {about} against its topic"
+    yield Figure(what, f"{speed:,.0f} rows/s", "≥ 200,000 rows/s", speed >= 200_000, {"rows_per_second": round(speed)})
 
 
 def _postgres(where: tuple[str, str], count: int, rounds: int, about: str) -> Figure:

@@ -51,6 +51,18 @@ MUTANTS = [
         f"{KAFKA}::test_an_older_instance_is_fenced",
     ),
     Mutant(
+        "the archive does not compare offsets before a commit",
+        "if table.stored(partition) != self._stored[partition]:",
+        "if False:",
+        "tests/consumers/test_archive_table.py::test_a_repetition_from_a_newer_snapshot_is_noticed",
+    ),
+    Mutant(
+        "maintenance without its transaction",
+        "versions[MAINTENANCE] = (self.stored(MAINTENANCE) or 0) + 1",
+        "pass",
+        "tests/consumers/test_archive_table.py::test_files_are_replaced_once",
+    ),
+    Mutant(
         "<= for < in stale",
         "candle.traded_at < before.traded_at",
         "candle.traded_at <= before.traded_at",

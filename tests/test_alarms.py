@@ -111,6 +111,10 @@ CASES: dict[str, tuple[Series, list[Series]]] = {
         of_consumer("lag", "60000x60"),
         [of_consumer("lag", "60000x60", "alerts"), of_consumer("lag", "9x60")],
     ),
+    "BourseArchiveFindings": (
+        {'bourse_archive_findings{job="c",instance="a"}': "1x60"},
+        [{'bourse_archive_findings{job="c",instance="a"}': "0x60"}],
+    ),
     "BourseChannelTakesNothing": (
         {'bourse_notifications_total{job="c",instance="a",channel="x",outcome="failed"}': "0+1x60"},
         [{'bourse_notifications_total{job="c",instance="a",channel="x",outcome="sent"}': "0+1x60"}],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -22,19 +22,13 @@ from bourse_schemas.topics import TOPICS
 
 __all__ = ["archive"]
 
-
-class _Day(click.ParamType[date]):
-    name = "DATE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
-        """Return a Gregorian day."""
-        try:
-            return value if isinstance(value, date) else date.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a day such as 2026-12-05", param, ctx)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-DAY = _Day()
+def _day(name: str, **more: Any) -> Callable[[F], F]:
+    """Return an option that is a Gregorian day."""
+    kind = click.DateTime(["%Y-%m-%d"])
+    return click.option(name, type=kind, metavar="DATE", callback=lambda *given: given[2] and given[2].date(), **more)
 
 
 @click.group
@@ -122,8 +116,8 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
 @archive.command
 @TO
 @ONE
-@click.option("--before", type=DAY, help="Days before this one. [default: today in Tehran]")
-@click.option("--day", type=DAY, help="Only this day.")
+@_day("--before", help="Days before this one. [default: today in Tehran]")
+@_day("--day", help="Only this day.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def optimize(
@@ -164,7 +158,7 @@ def optimize(
 @archive.command
 @TO
 @TOPIC
-@click.option("--before", type=DAY, required=True, help="Remove the days before this one.")
+@_day("--before", required=True, help="Remove the days before this one.")
 def forget(*, to: str, topic: str, before: date) -> None:
     """Remove old days from the table. Their files are deleted when it is optimized, seven days later."""
     from bourse_consumers.archive.maintenance import forget as remove
@@ -182,7 +176,7 @@ def forget(*, to: str, topic: str, before: date) -> None:
 @archive.command
 @TO
 @TOPIC
-@click.option("--day", type=DAY, required=True, help="Which day.")
+@_day("--day", required=True, help="Which day.")
 @click.option("--instrument", "instruments", multiple=True, help="Only these, by code or symbol. Repeatable.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file: Path) -> None:
@@ -195,17 +189,14 @@ def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file
     if file.suffix not in {".csv", ".parquet"}:
         raise ConfigurationError(f"{file}: the name ends with neither .csv nor .parquet")
     table = one_table(to, topic)
-    files = table.files(day)
-    if not files:
+    if not (files := table.files(day)):
         raise ConfigurationError(f"{table.storage.uri} has no rows of {day}")
     with progress(files, f"{day}") as steps:
         frame = pl.DataFrame(table.arrow(steps))
-    if instruments:
-        if "instrument" not in frame.columns:
-            raise ConfigurationError("--instrument: the rows of this topic have none")
+    if instruments and "instrument" in frame.columns:
         frame = frame.filter(pl.col("instrument").is_in(instruments) | pl.col("symbol").is_in(instruments))
-        if frame.is_empty():
-            raise ConfigurationError(f"no rows of {', '.join(instruments)} on {day}: use codes or symbols")
+    if frame.is_empty() or (instruments and "instrument" not in frame.columns):
+        raise ConfigurationError(f"no rows of {', '.join(instruments)} on {day}: use codes or symbols")
     try:
         if file.suffix == ".parquet":
             frame.write_parquet(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime
@@ -67,9 +68,21 @@ def test_a_day_with_a_finding_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "bourse.trades" / files[0].path).unlink()
     ran = command("optimize", "--to", tmp_path)
     assert ran.exit_code == 1
-    assert "FINDING what a file cannot be read: " in ran.stdout
+    assert "FINDING what file is missing, file trading_day=2019-08-21/" in ran.stdout
     assert ran.stdout.endswith("1 days: 4 → 4 files\n")
     assert table(tmp_path).files() == files
+
+
+def test_what_failed_commits_left_is_deleted_after_a_week(tmp_path: Path) -> None:
+    """Not sooner: it may be about to be committed."""
+    archived(tmp_path)
+    found, folder = table(tmp_path), tmp_path / "bourse.trades"
+    old, young = (add.path for _ in range(2) for add in found.write(found.arrow(found.files()[:1])))
+    active = [file.path for file in found.files()]
+    for path in (old, *active):
+        os.utime(folder / path, (0, 0))
+    list(optimize(table(tmp_path), []))
+    assert [(folder / path).exists() for path in (old, young, *active)] == [False, True, True, True, True]
 
 
 def test_optimize_prints_what_it_did(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_files_have_page_checksums_and_exact_types(tmp_path: Path) -> None:
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(OSError, match="CRC checksum verification failed"):
+    with pytest.raises(StoreError, match="CRC checksum verification failed"):
         found.arrow([file])
 
 
@@ -432,6 +432,7 @@ class _Gate(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         server: Any = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server.paths.append(self.path)
         if server.expired:
             code = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
             answer = httpx2.Response(403, content=code)
@@ -457,7 +458,7 @@ def gate(monkeypatch: pytest.MonkeyPatch, *dropped: str) -> Iterator[Any]:
     """Run a gate in front of the S3 server."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Gate)
     server.behind, server.expired, server.dropped = os.environ["AWS_ENDPOINT_URL"], False, dropped
-    server.client = httpx2.Client(trust_env=False)
+    server.client, server.paths = httpx2.Client(trust_env=False), []
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -489,6 +490,38 @@ def test_expired_credentials_are_reported_and_waited_for(bucket: str, monkeypatc
         writer.process(batch(memory, 1, 2))
         writer.close()
         assert len(ids(bucket)) == 2
+
+
+def test_a_conflict_and_then_a_failed_listing_lose_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffered rows are dropped only together with their offsets."""
+    memory = Memory(partitions=2)
+    memory.append(*events(3))
+    memory.append(*events(3, instrument="IRO1FOLD0001"), partition=1)
+    assigned = Assignment({TRADES_0: 0, TRADES_1: 0}, first={TRADES_0: 0, TRADES_1: 0})
+    writer, other = DeltaArchive(bucket), DeltaArchive(bucket)
+    for each in (writer, other):
+        each.open(assigned)
+    both = [record for place in (TRADES_0, TRADES_1) for record in memory.records[place] if record is not None]
+    writer.process(Batch(both, {TRADES_0: 3, TRADES_1: 3}, decode=memory.decode))
+    other.process(batch(memory, 0, 3))
+    other.close()
+    with pytest.raises(Reopen):
+        writer.close()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(Retry):
+            writer.open(assigned)
+        assert writer.durable() == {}
+    assert writer.open(assigned).offsets == {TRADES_0: 3, TRADES_1: 0}
+
+
+def test_a_restart_reads_the_log_and_no_data(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files the bucket has."""
+    archived(bucket, *events(20), commit_rows=1)
+    with gate(monkeypatch) as server:
+        assert DeltaArchive(bucket).open(Assignment({TRADES_0: 0}, first={TRADES_0: 0})).offsets == {TRADES_0: 20}
+        assert server.paths
+        assert [path for path in server.paths if "trading_day" in path] == []
 
 
 def test_a_server_that_is_unreachable_is_waited_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

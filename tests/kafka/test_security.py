@@ -334,6 +334,8 @@ def test_every_service_runs_with_the_rights_that_are_printed(
         assert report["rows"] == report["compared"] > 300
     tail = ready.run("tail", "tail", "trades", "--from-beginning", "--exit-at-end", "--json")
     assert (tail.returncode, len(tail.stdout.splitlines()) > 300) == (0, True), tail.stderr
+    verified = ready.run("archive", "archive", "verify", "--to", "archive")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     doctor = ready.run("doctor", *DOCTOR)
     assert doctor.returncode == 0, doctor.stdout
     assert sum(1 for _ in _subscribe(ready)) > 300

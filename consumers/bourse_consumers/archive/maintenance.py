@@ -16,8 +16,9 @@ from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import Health
 from bourse_consumers.archive.proof import Report, Stored, prove
-from bourse_consumers.archive.storage import StoreError, store_errors
+from bourse_consumers.archive.storage import store_errors
 from bourse_consumers.archive.table import File, Table
+from bourse_consumers.archive.verify import readable
 from bourse_schemas.events import TEHRAN
 
 __all__ = ["Optimizer", "forget", "optimize", "unoptimized"]
@@ -46,14 +47,8 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
         table.refresh()
         files = table.files(day)
         report = Report(table.name)
-        try:
-            rows = table.arrow(files)
-        except (OSError, pa.ArrowException, StoreError) as error:
-            report.find(f"a file cannot be read: {error}", day=day)
-        else:
-            if rows.num_rows != sum(file.rows for file in files):
-                report.find(f"{rows.num_rows} rows, the log has {sum(file.rows for file in files)}", day=day)
-            prove(Stored(table.ends(), table.holes(), [rows]), report)
+        rows = readable(table, files, report)
+        prove(Stored(table.ends(), table.holes(), [rows]), report)
         if not report.findings:
             adds = [
                 add
@@ -63,7 +58,7 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
             table.commit(adds, files, maintenance=True, rewrites=True)
         yield day, len(files), len(files) if report.findings else len(adds), report.findings
     with store_errors():
-        table.delta.vacuum(dry_run=False)
+        table.delta.vacuum(dry_run=False, full=True)  # what failed commits left, too
     table.refresh()
     table.sync()
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import obstore
+import pyarrow as pa
 from deltalake.exceptions import DeltaError
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
@@ -20,8 +21,6 @@ from bourse_schemas.errors import BourseError, ConfigurationError
 
 __all__ = ["Storage", "StoreError", "store_errors", "sync"]
 
-SECONDS = 30
-RETRIES = 2
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")
 SECRET = re.compile(r"(?i)(key|secret|token|signature|credential)(\w*[=: ]+)[^\s,;&]+")
@@ -33,10 +32,10 @@ class StoreError(BourseError):
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Raise the errors of delta-rs, obstore and the file system as StoreError."""
+    """Raise the errors of delta-rs, obstore, Arrow and the file system as StoreError."""
     try:
         yield
-    except (DeltaError, BaseError, OSError) as error:
+    except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
         text = " ".join(NOISE.sub("", str(error)).partition("Debug source")[0].split())
         code = re.search(r"<Code>(\w+)</Code>", str(error))
         message = SECRET.sub(r"\1\2…", f"{code[1]}: {text}" if code else text)
@@ -64,28 +63,18 @@ class Storage:
             raise ConfigurationError(f"--to {uri}: use a folder, s3://BUCKET/PREFIX, gs://… or az://…")
         self.uri = uri.rstrip("/")
         self.folder = None if scheme else Path(uri)
-        endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-        plain = endpoint.startswith("http://")
+        plain = (os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or "").startswith("http://")
         self.options = None
         try:
             if self.folder is not None:
                 self._store: Any = LocalStore(self.folder) if self.folder.is_dir() else None
             else:
-                retries: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=SECONDS)}
-                http: Any = {"timeout": f"{SECONDS} s", "allow_http": plain}
-                self._store = from_url(self.uri, client_options=http, retry_config=retries)
-                self.options = {
-                    "timeout": f"{SECONDS}s",
-                    "allow_http": str(plain).lower(),
-                    "max_retries": f"{RETRIES}",
-                    "retry_timeout": f"{SECONDS}s",
-                }
+                http: Any = {"timeout": "30s", "allow_http": str(plain).lower()}
+                retries = {"max_retries": 2, "retry_timeout": timedelta(seconds=30)}
+                self._store = from_url(self.uri, client_options=http, retry_config=cast("Any", retries))
+                self.options = {**http, "max_retries": "2", "retry_timeout": "30s"}
         except (BaseError, ValueError) as error:
             raise ConfigurationError(f"--to {uri}: {str(error).partition(chr(10))[0]}") from error
-
-    def within(self, name: str) -> Storage:
-        """Return a folder in it."""
-        return Storage(f"{self.uri}/{name}")
 
     def require(self) -> None:
         """Raise ConfigurationError if nothing can be written, or if a conditional put is not conditional."""

@@ -11,6 +11,7 @@ file from being replaced twice.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from bourse_cli.logs import get_logger
@@ -165,9 +166,9 @@ class Table:
         wanted = fields if columns is None else pa.schema([fields.field(name) for name in columns])
         tables = [wanted.empty_table()]
         for file in files:
-            content = pq.ParquetFile(pa.py_buffer(self.storage.get(file.path)), page_checksum_verification=True)
-            names = [name for name in wanted.names if name in content.schema_arrow.names]
-            rows = content.read(names)
+            with store_errors():
+                content = pq.ParquetFile(pa.py_buffer(self.storage.get(file.path)), page_checksum_verification=True)
+                rows = content.read([name for name in wanted.names if name in content.schema_arrow.names])
             rows = rows.cast(pa.schema([wanted.field(name) for name in rows.column_names]))  # others write string views
             if self.day_column in wanted.names:
                 rows = rows.append_column(self.day_column, pa.array([file.day] * rows.num_rows, pa.date32()))
@@ -274,22 +275,14 @@ class Table:
 
         Not in the description: delta-rs holds the interpreter's lock while it changes that, also if a store hangs.
         """
-        for attempt in range(RETRIES):
-            about = {key: value for key, value in self.about.items() if key not in FIXED}
-            changed = {**about, **changes, "first": {**about["first"], **changes.get("first", {})}}
-            changed["holes"] = sorted({*map(tuple, about["holes"]), *map(tuple, changes.get("holes", ()))})
-            if (text := json.dumps(changed)) == json.dumps(about):
-                return
-            try:
-                with store_errors():
-                    self.delta.alter.set_column_metadata("_offset", {ABOUT: text})
-                break
-            except StoreError as error:
-                if not isinstance(error.__cause__, CommitFailedError) or attempt == RETRIES - 1:
-                    raise
-                self.refresh()
-        self.refresh()
-        self.sync()
+        about = {key: value for key, value in self.about.items() if key not in FIXED}
+        changed = {**about, **changes, "first": {**about["first"], **changes.get("first", {})}}
+        changed["holes"] = sorted({*map(tuple, about["holes"]), *map(tuple, changes.get("holes", ()))})
+        if (text := json.dumps(changed)) != json.dumps(about):
+            with store_errors():
+                self.delta.alter.set_column_metadata("_offset", {ABOUT: text})
+            self.refresh()
+            self.sync()
 
     def refresh(self) -> None:
         """Load the newest snapshot."""
@@ -328,46 +321,39 @@ def _recover(log: Path) -> None:
 
     The rows of such a commit are read from Kafka again: its offsets are gone with it.
     """
-    commits = sorted(path for path in log.glob("*.json") if path.stem.isdigit())
-    found = {int(path.stem) for path in commits}
-    if commits and not _is_json(commits[-1]):
-        get_logger().warning("torn commit removed, its rows are read again", file=str(commits[-1]))
-        commits.pop().unlink()
-        sync(log)
-    pointer, checkpoints = log / "_last_checkpoint", sorted(log.glob("*.checkpoint.parquet"))
-    ends = [-1, *(int(path.name[:20]) for path in checkpoints)]
-    if checkpoints and not _is_parquet(checkpoints[-1]):
-        if not {*range(ends[-2] + 1, ends[-1] + 1)} <= found:
+    names = sorted(os.listdir(log))  # noqa: PTH208  # a year has 75,000 commits, and paths are slow
+    commits = {int(name[:20]): name for name in names if name[20:] == ".json" and name[:20].isdigit()}
+    checkpoints = [-1, *(int(name[:20]) for name in names if name.endswith(".checkpoint.parquet"))]
+    newest = log / commits.get(max(commits, default=0), "none")
+    if commits and not _is_whole(newest):
+        get_logger().warning("torn commit removed, its rows are read again", file=str(newest))
+        newest.unlink()
+    pointer, checkpoint = log / "_last_checkpoint", log / f"{checkpoints[-1]:020}.checkpoint.parquet"
+    if checkpoint.exists() and not _is_whole(checkpoint):
+        if any(version not in commits for version in range(checkpoints[-2] + 1, checkpoints.pop() + 1)):
             raise ConfigurationError(
-                f"{checkpoints[-1]} is damaged and the commits before it are gone: restore the table from a backup, or "
+                f"{checkpoint} is damaged and the commits before it are gone: restore the table from a backup, or "
                 "archive into a new folder"
             )
-        get_logger().warning("torn checkpoint removed", file=str(checkpoints[-1]))
-        checkpoints.pop().unlink()
+        get_logger().warning("torn checkpoint removed", file=str(checkpoint))
+        checkpoint.unlink()
         pointer.unlink(missing_ok=True)
-        ends.pop()
-        sync(log)
-    if pointer.exists() and not _is_json(pointer):
+    if pointer.exists() and not _is_whole(pointer):
         pointer.unlink()
-    for path in commits:
-        if int(path.stem) > ends[-1] and not path.stat().st_size:
+    for version, name in commits.items():
+        if version > checkpoints[-1] and (log / name).exists() and not (log / name).stat().st_size:
             raise ConfigurationError(
-                f"{path} is empty: what it committed is lost. Move it and all later commits out of {log} to read their "
-                "rows from Kafka again, or archive into a new folder"
+                f"{log / name} is empty: what it committed is lost. Move it and all later commits out of {log} to read "
+                "their rows from Kafka again, or archive into a new folder"
             )
+    sync(log)
 
 
-def _is_json(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except ValueError:
+        if path.suffix == ".parquet":
+            pq.read_table(path)
+            return True
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] != []
+    except (pa.ArrowException, OSError, ValueError):
         return False
-    return bool(lines)
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        pq.read_table(path)
-    except (pa.ArrowException, OSError):
-        return False
-    return True
