@@ -41,6 +41,7 @@ from reliability.chaos_archive import SECONDS_A_KILL, SETTLE_SECONDS, Members
 
 __all__ = ["feed", "main", "run"]
 
+SHOWN = 5
 RULES = Path(__file__).parent.parent / "examples" / "rules.yaml"
 
 
@@ -108,6 +109,9 @@ def run(kills: int, seed: int, members: int, folder: Path, broker_restarts: bool
         decode = cluster.registry().deserializer(PriceAlert)
         records = read(cluster, ALERTS.full_name(cluster.prefix), pending=True, timeout=60)
         found = Counter(_text(decode(record.value)) for record in records)
+    for what, some in (("lost", expected - found), ("wrong", found - expected)):
+        for text in sorted(some)[:SHOWN]:
+            print(f"{what}: {text}", file=sys.stderr)
     return {
         "kills": done["kills"],
         "freezes": done["freezes"],

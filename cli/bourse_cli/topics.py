@@ -201,6 +201,7 @@ def _check_overrides(overrides: Any) -> None:
 
 def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     """Do what is planned; return when all of it is done. Raises ConfigurationError if the cluster refuses."""
+    from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its __all__
         AlterConfigOpType,
         ConfigEntry,
@@ -228,9 +229,17 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
         cluster.answer(answer, f"{name}: the cluster refuses", 2 * TIMEOUT_SECONDS, right, topic=name)
     # The controller has done it, the brokers learn of it a moment later: the next command must find its topics.
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        known = cluster.topics(plan.name for plan in plans)
-        if all(plan.name in known and known[plan.name].partitions >= plan.topic.partitions for plan in plans):
-            break
+    while True:
+        known, late = cluster.topics(plan.name for plan in plans), time.monotonic() > deadline
+        try:
+            if late or all(
+                plan.name in known and known[plan.name].partitions >= plan.topic.partitions for plan in plans
+            ):
+                cluster.require_sizes(plan.name for plan in plans)
+                return
+        except ConfigurationError as error:
+            cause = error.__cause__
+            unknown = isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART
+            if late or not unknown:
+                raise
         time.sleep(0.02)
-    cluster.require_sizes(plan.name for plan in plans)

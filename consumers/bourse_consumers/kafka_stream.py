@@ -106,9 +106,14 @@ class KafkaBase:
         return ends
 
     def _asked(self, partitions: Iterable[Partition], which: int, **how: Any) -> dict[Partition, int]:
-        """Return offsets as `reading.offsets` does. Raises Unreachable."""
+        """Return offsets as `reading.offsets` does. Raises Unreachable; ConfigurationError if a topic is gone."""
         wanted: dict[tuple[str, int], int] = dict.fromkeys(partitions, which)
-        found = reading.offsets(self._cluster, wanted, timeout=ASK_SECONDS, **how)
+        try:
+            found = reading.offsets(self._cluster, wanted, timeout=ASK_SECONDS, **how)
+        except ConfigurationError as error:
+            # A broker may not know yet a partition that was added.
+            self._cluster.require_topics(self._reads)
+            raise StreamBroken(str(error)) from error
         return {Partition(*place): at for place, at in found.items()}
 
     def _day_start(self, before: dict[Partition, int | None]) -> dict[Partition, int]:
