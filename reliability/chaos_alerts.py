@@ -125,7 +125,8 @@ def run(kills: int, seed: int, members: int, folder: Path, broker_restarts: bool
 
 
 def _text(alert: PriceAlert) -> str:
-    return to_json(asdict(alert))
+    """Return an alert as text, whatever the order of its maps."""
+    return json.dumps(json.loads(to_json(asdict(alert))), sort_keys=True, ensure_ascii=False)
 
 
 def feed(cluster: Cluster, polls: Sequence[Past], seconds: float, fed: threading.Event) -> None:
