@@ -24,7 +24,7 @@ from bourse_consumers.transactions import ASK_SECONDS
 from bourse_schemas.election import Election
 from bourse_schemas.errors import Undecodable, Unreachable
 from bourse_schemas.kafka import Cluster, abandon
-from bourse_schemas.reading import FIRST, LAST, read
+from bourse_schemas.reading import LAST, read
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
 __all__ = ["KafkaMarket"]
@@ -132,7 +132,7 @@ class KafkaMarket(KafkaBase):
         """Return how many offsets of the polls topic were not processed; asks the brokers."""
         if self._reader is None:
             return 0
-        end = self._asked([self._marks], LAST)[self._marks]
+        _, end = self._watermarks(self._reader, self._marks)
         return len(self.polls) + max(0, end - self._position.get(self._marks, self._committed_at))
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class KafkaMarket(KafkaBase):
             error_cb=self._transactions.suspect,
         )
         at = self._committed_poll(reader)
-        low, high = (self._asked([self._marks], which)[self._marks] for which in (FIRST, LAST))
+        low, high = self._watermarks(reader, self._marks)
         if not low <= at <= high:
             if at >= 0:
                 self._log.warning("the topic no longer has the committed poll", committed=at, start=low, end=high)
@@ -183,14 +183,14 @@ class KafkaMarket(KafkaBase):
         The ends of trades are asked for first: if no event is as late as the poll, its events come after these ends.
         """
         trades = self._partitions()
-        ends, firsts = (self._asked(trades, which) for which in (LAST, FIRST))
+        bounds = {partition: self._watermarks(reader, partition) for partition in trades}
         since = self._requested(begin)
         found = {} if since is None else self._asked(trades, max(0, since - SLACK_MS))
         self.polls.clear()
         self._ends, self._position = {}, {self._marks: begin}
-        for each in trades:
-            at = found.get(each, -1)
-            self._position[each] = max(firsts[each], ends[each] if at < 0 else at)
+        for partition, (first, end) in bounds.items():
+            at = found.get(partition, -1)
+            self._position[partition] = max(first, end if at < 0 else at)
         self._assign(reader)
         self._begin = None
 
