@@ -303,6 +303,10 @@ def offsets(
     if not wanted:
         return {}
     admin = cluster.admin()  # kept until it has answered
+    try:  # a client without metadata may look for leaders only after three seconds
+        admin.list_topics(timeout=timeout)
+    except KafkaException as error:
+        raise cluster.failure(error.args[0], "the topics' metadata") from error
     answers = admin.list_offsets(
         {TopicPartition(*place): OffsetSpec(which) for place, which in wanted.items()},  # type: ignore[abstract]
         isolation_level=IsolationLevel.READ_UNCOMMITTED if pending else IsolationLevel.READ_COMMITTED,
