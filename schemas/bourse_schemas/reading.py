@@ -306,7 +306,8 @@ def offsets(
     try:  # a client without metadata may look for leaders only after three seconds
         admin.list_topics(timeout=timeout)
     except KafkaException as error:
-        raise cluster.failure(error.args[0], "the topics' metadata") from error
+        name, number = next(iter(wanted))
+        raise cluster.failure(error.args[0], f"offsets of {name}-{number}", topic=name) from error
     answers = admin.list_offsets(
         {TopicPartition(*place): OffsetSpec(which) for place, which in wanted.items()},  # type: ignore[abstract]
         isolation_level=IsolationLevel.READ_UNCOMMITTED if pending else IsolationLevel.READ_COMMITTED,
