@@ -19,6 +19,8 @@ __all__ = ["days", "events", "fill"]
 
 # Next to the checkout, if it is there: docs/reliability.md.
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "day-2019-08-24.ndjson.gz"
+# With these there are 5,000 instruments.
+COPIES = 9
 
 
 def days() -> list[Path]:
@@ -28,11 +30,12 @@ def days() -> list[Path]:
 
 
 def events(count: int) -> list[TradeEvent]:
-    """Return so many events, in the order of their times; each repetition has instruments of its own."""
+    """Return `count` events in the order of their times; each of at least COPIES repetitions has its own instruments."""
     replay = Replay()
     for path in days():
         replay.day(path)
-    found = [again for number in range(-(-count // len(replay.events))) for again in _copy(replay.events, number)]
+    copies = max(COPIES, -(-count // len(replay.events)))
+    found = [again for number in range(copies) for again in _copy(replay.events, number)]
     found.sort(key=lambda event: event.observed_at)
     return found[:count]
 
