@@ -30,7 +30,7 @@ def days() -> list[Path]:
 
 
 def events(count: int) -> list[TradeEvent]:
-    """Return `count` events in the order of their times; each of at least COPIES repetitions has its own instruments."""
+    """Return `count` events in the order of their times; each of COPIES repetitions or more has its own instruments."""
     replay = Replay()
     for path in days():
         replay.day(path)
