@@ -391,7 +391,7 @@ def test_channels_are_read_with_their_defaults(tmp_path: Path) -> None:
 version: 1
 defaults: {language: en, digest_above: 5, fallback: mail, severity: [info], active: 08:30-17:30}
 channels:
-  desk: {url: {env: DESK}, severity: warning, labels: {team: [a, b], desk: c}, alerts: labels, active: null}
+  desk: {url: {env: DESK}, severity: warning, labels: {team: [a, b], desk: 5}, alerts: labels, active: null}
   mail: {url: {file: secret}, resolved: false, proxy: "socks5://127.0.0.1:1080"}
   hook: {webhook: {env: HOOK}, key: {clear: whsec_YQ==}, language: fa}
   robot: {alertmanager: "http://127.0.0.1:9093/"}
@@ -399,12 +399,14 @@ channels:
     )
     desk, mail, hook, robot = (found[name] for name in ("desk", "mail", "hook", "robot"))
     assert desk.severity == ("warning", "critical")
-    assert desk.labels == {"team": ("a", "b"), "desk": ("c",)}
+    assert desk.labels == {"team": ("a", "b"), "desk": ("5",)}
     assert (desk.alerts, desk.digest_above, desk.active, desk.resolved) == ("labels", 5, None, True)
     assert (mail.alerts, mail.resolved, mail.severity, mail.proxy) == (
         "rules", False, ("info",), "socks5://127.0.0.1:1080",
     )  # fmt: skip
     assert mail.active == (8 * 3600 + 1800, 9 * 3600)
+    midnight = NOON - 12 * HOUR
+    assert [each.wait(midnight) for each in (desk, mail, robot)] == [0, 8.5 * 3600, 0], "a default is for people"
     assert (hook.language, mail.language) == ("fa", "en")
     assert [each.fallback for each in (desk, hook, robot)] == ["mail"] * 3
     assert [type(each.sender).__name__ for each in (desk, hook, robot)] == ["Apprised", "Webhook", "Webhook"]

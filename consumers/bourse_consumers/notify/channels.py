@@ -213,7 +213,7 @@ SEVERITIES: tuple[SeverityName, ...] = ("info", "warning", "critical")
 
 
 def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list) else [value]
 
 
 def _at_least(value: Any) -> Any:
@@ -276,7 +276,8 @@ class Channel(_Common):
 
     def wait(self, now: datetime) -> float:
         """Return the seconds until the active hours begin, 0 if it is within them. They may run over midnight."""
-        start, length = self.active or (0, DAY_SECONDS)
+        # A default for people is not for Alertmanager, which would end what is not posted.
+        start, length = (None if self.alertmanager else self.active) or (0, DAY_SECONDS)
         at = now.astimezone(TEHRAN)
         since = (at.hour * 3600 + at.minute * 60 + at.second - start) % DAY_SECONDS
         return 0 if since < length else DAY_SECONDS - since
