@@ -41,7 +41,8 @@ def _robot(came: Came) -> ThreadingHTTPServer:
 
         def do_POST(self) -> None:
             now = time.monotonic()
-            for alert in json.loads(self.rfile.read(int(self.headers["content-length"])))["alerts"]:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            for alert in body["data"]["alerts"]:
                 came.put((alert["poll_sequence"], now))
             self.send_response(204)
             self.end_headers()
