@@ -19,6 +19,7 @@ from deltalake import DeltaTable, write_deltalake
 from bourse_consumers import archive_cli as cli
 from bourse_consumers.api import Batch
 from bourse_consumers.archive.command import one_table
+from bourse_consumers.archive.maintenance import forget
 from bourse_consumers.archive.proof import Kept, Report
 from bourse_consumers.archive.repair import repair
 from bourse_consumers.archive.sink import DeltaArchive
@@ -273,7 +274,7 @@ def test_what_the_topic_no_longer_has_whole_is_not_repaired(archive: Archive) ->
     repaired, lost = archive.repair(first=15)
     assert (repaired, lost) == ({DAYS[2]}, {DAYS[1]})
     assert archive.table().delta.version() == before + 1
-    assert {each["day"] for each in archive.verify().findings if "day" in each} == {DAYS[1]}
+    assert {each["day"] for each in archive.verify().findings if each["day"]} == {DAYS[1]}
 
 
 def test_verify_without_the_topic(archive: Archive) -> None:
@@ -290,6 +291,13 @@ def test_verify_without_the_topic(archive: Archive) -> None:
     assert "rows after missing polls: 1" in [
         each["what"] for each in archive.verify(POLLS, topic_is_there=False).findings
     ]
+
+
+def test_days_that_were_removed_on_purpose_are_not_findings(archive: Archive) -> None:
+    """Although the topic still has them."""
+    assert forget(archive.table(), DAYS[1])
+    report = archive.verify()
+    assert (report.findings, report.rows, report.behind) == ([], 24, 0)
 
 
 def test_polls_are_compared_with_their_topic(archive: Archive) -> None:

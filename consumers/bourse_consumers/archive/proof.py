@@ -65,27 +65,20 @@ class Report:
     lost: int = 0
     polls: tuple[int, int] | None = None
     partitions: dict[int, tuple[int, int]] = field(default_factory=dict)
+    damaged: set[tuple[date, int]] = field(default_factory=set)
     findings: list[dict[str, Any]] = field(default_factory=list)
 
-    def find(self, what: str, **place: Any) -> None:
-        """Add a finding; `place` is file, day, partitions, first and last offset, if they are known."""
-        self.findings.append({"what": what, **place})
+    def find(self, what: str, day: date | None = None, partitions: Any = (), offsets: Any = (), file: str = "") -> None:
+        """Add a finding, with the first and the last partition and offset if they are known."""
+        self.findings.append({"file": file, "day": day, "partitions": partitions, "offsets": offsets, "what": what})
+        if day is not None:
+            self.damaged |= {(day, number) for number in range(partitions[0], partitions[1] + 1)}
 
     def find_rows(self, what: str, rows: pl.DataFrame) -> None:
         """Add a finding for each day and partition of these rows."""
         bad = rows.group_by("_day", "_partition").agg(OFFSET.min(), last=OFFSET.max(), count=pl.len())
         for day, number, first, last, count in bad.sort("_partition", "_offset").iter_rows():
-            self.find(f"{what}: {count}", day=day, partitions=(number, number), first=first, last=last)
-
-    @property
-    def damaged(self) -> set[tuple[date, int]]:
-        """Return the days and partitions that have findings."""
-        return {
-            (each["day"], number)
-            for each in self.findings
-            if each.get("day") is not None
-            for number in range(each["partitions"][0], each["partitions"][1] + 1)
-        }
+            self.find(f"{what}: {count}", day, (number, number), (first, last))
 
 
 def prove(stored: Stored, report: Report, kept: Kept | None = None, markers: Markers | None = None) -> None:
@@ -173,9 +166,8 @@ class _Proof:
     def offsets(self) -> None:
         """Check that each offset is there once, and that the archive has committed it."""
         self.report.days = self.places["_day"].n_unique()
-        self.report.find_rows(
-            "rows stored twice", self.places.filter(pl.struct("_partition", "_offset").is_duplicated())
-        )
+        twice = pl.struct("_partition", "_offset").is_duplicated()
+        self.report.find_rows("rows stored twice", self.places.filter(twice))
         committed = _within((number, *ends) for number, ends in self.stored.ends.items())
         self.report.find_rows("rows outside the committed offsets", self.places.filter(~committed))
         if "day_final" in self._schema:
@@ -185,11 +177,10 @@ class _Proof:
     def compare(self, number: int, kept: Kept) -> int:
         """Compare a partition with what the topic still has of it; return how many rows are not archived yet."""
         start, end = kept.ends[number]
-        _, following = self.stored.ends.get(number, (start, start))
+        first, following = self.stored.ends.get(number, (start, start))
+        start = max(start, first)  # days before it were removed by `forget`
         if following > end:
-            self.report.find(
-                f"the archive has offsets to {following - 1}, the topic ends at {end}", partitions=(number, number)
-            )
+            self.report.find(f"{number}: offsets up to {following - 1} are stored, the topic ends at {end}")
         mine, lost = self.places.filter(_partition=number), _within(self.stored.holes)
         behind, at, tables = 0, start, kept.rows(number, start, end)
         while (table := next(tables, None)) is not None or at < following:
@@ -207,17 +198,17 @@ class _Proof:
                 self.report.find_rows("rows not on the topic", ours.join(theirs, "_offset", "anti"))
                 self.report.find_rows("rows different from the topic", both)
         if behind and number not in self.stored.ends:
-            self.report.find(f"partition missing, rows on the topic: {behind}", partitions=(number, number))
+            self.report.find(f"partition {number} missing, rows on the topic: {behind}")
         self.report.behind += behind
         return behind
 
     def _aligned(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Return the topic's rows with the archive's columns."""
-        schema = self._schema or dict(rows.schema)
-        for name in rows.columns if self._schema else ():
+        schema = self._schema or rows.schema
+        for name in rows.columns:
             if name not in schema:
-                without = rows.filter(pl.col(name).is_not_null())
-                self.report.find_rows(f"rows without the column {name} that the topic has", _places(without))
+                lost = _places(rows.filter(pl.col(name).is_not_null()))
+                self.report.find_rows(f"rows without the column {name} that the topic has", lost)
         nulls = {name: pl.lit(None, kind) for name, kind in schema.items() if name not in rows.columns}
         return rows.with_columns(**nulls).select(pl.col(name).cast(kind) for name, kind in schema.items())
 
@@ -225,9 +216,9 @@ class _Proof:
         """Check that polls have the rows that their markers count, as far as polls and partitions are archived."""
         due, names = markers.counts.unique(), list(COUNTED.values())
         ends = self.places.group_by("_partition").agg(POLL.max()).iter_rows()
-        known: tuple[Any, Any] = due["poll_sequence"].min() or 0, due["poll_sequence"].max() or 0
-        low = 0 if markers.from_start else known[0]
-        high = min([known[1], *(last for number, last in ends if number not in complete)])
+        known: Any = due["poll_sequence"]
+        low = 0 if markers.from_start else known.min() or 0
+        high = min([known.max() or 0, *(last for number, last in ends if number not in complete)])
         self.report.polls = (low, high)
         has = pl.concat(self.counts).group_by("poll_sequence").sum()
         both = has.join(due, "poll_sequence", "full", suffix="_due", coalesce=True).fill_null(0)
@@ -239,6 +230,5 @@ class _Proof:
             wrong = wrong.filter(~POLL.is_between(last.max() or 0, first.min() or ENDLESS))
         for row in wrong.sort("poll_sequence").head(1).iter_rows(named=True):
             counts = ", ".join(f"{row[name]} of {row[f'{name}_due']} {name}" for name in names)
-            self.report.find(
-                f"polls without the rows that their marker counts: {wrong.height}; {row['poll_sequence']} has {counts}"
-            )
+            what = f"polls without the rows that their marker counts: {wrong.height}"
+            self.report.find(f"{what}; {row['poll_sequence']} has {counts}")

@@ -74,21 +74,19 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
         sizes |= table.storage.sizes(folder)
     good = [table.arrow([])]
     for file in files:
-        size, found = sizes.get(file.path), None
-        what = f"file has {size} bytes, not {file.size}"
-        if size is None:
-            what = "file is missing"
-        elif size == file.size:
-            try:
-                found = table.arrow([file])
-                what = f"file has {found.num_rows} rows, not {file.rows}"
-            except (pa.ArrowException, OSError, StoreError) as error:
-                what = f"file is damaged: {error}"
-        if found is not None and found.num_rows == file.rows:
-            good.append(found)
-        else:
-            first, last = file.offsets
-            report.find(what, file=file.path, day=file.day, partitions=file.partitions, first=first, last=last)
+        size, what = sizes.get(file.path), "file is missing"
+        try:
+            if size == file.size:
+                rows = table.arrow([file])
+                if rows.num_rows == file.rows:
+                    good.append(rows)
+                    continue
+                what = f"file has {rows.num_rows} rows, not {file.rows}"
+            elif size is not None:
+                what = f"file has {size} bytes, not {file.size}"
+        except (pa.ArrowException, OSError, StoreError) as error:
+            what = f"file is damaged: {error}"
+        report.find(what, file.day, file.partitions, file.offsets, file=file.path)
     return pa.concat_tables(good)
 
 
@@ -128,15 +126,15 @@ def kept_by(cluster: Cluster, topic: Topic, name: str, done: Done = lambda _: No
 def show(report: Report, *, as_json: bool = False) -> None:
     """Print a report."""
     if as_json:
-        click.echo(json.dumps({"ok": not report.findings, **asdict(report)}, default=str))
+        done = {"ok": not report.findings, **asdict(report), "damaged": sorted(report.damaged)}
+        click.echo(json.dumps(done, default=str))
         return
     for number, (first, following) in sorted(report.partitions.items()):
         click.echo(f"{report.topic}-{number}: offsets {first} to {following - 1}")
     for each in report.findings:
-        place = [f"{name} {each[name]}" for name in ("file", "day") if each.get(name)]
-        spans = {"partitions": each.get("partitions"), "offsets": "first" in each and (each["first"], each["last"])}
-        place += [f"{name} {span[0]} to {span[1]}" for name, span in spans.items() if span]
-        click.echo(f"FINDING {', '.join([*place, each['what']])}")
+        place = {name: " to ".join(map(str, it)) if isinstance(it, tuple) else it for name, it in each.items() if it}
+        what = place.pop("what")
+        click.echo(f"FINDING {', '.join([*(f'{name} {it}' for name, it in place.items()), what])}")
     click.echo(
         f"{report.rows:,} rows of {report.days} days in {report.files} files, {report.compared:,} compared with the "
         f"topic, {report.behind:,} not archived yet, {report.lost:,} offsets in recorded holes"

@@ -34,7 +34,6 @@ LIMITS = """
 SELECT set_config(n, coalesce(nullif(current_setting(n), '0'), v), true) FROM (VALUES
     ('statement_timeout', '60s'), ('lock_timeout', '10s'), ('idle_in_transaction_session_timeout', '15s')) AS t (n, v)
 """
-HANG_SECONDS = 150.0
 
 
 def connect(dsn: str) -> Connection:
@@ -49,7 +48,7 @@ def connect(dsn: str) -> Connection:
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
     """Hold a transaction with limits; the process ends if it hangs all the same."""
-    with deadline("a transaction in PostgreSQL", HANG_SECONDS), connection.transaction():
+    with deadline("a transaction in PostgreSQL", 150), connection.transaction():
         connection.execute(LIMITS)
         yield
 
