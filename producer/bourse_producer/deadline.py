@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -26,22 +27,17 @@ MOST_ABANDONED = 2
 STOP_SECONDS, HANG_UP_SECONDS = 0.2, 0.5
 
 
+@dataclass(eq=False)
 class Transfer:
     """A call, as far as it came: `status` is None until the response's headers are read."""
 
-    def __init__(self) -> None:
-        self.status: int | None = None
-        self.headers: Mapping[str, str] = {}
-        self.chunks: list[bytes] = []
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        self.stream: Any = None
-        self.given_up = False
-
-    @property
-    def body(self) -> bytes:
-        """Return the bytes read so far."""
-        return b"".join(self.chunks)
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytearray = field(default_factory=bytearray)
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    stream: Any = None
+    given_up: bool = False
 
 
 class Transport:
@@ -91,8 +87,6 @@ class Transport:
             transfer.done.set()
 
     def _transfer(self, transfer: Transfer, method: str, url: str, request: dict[str, Any]) -> None:
-        size = 0
-
         def note_stream(event: str, info: Mapping[str, Any]) -> None:
             if event.endswith(("connect_tcp.complete", "start_tls.complete")):
                 transfer.stream = info["return_value"]
@@ -108,10 +102,9 @@ class Transport:
                 # Each layer may be a thousand times as large as the one around it.
                 raise ExchangeNonsense("nonsense", "the body is compressed more than once")
             for chunk in response.iter_bytes():
-                size += len(chunk)
-                if size > self._most_bytes:
+                transfer.body += chunk
+                if len(transfer.body) > self._most_bytes:
                     raise ExchangeNonsense("nonsense", f"the body is larger than {self._most_bytes >> 20} MiB")
-                transfer.chunks.append(chunk)
 
     def _give_up(self, transfer: Transfer, thread: threading.Thread) -> None:
         """Shut the connection down, so that the thread ends; count the thread if it does not."""

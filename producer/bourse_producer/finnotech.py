@@ -239,7 +239,7 @@ class Finnotech:
             try:
                 self._send(transfer, "GET", path, params=query, headers=authorization)
             finally:
-                times, body = (requested_at, self.clock.now()), transfer.body
+                times, body = (requested_at, self.clock.now()), bytes(transfer.body)
                 done = transfer.status == 200 and is_done(body)
                 reply = self._reply(transfer, body if done else self._secrets.data(body), times, path, query)
                 if transfer.status is not None:
@@ -281,7 +281,7 @@ class Finnotech:
         transfer, now = Transfer(), self.clock.monotonic()
         try:
             self._send(transfer, "POST", "/dev/v2/oauth2/token", seconds, json=grant, auth=self._basic)
-            result = _result_in(transfer.body)
+            result = _result_in(bytes(transfer.body))
             self._secrets.add(result.get("value"), result.get("refreshToken"))
             token = _token_of(result, now)
             if token is None:
@@ -293,7 +293,7 @@ class Finnotech:
         return replace(token, scopes=tuple(map(self._secrets.text, token.scopes)))
 
     def _token_refusal(self, transfer: Transfer) -> ExchangeError:
-        error = self._refusal(transfer, self._secrets.data(transfer.body))
+        error = self._refusal(transfer, self._secrets.data(bytes(transfer.body)))
         if transfer.status in {400, 401, 403} and error.kind in {"token", "scope", "internal", "provider", "nonsense"}:
             message = f"the exchange gives no token: {error}"
             return ExchangeRefused("token", message, code=error.code, retry_after=error.retry_after)

@@ -710,7 +710,8 @@ def test_a_foreign_record_on_polls_is_skipped(cluster: Cluster) -> None:
         with capture_logs() as lines:
             poll(in_process(cluster, server.url, client), 2)
     found = [line for line in lines if line["event"] == "foreign record skipped"]
-    assert [(line["place"], line["offset"]) for line in found] == [(f"{cluster.prefix}.polls-0", 4)]
+    assert [line["place"] for line in found] == [f"{cluster.prefix}.polls-0"]
+    assert found[0]["offset"] in {3, 4}  # the broker may write the end of the transaction before it after it
     state = committed_state(cluster)
     assert [marker.poll_sequence for marker in state.markers] == [1, 2, 3, 4]
 

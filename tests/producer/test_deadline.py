@@ -133,7 +133,7 @@ def test_a_reused_connection(pem: Path) -> None:
     with server(answer_once, tls) as (url, requests), transport(pem) as calls:
         transfer = Transfer()
         calls.call(transfer, 10, "GET", url)
-        assert (transfer.status, transfer.body) == (200, DONE)
+        assert (transfer.status, bytes(transfer.body)) == (200, DONE)
         assert late(calls, url) < 3
         assert len(requests) == 1
 

@@ -205,7 +205,7 @@ class Exchange:
         if call is Call.TOKEN and kind == "token":
             result = {"value": f"token-{len(self.made)}", "lifeTime": self._life * 1000, "refreshToken": "refresh"}
             body = json.dumps({"result": result, "status": "DONE"}).encode()
-        transfer.chunks.append(body)
+        transfer.body += body
 
 
 class Day(NamedTuple):
