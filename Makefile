@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check docs bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
+.PHONY: help demo test test-engines lint check docs bench chaos chaos-alerts chaos-archive fuzz soak mutants format lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -16,6 +16,9 @@ demo: .venv/.installed ## a real day of the Tehran market through the whole chai
 
 test: .venv/.installed ## all tests; real Kafka is started by the tests themselves
 	@$(BIN)/pytest $(ARGS)
+
+test-engines: .venv/.installed ## Flink, Spark, Kafka Streams, Node, Polars, DuckDB: every bar of a real day; needs Java 17, Maven, Node
+	@$(BIN)/pytest tests/engines/engines.py $(ARGS)
 
 lint: .venv/.installed ## format, style, types, and who imports whom
 	@$(BIN)/ruff format --check --quiet .
@@ -64,6 +67,7 @@ format: .venv/.installed ## format and sort
 lock: .venv/.installed ## write both locks anew; ARGS=--upgrade takes the newest versions
 	@$(COMPILE) pyproject.toml --group dev --all-extras --output-file requirements.lock $(ARGS)
 	@$(COMPILE) benchmarks/requirements.in --output-file benchmarks/requirements.lock $(ARGS)
+	@$(COMPILE) --no-deps tests/engines/requirements.in --output-file tests/engines/requirements.lock $(ARGS)
 
 clean: ## remove what make made, the environment included
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -23,7 +23,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PACKAGES = [ROOT / folder for folder in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
-LOCKS = [ROOT / "requirements.lock", ROOT / "benchmarks" / "requirements.lock"]
+LOCKS = [
+    ROOT / "requirements.lock",
+    *(ROOT / folder / "requirements.lock" for folder in ("benchmarks", "tests/engines")),
+]
 
 
 def our_files() -> list[Path]:

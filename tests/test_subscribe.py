@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]  # not in its __all__
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_producer.replay import Replay
@@ -141,10 +142,11 @@ def publish(cluster: Cluster, events: Sequence[TradeEvent]) -> None:
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("partitions", [6, 9])
 def test_joining_in_the_middle_of_a_day(
-    events: Sequence[TradeEvent], cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]
+    events: Sequence[TradeEvent], cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any], partitions: int
 ) -> None:
-    """The page's own program sees every change after it joined, once, and misses none."""
+    """The page's own program sees every change after it joined, once, also after partitions were added."""
     (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     for said, here in {
         "127.0.0.1:9092": cluster.bootstrap_servers,
@@ -154,7 +156,15 @@ def test_joining_in_the_middle_of_a_day(
         assert said in program
         program = program.replace(said, here)
     before = [event for event in events if event.poll_sequence <= 40]
+    instruments = {event.instrument for event in before}
     after = [event for event in events if event.poll_sequence > 40]
+    if partitions > 6:
+        publish(cluster, [event for event in before if event.poll_sequence <= 20])
+        admin = cluster.admin()
+        for topic in (TRADES, CANDLES):
+            more = NewPartitions(topic.full_name(cluster.prefix), partitions)
+            admin.create_partitions([more])[more.topic].result(10)
+        before = [event for event in before if event.poll_sequence > 20]
     publish(cluster, before)
     out, errors = tmp_path / "out", tmp_path / "errors"
     with spawn([sys.executable, "-u", "-c", program], stdout=out, stderr=errors) as child:
@@ -163,9 +173,7 @@ def test_joining_in_the_middle_of_a_day(
             wait_for(lambda: out.read_text("utf-8").count("\n") >= count or child.poll() is not None, 60)
             return out.read_text("utf-8").splitlines()
 
-        assert lines(1) == [f"joined with {len({event.instrument for event in before})} instruments"], errors.read_text(
-            "utf-8"
-        )
+        assert lines(1) == [f"joined with {len(instruments)} instruments"], errors.read_text("utf-8")
         publish(cluster, after)
         found = lines(1 + len(after))[1:]
     assert Counter(found) == Counter(f"{event.event_id} {event.op.value} {event.volume}" for event in after)
