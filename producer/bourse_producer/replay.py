@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,13 @@ import click
 import msgspec
 
 from bourse_cli.options import cluster_options
+from bourse_producer.beats import Beats
 from bourse_producer.calendar import Calendar
 from bourse_producer.capture import Head, read_capture
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.responses import Answer, Reading, derive
+from bourse_producer.markers import History, Timing, mark
+from bourse_producer.markers import Poll as InHand
+from bourse_producer.responses import PROFILES, Answer, Derived, Reading, derive
 from bourse_schemas.errors import ConfigurationError, ExchangeError
 from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -52,11 +55,13 @@ class Replay:
 
     def __init__(self, committed: set[str] | None = None) -> None:
         self.events: list[TradeEvent] = []
+        self.markers: list[PollMarker] = []
         self.polls: set[int] = set()
         self.notes: Counter[str] = Counter()
         self._committed = committed
         self._known: dict[InstrumentCode, Candle] = {}
         self._begun = False
+        self._beats, self._history = Beats(), History()
 
     def capture(self, paths: Sequence[Path]) -> None:
         """Take the files of a capture, oldest first."""
@@ -95,7 +100,7 @@ class Replay:
                     whole = sorted(rows.values(), key=lambda row: row["CoID"])
                     body = msgspec.json.encode({"trackId": "replay", "result": whole, "state": "DONE"})
                     reading = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
-                    self._publish(Poll(number, [(body, reading)]))
+                    self._publish(Poll(number, [(body, reading)]), marked=False)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not a captured day, or it is damaged: {error}") from error
 
@@ -108,15 +113,30 @@ class Replay:
         # Without a restore between them the sequence goes on only after a commit.
         return following is None or following.kind == "state" or following.poll_sequence > poll.sequence
 
-    def _publish(self, poll: Poll) -> None:
-        """Derive a poll's events as the service did, and take its candles for known."""
+    def _publish(self, poll: Poll, *, marked: bool = True) -> None:
+        """Derive a poll's events and marker as the service did, and take its candles for known."""
         try:
-            changes = derive(self._known, poll.answers).changes
+            derived = derive(self._known, poll.answers)
         except ExchangeError as error:
             raise ConfigurationError(f"poll {poll.sequence} cannot be derived again: {error}") from error
+        changes = derived.changes
         self._known.update((candle.instrument, candle) for candle in changes.candles)
         self.events += changes.events
         self.polls.add(poll.sequence)
+        if marked:
+            self._mark(poll, derived)
+
+    def _mark(self, poll: Poll, derived: Derived) -> None:
+        """Derive a poll's marker, as of a producer with the default interval that asked when the answers arrived."""
+        readings = [reading for _, reading in poll.answers]
+        at, last = (pick(reading.received_at for reading in readings) for pick in (min, max))
+        ids: dict[bool, str | None] = {reading.is_right: reading.track_id for reading in readings}
+        hand = InHand(0, at, 0.0, list(poll.answers), ids)
+        timing = Timing(self._beats, last, last + timedelta(seconds=self._beats.interval(last)))
+        history = replace(self._history, poll_sequence=poll.sequence - 1)
+        source = PROFILES[readings[0].profile].source
+        markers, self._history = mark(hand, derived, history, timing, source)
+        self.markers += markers
 
 
 def _committed(cluster: Cluster, topic: Topic, event: type[Any]) -> Iterator[tuple[bytes, Any]]:
@@ -160,11 +180,18 @@ def compare(cluster: Cluster, derived: Replay) -> dict[str, int]:
 @click.command
 @click.argument("captures", nargs=-1, required=True, metavar="CAPTURE…", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One event per line, as `bourse tail --json` shows them.")
+@click.option("--markers", is_flag=True, help="With --json: also the markers of a capture's polls.")
 @click.option("--against", metavar="HOST:PORT", help="Compare with the topics of these brokers.")
 @cluster_options
 @click.pass_context
 def replay(
-    ctx: click.Context, cluster: Cluster, captures: tuple[Path, ...], *, as_json: bool, against: str | None
+    ctx: click.Context,
+    cluster: Cluster,
+    captures: tuple[Path, ...],
+    *,
+    as_json: bool,
+    markers: bool,
+    against: str | None,
 ) -> None:
     """Derive the events again, from a producer's captures or from captured days (*.ndjson.gz).
 
@@ -192,7 +219,7 @@ def replay(
         click.echo(json.dumps(counts))
         ctx.exit(int(counts["equal"] != counts["derived"] or counts["found"] != counts["derived"]))
     if as_json:
-        for event in derived.events:
+        for event in (*derived.events, *(derived.markers if markers else ())):
             click.echo(to_json(asdict(event)))
         return
     by_day: dict[date, Counter[str]] = {}

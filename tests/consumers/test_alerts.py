@@ -6,25 +6,35 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
+from deltalake import write_deltalake
+from structlog.testing import capture_logs
 
+from bourse_cli.health import Monitor
 from bourse_cli.root import bourse
 from bourse_consumers.alerts.consumer import Alerts
 from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of, millis
 from bourse_consumers.alerts.rules_file import RuleFiles, compile_rule, load, strangers
 from bourse_consumers.alerts.trial import Trial, polls_of
 from bourse_consumers.api import Day, Reopen, WholePoll
+from bourse_consumers.market import Market as MarketRunner
 from bourse_consumers.mistakes import Mistake
-from bourse_consumers.testing import trade
+from bourse_consumers.records import Partition, Places
+from bourse_consumers.rows import to_table
+from bourse_consumers.runner import Runner
+from bourse_consumers.testing import Memory, MemoryMarket, stream_of, trade
+from bourse_producer.capture import Capture
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
 from bourse_schemas.topics import ALERTS, CANDLES
+from tests.producer.test_capture import Service
 
 ROOT = Path(__file__).parents[2]
 NINE = datetime(2019, 8, 24, 4, 30, tzinfo=UTC)  # 09:00 in Tehran
@@ -695,6 +705,77 @@ def test_the_consumer_continues_after_a_restart_and_reads_changed_rules(tmp_path
     with pytest.raises(Reopen):
         again.idle(NINE)
     assert again.trouble() is None
+
+
+def test_a_bad_change_keeps_the_rules_and_shows_in_log_readyz_and_metrics(
+    tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """Until it is corrected."""
+    path = tmp_path / "rules.yaml"
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= 3}]\n", "utf-8")
+    memory, monitor = Memory(), Monitor("alerts")
+    consumer = Alerts(RuleFiles([path]))
+    stream = stream_of(consumer, memory)
+    assert isinstance(stream, MemoryMarket)
+    memory.append(event(1030), marker(1, 0, traded=1))
+    running = Runner(
+        MarketRunner(consumer, stream.polls, "alerts"), stream, memory.decode, name="alerts", monitor=monitor
+    )
+
+    def stepped(held: Callable[[], object]) -> bool:
+        running.step()
+        return bool(held())
+
+    wait_for(lambda: stepped(lambda: memory.emitted), 60)
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= }]\n", "utf-8")
+    with capture_logs() as lines:
+        wait_for(lambda: stepped(lambda: "trouble" in monitor.reasons()), 60)
+    (line,) = [line for line in lines if line["log_level"] == "error"]
+    assert line["event"] == "new rules are wrong, the rules of before are in force"
+    assert f"{path}:2:" in line["error"]
+    status, text, _ = monitor.answer("/readyz")
+    assert (status, f"the rules of before are in force: {path}:2:" in text) == (503, True)
+    metric = 'bourse_consumer_trouble{consumer="alerts"}'
+    assert f"{metric} 1.0" in monitor.answer("/metrics")[1]
+    memory.append(event(1000, 2, poll_sequence=2), marker(2, 1, traded=1))
+    wait_for(lambda: stepped(lambda: len(memory.emitted) == 2), 60)
+    path.write_text("version: 1\nrules: [{name: a, when: plp >= 4}]\n", "utf-8")
+    wait_for(lambda: stepped(lambda: "trouble" not in monitor.reasons()), 60)
+    assert f"{metric} 0.0" in monitor.answer("/metrics")[1]
+
+
+def test_feed_rules_are_tried_on_captures(tmp_path: Path) -> None:
+    """With markers derived from the captured polls."""
+    service = Service(Capture(tmp_path / "capture"))
+    for volume in (1, 2, 2, 2, 2, 2, 3):
+        service.poll(volume)
+    (tmp_path / "rules.yaml").write_text(
+        "version: 1\nrules:\n  - {name: frozen, scope: feed, when: feed_state == FROZEN}\n", "utf-8"
+    )
+    done = invoke("alerts", "test", str(tmp_path / "rules.yaml"), str(tmp_path / "capture"), "--list")
+    assert re.findall(r"(\d\d:\d\d):\d\d  (\w+) +frozen", done.output) == [("09:05", "FIRING"), ("09:07", "RESOLVED")]
+
+
+def test_rules_are_tried_on_days_of_an_archive(tmp_path: Path) -> None:
+    """On its tables of trades and polls, without the events of other days."""
+    archive = tmp_path / "archive"
+    for n in range(2):
+        day = {"trading_day": date(2019, 8, 24) + timedelta(days=n)}
+        events = [event(1000 + 30 * minute, minute + 1, poll_sequence=2 * n + minute + 1, observed_at=NINE, **day)
+                  for minute in range(2)]  # fmt: skip
+        markers = [marker(2 * n + minute + 1, n * 1440 + minute, traded=1) for minute in range(2)]
+        for name, column, some in (("trades", "trading_day", events), ("polls", "_day", markers)):
+            places = Places([Partition(f"bourse.{name}", 0)] * 2, [2 * n, 2 * n + 1], [0, 0], [None, None])
+            table = to_table(some, places)
+            if column not in table.column_names:
+                table = table.append_column(column, pa.array([day["trading_day"]] * 2))
+            write_deltalake(archive / f"bourse.{name}", table, mode="append", partition_by=[column])
+    (tmp_path / "rules.yaml").write_text("version: 1\nrules: [{name: r, when: plp >= 3}]\n", "utf-8")
+    args = ("alerts", "test", str(tmp_path / "rules.yaml"), str(archive), "--json")
+    days = [json.loads(line)["trading_day"] for line in invoke(*args).output.splitlines()]
+    assert days == ["2019-08-24", "2019-08-24", "2019-08-25"]
+    days = [json.loads(line)["trading_day"] for line in invoke(*args, "--day", "2019-08-25").output.splitlines()]
+    assert days == ["2019-08-25"]
 
 
 def test_a_line_that_cannot_be_corrected_is_not_suggested(tmp_path: Path) -> None:

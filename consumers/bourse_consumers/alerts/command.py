@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["alerts", "consume"]
 
 PATH = click.Path(path_type=Path)
+DAY = click.DateTime(["%Y-%m-%d"])
 LANGUAGE = click.option(
     "--language", type=click.Choice(["en", "fa"]), default="en", show_default=True, help="Language of the mistakes."
 )
@@ -100,27 +102,24 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
         raise ConfigurationError(f"{printable(explain(mistake, language))}{shown}") from None
     live = _asked(ctx) and not files
     trial = _tried([rule], _topics(cluster, last_day=True) if live else _files(files))
-    fired = trial.fired("try")
-    if live:
-        ended = {alert.alert_id for alert in trial.alerts if alert.state is AlertState.RESOLVED}
-        fired = [alert for alert in fired if alert.alert_id not in ended]
+    fired = _open(trial.alerts) if live else trial.episodes()[0].fired
     for alert in fired[: None if live else SHOWN]:
         click.echo(_line(alert))
     if len(fired) > SHOWN and not live:
         click.echo(f"… and {len(fired) - SHOWN:,} more")
-    who = len({alert.instrument for alert in fired})
-    click.echo(
-        f"{next(trial.summary())}\n{'holds now' if live else 'held'} for {who:,} instruments, {len(fired):,} episodes"
-    )
+    click.echo(next(trial.summary()))
+    who, held = len({alert.instrument for alert in fired}), "holds now" if live else "held"
+    click.echo(f"{held} for {who:,} instruments, {len(fired):,} episodes")
 
 
 @alerts.command
 @click.argument("rules", metavar="RULES", type=PATH)
 @click.argument("files", nargs=-1, metavar="[FILE|-]…", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--topics", is_flag=True, help="Try them on what the topics hold, instead of files.")
-@click.option("--list", "as_list", is_flag=True, help="Print every alert, one a line.")
-@click.option("--json", "as_json", is_flag=True, help="Print every alert as JSON, with the fields of the topic.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print every alert as CSV.")
+@click.option("--day", "days", multiple=True, type=DAY, metavar="DATE", help="Only on this day. Repeatable.")
+@click.option("--list", "form", flag_value="list", help="Print every alert, one a line.")
+@click.option("--json", "form", flag_value="json", help="Print every alert as JSON, with the fields of the topic.")
+@click.option("--csv", "form", flag_value="csv", help="Print every alert as CSV.")
 @click.option("--html", type=PATH, help="Write a page with charts to this file.")
 @click.option(
     "--instrument",
@@ -130,34 +129,29 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
 )
 @cluster_options
 def test(
-    cluster: Cluster, *, rules: Path, files: tuple[Path, ...], topics: bool, as_list: bool, as_json: bool, as_csv: bool,
-    html: Path | None, instruments: tuple[str, ...],
+    cluster: Cluster, *, rules: Path, files: tuple[Path, ...], topics: bool, days: tuple[datetime, ...],
+    form: str | None, html: Path | None, instruments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Show what rules would have raised in the past: on the real day that ships with the sandbox, or in files.
 
-    FILE is a capture of the producer, a captured day, or what `replay --json` and `tail --json` print.
+    FILE is a capture of the producer, a captured day, an archive's folder, or what `replay --json` and `tail --json`
+    print.
     """
-    from msgspec.structs import asdict
-
     from bourse_consumers.alerts.rules_file import RuleFiles, strangers
-    from bourse_schemas.codec import to_json
 
     if topics and files:
         raise ConfigurationError("give files or --topics, not both")
-    found = RuleFiles([rules]).rules
-    trial = _tried(found, _topics(cluster) if topics else _files(files))
+    found, dates = RuleFiles([rules]).rules, {day.date() for day in days}
+    trial = _tried(found, _topics(cluster, dates) if topics else _files(files, dates))
     if html is not None:
         from bourse_consumers.alerts.report import page
 
         html.write_text(page(trial, instruments), "utf-8")
-    if as_json:
-        for alert in trial.alerts:
-            click.echo(to_json(asdict(alert)))
-    elif as_csv:
+    if form == "csv":
         _csv(trial.alerts)
-    elif as_list:
+    elif form is not None:
         for alert in trial.alerts:
-            click.echo(_line(alert))
+            click.echo(_line(alert, as_json=form == "json"))
     else:
         for line in (*strangers(found, trial.symbols), *trial.summary()):
             click.echo(line)
@@ -165,25 +159,25 @@ def test(
 
 @alerts.command("list")
 @click.option("--open", "only_open", is_flag=True, help="Only what is firing now.")
-@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Of this trading day only.")
+@click.option("--day", type=DAY, metavar="DATE", help="Of this trading day only.")
 @click.option("--json", "as_json", is_flag=True, help="One alert a line, with the fields of the topic.")
 @cluster_options
 def list_alerts(cluster: Cluster, *, only_open: bool, day: Any, as_json: bool) -> None:
     """List the alerts on the topic, the newest last."""
-    from msgspec.structs import asdict
-
-    from bourse_schemas.codec import to_json
-
     found = sorted(_events(cluster, ALERTS, PriceAlert), key=lambda alert: alert.raised_at)
     if day is not None:
         found = [alert for alert in found if alert.trading_day == day.date()]
-    if only_open:
-        ended = {alert.alert_id for alert in found if alert.state is AlertState.RESOLVED}
-        found = [alert for alert in found if alert.alert_id not in ended]
+    found = _open(found) if only_open else found
     if not found:
         click.echo("none", err=True)
     for alert in found:
-        click.echo(to_json(asdict(alert)) if as_json else _line(alert))
+        click.echo(_line(alert, as_json=as_json))
+
+
+def _open(found: Sequence[PriceAlert]) -> list[PriceAlert]:
+    """Return those that have not ended."""
+    ended = {alert.alert_id for alert in found if alert.state is AlertState.RESOLVED}
+    return [alert for alert in found if alert.alert_id not in ended]
 
 
 def _asked(ctx: click.Context) -> bool:
@@ -214,22 +208,18 @@ def _events(cluster: Cluster, topic: Any, event: type[Any]) -> Iterator[Any]:
             click.echo(f"{name}-{record.place[1]}-{record.offset}: {error}", err=True)
 
 
-def _topics(cluster: Cluster, *, last_day: bool = False) -> list[Past]:
-    from bourse_consumers.alerts.trial import polls_of
+def _topics(cluster: Cluster, days: Collection[date] = (), *, last_day: bool = False) -> list[Past]:
+    from bourse_consumers.alerts.trial import day_of, polls_of
 
-    trades = list(_events(cluster, TRADES, TradeEvent))
-    markers = list(_events(cluster, POLLS, PollMarker))
-    if last_day and trades:
-        day = max(event.trading_day for event in trades)
-        trades = [event for event in trades if event.trading_day == day]
-        markers = [each for each in markers if each.requested_at.astimezone(TEHRAN).date() == day]
-    return polls_of([*markers, *trades])
+    polls = polls_of((*_events(cluster, POLLS, PollMarker), *_events(cluster, TRADES, TradeEvent)), days)
+    latest = max((event.trading_day for poll in polls for event in poll.events), default=None)
+    return [poll for poll in polls if day_of(poll.marker) == latest] if last_day else polls
 
 
-def _files(files: Sequence[Path]) -> list[Past]:
+def _files(files: Sequence[Path], days: Collection[date] = ()) -> list[Past]:
     from bourse_consumers.alerts.trial import polls_of, read, real_day
 
-    return polls_of(read(files or [real_day()]))
+    return polls_of(read(files or [real_day()], days), days)
 
 
 def _tried(rules: Sequence[Rule], polls: Sequence[Past]) -> Trial:
@@ -240,9 +230,14 @@ def _tried(rules: Sequence[Rule], polls: Sequence[Past]) -> Trial:
     return trial
 
 
-def _line(alert: PriceAlert) -> str:
-    from bourse_consumers.yaml_file import printable
+def _line(alert: PriceAlert, *, as_json: bool = False) -> str:
+    from msgspec.structs import asdict
 
+    from bourse_consumers.yaml_file import printable
+    from bourse_schemas.codec import to_json
+
+    if as_json:
+        return to_json(asdict(alert))
     texts = alert.message or {}
     values = ", ".join(f"{name} = {value:,.6g}" for name, value in alert.values.items())
     who = f"{alert.symbol or alert.source} ({alert.instrument})" if alert.instrument else alert.source

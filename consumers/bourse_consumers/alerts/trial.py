@@ -7,12 +7,12 @@ import gzip
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,22 +22,14 @@ from bourse_consumers.alerts.engine import Engine, Poll, columns_of, millis
 from bourse_consumers.alerts.expressions import limits
 from bourse_consumers.alerts.rule import Rule
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import (
-    TEHRAN,
-    AlertState,
-    FeedState,
-    Outcome,
-    Phase,
-    PollMarker,
-    PriceAlert,
-    TradeEvent,
-)
+from bourse_schemas.events import TEHRAN, AlertState, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
 
-__all__ = ["Past", "Reached", "Trial", "polls_of", "read", "real_day"]
+__all__ = ["Episodes", "Past", "Trial", "day_of", "polls_of", "read", "real_day"]
 
 TICK_MS = 10_000
 LONGEST_SILENCE_MS = 24 * 3_600_000
 LINE = 1 << 20
+GZIP = b"\x1f\x8b"
 
 
 class Past(NamedTuple):
@@ -47,12 +39,22 @@ class Past(NamedTuple):
     events: Sequence[TradeEvent]
 
 
-class Reached(NamedTuple):
-    """How near a quantity came to what a rule that never fired wants."""
+class Episodes(NamedTuple):
+    """What a rule raised: the begins of its episodes, and how long those that ended were, the shortest first."""
 
-    text: str
-    value: float
-    wanted: float
+    rule: Rule
+    fired: Sequence[PriceAlert]
+    lengths: Sequence[timedelta]
+
+    @property
+    def instruments(self) -> int:
+        """Return how many instruments had one."""
+        return len({alert.instrument for alert in self.fired})
+
+    @property
+    def median(self) -> str:
+        """Return the median length."""
+        return str(self.lengths[len(self.lengths) // 2]).split(".")[0] if self.lengths else "–"
 
 
 # --- what to try them on ----------------------------------------------------------------------------------------------
@@ -67,58 +69,73 @@ def real_day() -> Path:
     return path
 
 
-def read(paths: Sequence[Path]) -> Iterator[TradeEvent | PollMarker]:
-    """Yield the events and markers of files: captures, captured days, or what `--json` of tail and replay print.
+def read(paths: Sequence[Path], days: Collection[date] = ()) -> Iterator[TradeEvent | PollMarker]:
+    """Yield the events and markers of captures, captured days, archives, or what `--json` of tail and replay print.
 
-    `-` is standard input. Files may be compressed with gzip.
+    `-` is standard input. Files may be compressed with gzip. Of archives only the `days` are read, if there are any.
     """
     captures = []
     for path in paths:
-        if path == Path("-"):
-            yield from _events(sys.stdin.buffer, "standard input")
-            continue
         try:
-            kind = "capture" if path.is_dir() else _kind(path)
+            if path == Path("-"):
+                yield from _events(sys.stdin.buffer, "standard input")
+            elif tables := [each.parent for each in path.glob("*/_delta_log")]:
+                for table, kind, column in (("trades", TradeEvent, "trading_day"), ("polls", PollMarker, "_day")):
+                    for each in tables:
+                        if each.name.rpartition(".")[2] == table:
+                            yield from _archived(each, kind, column, days)
+            elif path.is_dir() or not _printed(path):
+                captures.append(path)
+            else:
+                with _opened(path) as lines:
+                    yield from _events(lines, str(path))
         except (OSError, EOFError) as error:
             raise ConfigurationError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        if kind == "capture":
-            captures.append(path)
-            continue
-        with gzip.open(path) if _zipped(path) else path.open("rb") as lines:
-            yield from _events(lines, str(path))
     if captures:
         yield from _replayed(captures)
 
 
-def _zipped(path: Path) -> bool:
+def _opened(path: Path) -> Any:
     with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        zipped = file.read(len(GZIP)) == GZIP
+    return gzip.open(path) if zipped else path.open("rb")
 
 
-def _kind(path: Path) -> str:
-    with gzip.open(path) if _zipped(path) else path.open("rb") as lines:
+def _printed(path: Path) -> bool:
+    with _opened(path) as lines:
         first = lines.readline(LINE)
-    return "events" if b'"event_id"' in first or b'"outcome"' in first else "capture"
+    return b'"event_id"' in first or b'"outcome"' in first
+
+
+def _archived(table: Path, kind: type[Any], column: str, days: Collection[date]) -> Iterator[Any]:
+    """Yield the events of a table of the archive."""
+    import polars as pl
+
+    rows = pl.scan_delta(str(table))
+    if days:
+        rows = rows.filter(pl.col(column).is_in(sorted(days)))
+    for row in rows.sort("_partition", "_offset").collect().iter_rows(named=True):
+        yield msgspec.convert(row, kind)
 
 
 def _replayed(paths: Sequence[Path]) -> Iterator[TradeEvent | PollMarker]:
     """Yield what `bourse replay` derives: producer and consumers do not import each other."""
-    command = [sys.executable, "-m", "bourse_cli", "replay", "--json", *map(str, paths)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        assert child.stdout and child.stderr  # noqa: S101, PT018  # for the type checker
-        yield from _events(child.stdout, "bourse replay")
-        why = child.stderr.read().decode(errors="replace").strip()
+    command = [sys.executable, "-m", "bourse_cli", "replay", "--json", "--markers", *map(str, paths)]
+    with TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as child:
+        yield from _events(child.stdout or (), "bourse replay")
+        child.wait()
+        errors.seek(0)
+        why = errors.read().decode(errors="replace").strip()
     if child.returncode:
         raise ConfigurationError(why.removeprefix("Error: ") or f"{paths[0]} cannot be replayed")
 
 
 def _events(lines: Iterable[bytes], name: str) -> Iterator[TradeEvent | PollMarker]:
-    decoders = {kind: msgspec.json.Decoder(kind) for kind in (TradeEvent, PollMarker)}
+    decoders: Any = {kind: msgspec.json.Decoder(kind) for kind in (TradeEvent, PollMarker)}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            yield decoders[TradeEvent if b'"event_id"' in line else PollMarker].decode(line)  # type: ignore[misc]
+            if line.strip():
+                yield decoders[TradeEvent if b'"event_id"' in line else PollMarker].decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(
                 f"{name}:{number}: neither a trade event nor a marker: {error}; give captures, "
@@ -126,7 +143,12 @@ def _events(lines: Iterable[bytes], name: str) -> Iterator[TradeEvent | PollMark
             ) from error
 
 
-def polls_of(events: Iterable[TradeEvent | PollMarker]) -> list[Past]:
+def day_of(marker: PollMarker) -> date:
+    """Return the Tehran date of a marker."""
+    return (marker.received_at or marker.requested_at).astimezone(TEHRAN).date()
+
+
+def polls_of(events: Iterable[TradeEvent | PollMarker], days: Collection[date] = ()) -> list[Past]:
     """Return the whole polls of events and markers, in order; events without a marker get one made of them."""
     markers: dict[int, PollMarker] = {}
     found: dict[int, list[TradeEvent]] = defaultdict(list)
@@ -138,7 +160,8 @@ def polls_of(events: Iterable[TradeEvent | PollMarker]) -> list[Past]:
     for sequence, some in found.items():
         if sequence not in markers:
             markers[sequence] = _marker(sequence, some)
-    return [Past(markers[sequence], found.get(sequence, [])) for sequence in sorted(markers)]
+    polls = [Past(markers[sequence], found.get(sequence, [])) for sequence in sorted(markers)]
+    return [poll for poll in polls if not days or day_of(poll.marker) in days]
 
 
 def _marker(sequence: int, events: Sequence[TradeEvent]) -> PollMarker:
@@ -159,34 +182,28 @@ def _marker(sequence: int, events: Sequence[TradeEvent]) -> PollMarker:
 
 @dataclass
 class Trial:
-    """What rules say of polls. `alerts` are in their order."""
+    """What rules make of polls. `alerts` are in their order."""
 
     rules: Sequence[Rule]
     alerts: list[PriceAlert] = field(default_factory=list)
     polls: int = 0
     events: int = 0
     days: Counter[date] = field(default_factory=Counter)
-    reached: dict[str, dict[str, Reached]] = field(default_factory=dict)
+    # Per rule that never fired, and quantity: the nearest that it came to what is wanted, and that.
+    reached: dict[str, dict[str, tuple[float, float]]] = field(default_factory=lambda: defaultdict(dict))
     symbols: dict[str, str] = field(default_factory=dict)
     prices: dict[str, list[tuple[datetime, int]]] = field(default_factory=lambda: defaultdict(list))
-    engine: Engine = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.engine = Engine(self.rules)
-        self.engine.open()
 
     def run(self, polls: Sequence[Past]) -> None:
         """Judge polls in order: as live, but many rows at once."""
+        self._engine = engine = Engine(self.rules)
         before: PollMarker | None = None
-        day: date | None = None
         for marker, events in polls:
-            today = (marker.received_at or marker.requested_at).astimezone(TEHRAN).date()
-            if day not in {None, today}:
-                self._finish_day()
-            day = today
-            if before is not None and before.next_poll_at is not None:
+            if before is not None:
+                if day_of(before) != day_of(marker):
+                    self._finish_day()
                 self._wait(before, marker)
-            self.alerts += self.engine.take(Poll(marker, columns_of(events, self.engine.columns)), defer=True)
+            self.alerts += engine.take(Poll(marker, columns_of(events, engine.columns)), defer=True)
             before = marker
             self.polls += 1
             self.events += len(events)
@@ -200,85 +217,69 @@ class Trial:
 
     def _wait(self, before: PollMarker, marker: PollMarker) -> None:
         """Let the clock go on while no marker came."""
-        due = before.next_poll_at
-        now, end = millis(due or before.requested_at), millis(marker.requested_at)
-        for at in range(now + TICK_MS, min(end, now + LONGEST_SILENCE_MS), TICK_MS):
-            self.alerts += self.engine.tick(at, 0)
+        if before.next_poll_at is not None:
+            due = millis(before.next_poll_at)
+            for at in range(due + TICK_MS, min(millis(marker.requested_at), due + LONGEST_SILENCE_MS), TICK_MS):
+                self.alerts += self._engine.tick(at, 0)
 
     def _finish_day(self) -> None:
-        self.alerts += self.engine.finish()
-        fired = {alert.rule for alert in self.alerts if alert.state is AlertState.FIRING}
+        self.alerts += self._engine.finish()
+        fired = {alert.rule for alert in self.alerts}
         for n, rule in enumerate(self.rules):
-            if rule.scope != "feed" and rule.name not in fired:
-                self._note(rule, n)
+            view = self._engine.view_of(n) if rule.scope != "feed" and rule.name not in fired else None
+            if view is not None:
+                self._note(rule, view)
 
-    def _note(self, rule: Rule, n: int) -> None:
+    def _note(self, rule: Rule, view: Any) -> None:
         """Keep the nearest that each quantity came to the number it is compared with."""
-        found = self.engine.view_of(n)
-        if found is None:
-            return
         sides = {ast.unparse(side.tree): side.node for side in rule.when.sides}
         for text, low, high in limits(rule.when.tree, ast.And):
-            if text not in sides:
-                continue
-            with np.errstate(all="ignore"):
-                values = np.asarray(sides[text].run(found), float) / (1000 if sides[text].kind == "time" else 1)
-            upwards = low > -np.inf
-            nearest = np.fmax.reduce(values, None) if upwards else np.fmin.reduce(values, None)
-            wanted = (low if upwards else high) / (1000 if sides[text].kind == "time" else 1)
-            before = self.reached.setdefault(rule.name, {}).get(text)
-            if before is not None:
-                nearest = (max if upwards else min)(nearest, before.value)
-            if not np.isnan(nearest):
-                self.reached[rule.name][text] = Reached(text, float(nearest), wanted)
+            if text in sides:
+                upwards, unit = low > -np.inf, 1000 if sides[text].kind == "time" else 1
+                before, _ = self.reached[rule.name].get(text, (np.nan, 0))
+                with np.errstate(all="ignore"):
+                    values = np.append(np.asarray(sides[text].run(view), float) / unit, before)
+                nearest = float((np.fmax if upwards else np.fmin).reduce(values, None))
+                self.reached[rule.name][text] = nearest, (low if upwards else high) / unit
 
     # --- the summary --------------------------------------------------------------------------------------------------
 
-    def fired(self, rule: str) -> list[PriceAlert]:
-        """Return the begins of a rule's episodes."""
-        return [alert for alert in self.alerts if alert.rule == rule and alert.state is AlertState.FIRING]
-
-    def lengths(self, rule: str) -> list[timedelta]:
-        """Return how long a rule's episodes lasted, as far as they ended."""
-        return [
-            alert.raised_at - begun[alert.alert_id]
-            for begun in [{each.alert_id: each.raised_at for each in self.fired(rule)}]
-            for alert in self.alerts
-            if alert.rule == rule and alert.state is AlertState.RESOLVED and alert.alert_id in begun
-        ]
+    def episodes(self) -> list[Episodes]:
+        """Return what each rule raised."""
+        fired: dict[str, dict[str, PriceAlert]] = defaultdict(dict)
+        lengths: dict[str, list[timedelta]] = defaultdict(list)
+        for alert in self.alerts:
+            if alert.state is AlertState.FIRING:
+                fired[alert.rule][alert.alert_id] = alert
+            elif alert.alert_id in fired[alert.rule]:
+                lengths[alert.rule].append(alert.raised_at - fired[alert.rule][alert.alert_id].raised_at)
+        return [Episodes(rule, [*fired[rule.name].values()], sorted(lengths[rule.name])) for rule in self.rules]
 
     def summary(self) -> Iterator[str]:
-        """Yield the summary for people."""
-        fired = {rule.name: self.fired(rule.name) for rule in self.rules}
+        """Yield the summary for people: first what never fired."""
         days = ", ".join(f"{day} ({count:,} events)" for day, count in sorted(self.days.items()))
         yield f"{self.polls:,} polls, {self.events:,} events: {days or 'no trading day'}"
-        silent = [name for name, found in fired.items() if not found]
-        if silent:
-            yield ""
+        found = sorted(self.episodes(), key=lambda each: -len(each.fired))
+        silent = [each.rule.name for each in found if not each.fired]
+        yield from [""] * bool(silent)
         for name in silent:
-            near = "; ".join(
-                f"{each.text} reached {each.value:,.4g}, wanted {each.wanted:,.4g}"
-                for each in self.reached.get(name, {}).values()
-            )
-            yield f"never fired: {name}" + (f" ({near})" if near else "")
-        if any(fired.values()):
-            yield ""
-            yield f"{'episodes':>8}  {'instruments':>11}  {'median':>8}  {'first':<19}  rule"
-        for name, found in sorted(fired.items(), key=lambda each: -len(each[1])):
-            if found:
-                lengths = self.lengths(name)
-                middle = (
-                    str(timedelta(seconds=int(median(each.total_seconds() for each in lengths)))) if lengths else "–"
-                )
-                times = ", ".join(f"{alert.raised_at.astimezone(TEHRAN):%H:%M:%S}" for alert in found[:2])
-                who = len({alert.instrument for alert in found})
-                yield f"{len(found):>8,}  {who:>11,}  {middle:>8}  {times:<19}  {name}"
+            near = [
+                f"{text} reached {value:,.4g}, wanted {wanted:,.4g}"
+                for text, (value, wanted) in self.reached[name].items() if not np.isnan(value)
+            ]  # fmt: skip
+            yield f"never fired: {name}" + (f" ({'; '.join(near)})" if near else "")
+        minutes = Counter(
+            alert.raised_at.astimezone(TEHRAN).replace(second=0, microsecond=0)
+            for each in found
+            for alert in each.fired
+        )
+        if minutes:
+            yield f"\n{'episodes':>8}  {'instruments':>11}  {'median':>8}  {'first':<19}  rule"
+        for each in found[: len(found) - len(silent)]:
+            times = ", ".join(f"{alert.raised_at.astimezone(TEHRAN):%H:%M:%S}" for alert in each.fired[:2])
+            yield f"{len(each.fired):>8,}  {each.instruments:>11,}  {each.median:>8}  {times:<19}  {each.rule.name}"
         sent = Counter(channel for alert in self.alerts if alert.message is not None for channel in alert.channels)
         for channel, count in sorted(sent.items()):
             yield f"messages to {channel}: {count:,}"
-        minutes = Counter(
-            alert.raised_at.replace(second=0, microsecond=0) for found in fired.values() for alert in found
-        )
-        if minutes:
-            minute, most = minutes.most_common(1)[0]
-            yield f"{sum(minutes.values()):,} alerts, at most {most:,} in a minute ({minute.astimezone(TEHRAN):%H:%M})"
+        for minute, most in minutes.most_common(1):
+            yield f"{sum(minutes.values()):,} alerts, at most {most:,} in a minute ({minute:%H:%M})"
