@@ -56,6 +56,7 @@ rules:
   - {name: undone-moment, when: annulled(trade_count) > 0}
   - {name: chain, when: "0 < change(value, 6m) / before(volume) <= 1e6 and ago(last_price, 6m) != last_price"}
   - {name: nested, when: "ago(change(volume, 3m), 3m) > max(10, change(volume, 3m))", for: 2m}
+  - {name: deep, when: "before(before(highest(last_price, 4m))) < before(last_price)", cooldown: 5m}
   - {name: still, when: "quiet >= 4m", match: {symbols: [الف, پ], instruments: [IRO1TEST0009]}, cooldown: 5m}
   - {name: level, when: last_price <= stop or last_price >= 2 * stop, match: {table: levels.csv}}
   - {name: bourse, when: "market_value / shares_outstanding > 0", match: {market: bourse}, except: {patterns: ["ب*"]}}

@@ -124,8 +124,9 @@ class Board:
 
     def trim(self) -> None:
         """Drop rows before all windows, if they are many."""
-        begin = np.searchsorted(self.times[: self.rows], self.times[self.rows - 1] - self.needs.window, "right") - 2
-        drop = min(int(begin), self.rows - 2) - self.base
+        last = max(self.rows - 2 - self.needs.steps, 0)
+        begin = np.searchsorted(self.times[: self.rows], self.times[last] - self.needs.window, "right")
+        drop = min(int(begin) - 1, last) - self.base
         if drop >= SPARE:
             for matrices in (self.data, *self.past.values()):
                 matrices[..., : self.rows - self.base - drop, :] = matrices[..., drop : self.rows - self.base, :]

@@ -89,19 +89,21 @@ class Past(NamedTuple):
 class Needs:
     """What expressions need of a board: columns, and the past of parts of them, in the order to work them out.
 
-    `window` is how far they look back, in milliseconds; `firsts` are what `pace` needs the day's first value of.
+    `window` is how far they look back, in milliseconds, and `steps` by how many polls before that; `firsts` are what
+    `pace` needs the day's first value of.
     """
 
     columns: set[str] = field(default_factory=set)
     past: dict[str, Past] = field(default_factory=dict)
     firsts: set[str] = field(default_factory=set)
     window: int = 0
+    steps: int = 0
 
     def add(self, other: Needs) -> None:
         """Add what other expressions need."""
         self.columns |= other.columns
         self.firsts |= other.firsts
-        self.window = max(self.window, other.window)
+        self.window, self.steps = max(self.window, other.window), max(self.steps, other.steps)
         for key, past in other.past.items():
             self.past.setdefault(key, past)
 
@@ -311,11 +313,11 @@ class Compiler:
         self.numbers: list[float | str] = []
 
     def __call__(self, tree: ast.expr, kinds: Sequence[Kind]) -> Expression:
-        """Compile a tree; raise Mistake."""
+        """Compile a tree, which it changes; raise Mistake."""
         self._sides: dict[str, Side] = {}
         self._inside = self._deep = False
         try:
-            whole = _Expand(self._names, self._table).visit(copy.deepcopy(tree))
+            whole = _Expand(self._names, self._table).visit(tree)
             node = self._want(whole, *kinds)
         except RecursionError:
             raise Mistake("too_deep") from None
@@ -520,6 +522,7 @@ class Compiler:
 
     def _before(self, x: Node, *, opening: bool = False) -> Node:
         """Return a node with the value at the poll before."""
+        self._needs.steps += 1
         key, members = f"{'earlier' if opening else 'before'}({x.key})", self._members_of()
         return Node("number", key, lambda v: v.shared(key, members, lambda w: w.before(x, opening=opening)))
 

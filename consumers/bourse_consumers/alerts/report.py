@@ -15,7 +15,7 @@ from bourse_schemas.events import TEHRAN, AlertState
 __all__ = ["page"]
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 1000, 260, 70, 14, 24
-COLORS = ["c2410c", "1d4ed8", "15803d", "7e22ce", "be123c", "0e7490", "a16207", "4d7c0f", "9d174d", "3730a3", "115e59", "57534e"]
+COLORS = ("c2410c", "1d4ed8", "15803d", "7e22ce", "be123c", "0e7490", "a16207", "4d7c0f", "9d174d", "3730a3", "115e59")
 STYLE = """
 body{font:15px/1.5 Vazirmatn,'Noto Sans Arabic',Tahoma,system-ui,sans-serif;margin:2rem auto;max-width:1040px;color:#1c1917}
 h2{margin:2.2rem 0 .3rem}h2 small{font-weight:400;color:#78716c}

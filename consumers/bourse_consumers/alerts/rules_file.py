@@ -40,7 +40,6 @@ __all__ = ["RuleFiles", "compile_rule", "load", "strangers"]
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)")
 DAY_MS = 86_400_000
 LONGEST_TEXT, LONGEST_NAME = 4_000, 100
-EMPTY: dict[str, Any] = {}
 
 
 def compile_rule(when: str, scope: Scope = "instrument", **given: Any) -> Rule:
@@ -153,7 +152,7 @@ class _Match(Strict):
     lists: Many[Annotated[Any, BeforeValidator(lambda name, info: info.context.names(name))]] = ()
     market: Many[Literal["bourse", "farabourse", "base", "rights", "funds"]] = ()
     rights: bool | None = None
-    table: Annotated[Table, BeforeValidator(lambda name, info: info.context.table(name))] = Table()
+    table: Annotated[Table, BeforeValidator(lambda name, info: info.context.table(name))] | None = None
 
 
 class _States(Strict):
@@ -185,13 +184,13 @@ class _Rule(_Common):
     when: Tree | None = None
     until: Tree | None = None
     scope: Scope = "instrument"
-    let: dict[str, Any] = EMPTY
+    let: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Head(Strict):
     version: Literal[1] | None = None
-    defaults: _Common = _Common()
-    let: dict[str, Any] = EMPTY
+    defaults: _Common = Field(default_factory=_Common)
+    let: dict[str, Any] = Field(default_factory=dict)
     rules: tuple[Any, ...] = ()
 
 
@@ -202,13 +201,14 @@ def _given(model: Strict | None) -> dict[str, Any]:
 def _matched(*given: _Match | None) -> tuple[Match, Table]:
     """Return what the last of the given ones say per key."""
     found = _Match.model_construct(**{key: value for each in given for key, value in _given(each).items()})
-    named = {*(name for names in found.lists for name in names), *found.table.rows}
+    table = found.table or Table()
+    named = {*(name for names in found.lists for name in names), *table.rows}
     codes = {name for name in named if CODE.fullmatch(name)}
     markets = tuple(letters for market in found.market for letters in MARKETS[market])
     return Match(
         frozenset({*found.instruments, *codes}), frozenset({*found.symbols, *named - codes}), tuple(found.patterns),
         markets, found.rights,
-    ), found.table  # fmt: skip
+    ), table  # fmt: skip
 
 
 # --- a file -----------------------------------------------------------------------------------------------------------
@@ -278,22 +278,12 @@ class _Reader:
                 found[name] = tree
         return found
 
-    def _guard(
-        self,
-        location: Location,
-        work: Callable[[], T],
-        prefix: str = "",
-        scope: str = "",
-        piece: tuple[int, int] = (0, 0),
-    ) -> T | None:
-        """Return what `work` does; a mistake becomes one of the file, in the characters of a `piece` of the text."""
+    def _guard(self, at: Location, work: Callable[[], T], prefix: str = "", scope: str = "") -> T | None:
+        """Return what `work` does; a mistake becomes one of the file."""
         try:
             return work()
         except Mistake as mistake:
-            mistake.at += piece[0]
-            if piece[1]:
-                mistake.end = min(piece[1] if mistake.end is None else piece[0] + mistake.end, piece[1])
-            self.document.mistake(location, mistake, prefix, scope)
+            self.document.mistake(at, mistake, prefix, scope)
             return None
 
     def _rule(self, at: Location, item: Any, defaults: _Common, lets: Mapping[str, ast.expr]) -> Rule | None:
@@ -354,25 +344,25 @@ class _Reader:
                 parts = found.setdefault(language, {})[state] = []
                 for piece in pieces or ():
                     part = partial(_part, piece, compiler)
-                    place = piece[0], piece[0] + len(piece[2] or "") + len(piece[3]) + 1
-                    done = self._guard([*at, language, state], part, prefix, scope, place)
+                    done = self._guard([*at, language, state], part, prefix, scope)
                     parts += [done] if done else []
         return {language: {"resolved": states.get("firing", []), **states} for language, states in found.items()}
 
 
 def _part(piece: tuple[int, str, str | None, str], compiler: Compiler) -> messages.Part | None:
-    _, literal, inside, spec = piece
+    at, literal, inside, spec = piece
     if inside is None:
         return messages.Part(literal) if literal else None
-    word = inside.strip()
+    word, end = inside.strip(), at + len(inside)
     if word in messages.FIELDS and not spec:
         return messages.Part("", word=word)
     if not messages.SPEC.fullmatch(spec):
-        raise Mistake("spec", len(inside) + 1, len(inside) + 1 + len(spec), ",")
+        raise Mistake("spec", end + 1, end + 1 + len(spec), ",")
     kinds: list[Kind] = ["number", "time", "state"]
     try:
         return messages.Part("", compiler(parse(inside), kinds), spec)
     except Mistake as mistake:
+        mistake.at, mistake.end = at + mistake.at, end if mistake.end is None else at + mistake.end
         if mistake.text == "unknown_name" and not mistake.fix:
             mistake.fix = next(iter(get_close_matches(word, messages.FIELDS, 1)), None)
         raise
