@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ import click
 from bourse_cli.health import Monitor, parse_address
 from bourse_cli.logs import configure_logging, get_logger
 from bourse_cli.options import cluster_options, stop_on_signals
-from bourse_schemas.errors import ConfigurationError, Unreachable
+from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster, kafka_logger
 
 __all__ = ["board"]
@@ -63,28 +62,19 @@ def board(
     except OSError as error:
         raise ConfigurationError(f"--http {http}: cannot listen on this address: {error.strerror}") from error
     stop, monitor, feed = stop_on_signals(), Monitor("board"), Feed(cluster, groups)
-    with suppress(Unreachable):  # the page shows it, and goes on by itself
-        feed.require()
     monitor.unready("starting", None)
     monitor.check("topics", feed.trouble)
-    app = application(
-        Publisher(feed, has_font=font is not None),
-        monitor,
-        hosts=(host, *hosts),
-        root=root,
-        font=font,
-        max_clients=max_clients,
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    publisher = Publisher(feed, has_font=font is not None)
+    app = application(publisher, monitor, hosts=(host, *hosts), root=root, font=font, max_clients=max_clients)
+    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
+    web = uvicorn.Server(config)
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     with feed:
         thread.start()
-        get_logger().info("board ready", url=f"http://{http if host in http else f'127.0.0.1:{port}'}{root}/")
+        get_logger().info("board ready", url=f"http://{host}:{listener.getsockname()[1]}{root}/")
         while not stop.wait(0.25) and thread.is_alive() and feed.failed is None:
             pass
-        server.should_exit = True
+        web.should_exit = True
         thread.join(3)
     if feed.failed:
         raise feed.failed

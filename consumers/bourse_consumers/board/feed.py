@@ -34,6 +34,7 @@ class Feed:
         """Also ask for the lag of all groups that begin with the prefix, and of `groups`."""
         self.state, self.lock = State(), threading.Lock()
         self.failed: BaseException | None = None
+        self._begun = False
         self._cluster, self._groups = cluster, groups
         self._topics = {topic.full_name(cluster.prefix): topic for topic in TOPICS}
         self._registry = cluster.registry()
@@ -75,6 +76,8 @@ class Feed:
                 try:
                     job()
                 except ConfigurationError as error:
+                    if not self._begun and job == self._read and not isinstance(error, Unreachable):
+                        raise  # a mistake of the operator's
                     trouble = str(error)
                 self._trouble(subject, trouble)
                 self._stop.wait(pause)
@@ -88,6 +91,7 @@ class Feed:
     def _read(self) -> None:
         self._again.clear()
         counts = self._cluster.require_topics(list(self._topics))
+        self._begun = True
         places = [(name, number) for name, count in counts.items() for number in range(count)]
         dated = dict.fromkeys(place for place in places if self._topics[place[0]] is not CANDLES)
         starts = {**dict.fromkeys(places, 0), **day_start(self._cluster, dated)}
