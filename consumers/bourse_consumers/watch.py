@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from unicodedata import bidirectional
 
 import click
@@ -32,6 +32,7 @@ STYLES = {
     **dict.fromkeys(("DOWN", "FAILED", "FROZEN", "STALE", "CANCELLED", "CRITICAL"), BAD),
     **dict.fromkeys(("PRE_OPEN", "PARTIAL", "SKIPPED", "REVISED", "WARNING"), "yellow"),
 }
+MOVERS = f"{{:<12}} {'%':>7} {'last':>9} {'volume':>6} {'value':>6} "
 LRM = "\u200e"
 ALLOWED = {LRM, "\u200c"}  # and the zero-width non-joiner, which Persian words are written with
 
@@ -76,6 +77,13 @@ def _fit(text: str, width: int) -> str:
     return f"{LRM}{text}{LRM}" if any(bidirectional(c) in {"R", "AL"} for c in text) else text
 
 
+def _cell(text: str, width: int) -> str:
+    from rich.cells import cell_len
+
+    text = _fit(text, width)
+    return text + " " * (width - cell_len(text))
+
+
 def _value(alert: PriceAlert) -> str:
     """Return the first quantity that the rule compares."""
     return next((f"{value:.2f}" if abs(value) < 1000 else _short(value) for value in alert.values.values()), "")
@@ -104,44 +112,17 @@ def line_of(state: State, news: PollMarker | PriceAlert | str) -> str:
 # --- screen -----------------------------------------------------------------------------------------------------------
 
 
-class _Column(NamedTuple):
-    """A column of a table: those with the highest `drop` go first when it gets narrow, 0 stays."""
-
-    head: str
-    width: int
-    right: bool = False
-    drop: int = 0
-
-
+Row = tuple[str, str, str]
 Cell = str | tuple[str, str]
-_LAST_COLUMN = 7  # cells a table keeps for its last column, which holds the Persian text and takes what is left
-_CODE, _PRICE = _Column("code", 12), _Column("last", 9, right=True)
-_MOVERS = (_CODE, _Column("%", 7, True), _PRICE, _Column("volume", 6, True, 1), _Column("value", 6, True, 2))
-_ALERTS = (_Column("since", 8), _Column("for", 7, True, 2), _CODE, _Column("value", 8, True, 1), _Column("rule", 22))
 
 
-def _table(title: str, columns: Sequence[_Column], rows: Sequence[Sequence[Cell]], width: int) -> list[Text]:
-    """Return heading and rows, each one line of at most `width` cells; a row's last cell is beyond the columns."""
+def _table(head: str, rows: Sequence[Row], width: int) -> list[Text]:
+    """Return heading and rows: what each begins with, its style, and a name in what is left of the line."""
+    from rich.cells import cell_len
     from rich.text import Text
 
-    kept = list(columns)
-    while sum(column.width + 1 for column in kept) + _LAST_COLUMN > width and any(column.drop for column in kept):
-        kept.remove(max(kept, key=lambda column: column.drop))
-    rest = max(0, width - sum(column.width + 1 for column in kept))
-    shown = [columns.index(column) for column in kept]
-    named = (title, *(column.head for column in kept[1:]), "symbol")
-    lines = []
-    for row in (named, *([row[i] for i in (*shown, -1)] for row in rows)):
-        line = Text(no_wrap=True, overflow="crop", style="bold" if row is named else "")
-        for cell, column in zip(row, (*kept, None), strict=True):
-            text, style = cell if isinstance(cell, tuple) else (cell, "")
-            fitted = _fit(text, column.width if column else rest)
-            if column:
-                padding = " " * (column.width - Text(fitted).cell_len)
-                fitted = f"{padding}{fitted} " if column.right else f"{fitted}{padding} "
-            line.append(fitted, style)
-        lines.append(line)
-    return lines
+    rows = [(head, "bold", "symbol"), *rows]
+    return [Text(left + _fit(name, width - cell_len(left)), style) for left, style, name in rows]
 
 
 def _flow(parts: Sequence[Cell], width: int) -> list[Text]:
@@ -200,20 +181,19 @@ def _header(state: State, width: int, now: float) -> list[Text]:
     ]
 
 
-def _mover_row(change: float, candle: Candle) -> tuple[Cell, ...]:
-    amounts = _short(candle.volume), _short(candle.value)
-    shown = (f"{change:+.2f}", GOOD if change > 0 else "red")
-    return candle.instrument, shown, f"{candle.last_price:,}", *amounts, candle.symbol
+def _mover_row(change: float, candle: Candle) -> Row:
+    amounts = f"{candle.last_price:>9,} {_short(candle.volume):>6} {_short(candle.value):>6} "
+    return f"{_cell(candle.instrument, 12)} {change:>+7.2f} {amounts}", GOOD if change > 0 else "red", candle.symbol
 
 
-def _alert_row(state: State, episode: Episode) -> tuple[Cell, ...]:
+def _alert_row(state: State, episode: Episode) -> Row:
     alert, resolved = episode
     newest = state.marker and (state.marker.received_at or state.marker.requested_at)
     until = resolved.raised_at if resolved else newest
     lasted = _age((until - alert.raised_at).total_seconds()) if until and until > alert.raised_at else "-"
+    about = f"{_cell(alert.instrument or alert.scope, 12)} {_value(alert):>8} {_cell(alert.rule, 22)} "
     style = FAINT if resolved else STYLES.get(alert.severity, "bold")
-    cells = _clock(alert.raised_at), lasted, alert.instrument or alert.scope, _value(alert), alert.rule
-    return *((cell, style) for cell in cells), alert.symbol or alert.title or alert.when
+    return f"{_clock(alert.raised_at)} {lasted:>7} {about}", style, alert.symbol or alert.title or alert.when
 
 
 def render(state: State, width: int, height: int, now: float) -> list[Text]:
@@ -226,13 +206,14 @@ def render(state: State, width: int, height: int, now: float) -> list[Text]:
     # On a short terminal the state comes before the tables, but never alone.
     lines = lines[: max(3, height - 6)]
     rest = max(0, height - len(lines))
-    each = width if width < 120 else (width - 3) // 2
+    each = width if width < 140 else (width - 3) // 2
     movers, episodes = state.movers(), state.alerts()
     up = [_mover_row(*pair) for pair in movers[:rest] if pair[0] > 0]
     down = [_mover_row(*pair) for pair in reversed(movers[-rest:]) if pair[0] < 0]
-    title = f"{sum(resolved is None for _, resolved in episodes)} open"
-    alerts = _table(title, _ALERTS, [_alert_row(state, episode) for episode in episodes[:rest]], each)
-    market = [_table("most up", _MOVERS, up, each), _table("most down", _MOVERS, down, each)]
+    begun = f"{sum(resolved is None for _, resolved in episodes)} open"
+    head = f"{begun:<12} for {'instrument':<12} {'value':>8} {'rule':<22} "
+    alerts = _table(head, [_alert_row(state, episode) for episode in episodes[:rest]], each)
+    market = [_table(MOVERS.format(way), rows, each) for way, rows in (("most up", up), ("most down", down))]
     if each == width:
         lines += _stack([alerts, *market], rest)
     else:
