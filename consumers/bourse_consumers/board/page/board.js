@@ -72,7 +72,7 @@ function apply(frame) {
   polls = polls.concat(frame.polls.filter(p => !seen.has(p.poll_sequence))).slice(-STRIP);
   if (frame.alerts) takeAlerts(frame.alerts);
   if (!rows.has(selected?.id)) select(fromHash() ?? [...rows.values()].sort((a, b) => b.value - a.value)[0]?.instrument, false);
-  if (frame.rows.length || frame.gone?.length) { arrange(); movers(); map(); if (frame.rows.some(r => r[0] === selected?.id)) more(); else redraw(); } else { table(); redraw(); }
+  if (frame.rows.length || frame.gone?.length) { arrange(); requestIdleCallback(() => { movers(); map(); }, { timeout: 500 }); if (frame.rows.some(r => r[0] === selected?.id)) more(); else redraw(); } else { table(); redraw(); }
   if (frame.alerts) showAlerts();
   quote(); headline(); ops();
   paintMs = performance.now() - began;
@@ -384,7 +384,7 @@ function movers() {
 
 // --- alerts -----------------------------------------------------------------------------------------------------------
 
-const wording = a => units.safe(a.message?.[chosen.lang] ?? Object.values(a.message ?? {})[0] ?? a.title ?? a.when);
+const wording = a => units.sentence(a.message?.[chosen.lang] ?? Object.values(a.message ?? {})[0] ?? a.title ?? a.when);
 const nameOf = a => units.safe(a.symbol ?? a.instrument ?? t(a.scope === "FEED" ? "feedScope" : "marketScope"));
 
 function takeAlerts(list) {

@@ -199,7 +199,7 @@ export class TreeMap {
       ctx.fillStyle = shade(item.percent);
       ctx.fillRect(x, y, Math.max(1, w - 1), Math.max(1, h - 1));
       ctx.fillStyle = "#fff"; ctx.font = `600 20px ${font}`; ctx.direction = "rtl";
-      const fits = 17 * (w - 6) / Math.max(ctx.measureText(item.label).width, 42), two = h > 26, size = Math.min(18, fits, two ? (h - 6) / 2 : h / 1.5);
+      const fits = 19 * (w - 6) / Math.max(ctx.measureText(item.label).width, .8 * ctx.measureText(item.value).width), two = h > 26, size = Math.min(18, fits, two ? (h - 6) / 2 : h / 1.5);
       if (size < 7.5) continue;
       ctx.font = `600 ${size}px ${font}`;
       ctx.fillText(item.label, x + w / 2, y + h / 2 - (two ? size * .62 : 0));

@@ -72,8 +72,10 @@ export function shortDate(day, lang) {
 // How names are compared: Arabic and Persian letters and digits alike, no spaces, no invisible marks.
 export const plain = text => text.normalize("NFKC").replace(/[يى]/g, "ی").replace(/ك/g, "ک").replace(/[٠-٩]/g, d => d.charCodeAt(0) - 0x660).replace(/[۰-۹]/g, d => d.charCodeAt(0) - 0x6f0).replace(/[\s\p{Cf}]/gu, "").toLowerCase();
 
-// What a screen may show of a name from outside: no control or direction characters, and not without end.
-export const safe = text => (text ?? "").replace(/[\p{Cc}\u200e\u200f\u202a-\u202e\u2066-\u2069]/gu, " ").slice(0, 200);
+// What a screen may show of a text from outside: no control or direction characters, and not without end. A sentence may
+// have isolates, which end with the element.
+export const sentence = text => (text ?? "").replace(/[\p{Cc}\u200e\u200f\u202a-\u202e]/gu, " ").slice(0, 300);
+export const safe = text => sentence(text).replace(/[\u2066-\u2069]/g, " ").slice(0, 200);
 
 export const market = row => row.is_right || row.instrument.startsWith("IRR") ? "rights" : { IRO1: "bourse", IRO3: "farabourse", IRO5: "base", IRO7: "base" }[row.instrument.slice(0, 4)] ?? (row.instrument.startsWith("IRT") ? "funds" : "other");
 
