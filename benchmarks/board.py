@@ -14,14 +14,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from statistics import median
 
 import httpx2
 from msgspec.structs import replace
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
+from bourse_consumers.board import server
 from tests.real_day import Feed, polls_of_day, serving
 from tests.samples import event
 
@@ -107,7 +109,25 @@ def page(url: str, feed: Feed) -> None:
         print(
             f"2,000 changed instruments: {median(times):.0f} ms (median of {len(times)}), {max(times):.0f} ms at most"
         )
+        week(tab, feed)
         browser.close()
+
+
+def week(tab: Page, feed: Feed) -> None:
+    """Play five days, 20 polls a second, and print the memory after each."""
+    server.TICK_SECONDS = 0.05
+    heap = tab.context.new_cdp_session(tab)
+    for day in range(1, 6):
+        for marker, events in [*polls_of_day()[:75]] * 4:
+            number = next(NUMBERS)
+            date = marker.session_day + timedelta(days=day) if marker.session_day else None
+            same = {"sequence": 1000 + number, "poll_sequence": 1000 + number, "trading_day": date}
+            feed.add(*(replace(each, **same) for each in events))
+            feed.add(replace(marker, poll_sequence=1000 + number, session_day=date))
+            time.sleep(0.05)
+        heap.send("HeapProfiler.collectGarbage")
+        used = heap.send("Runtime.getHeapUsage")["usedSize"] / 1e6
+        print(f"after day {day}: {used:.1f} MB in the page, {resident():.0f} MB in the server")
 
 
 def main() -> None:

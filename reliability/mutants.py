@@ -26,6 +26,7 @@ class Mutant(NamedTuple):
 
 
 KAFKA, UNIT = "tests/kafka/test_producer.py", "tests/producer"
+BOARD = "tests/consumers/test_board"
 
 INITIALISE = "        self._initialise()\n"
 READ = "        return committed_state(self._cluster)\n"
@@ -121,6 +122,24 @@ MUTANTS = [
         'previous = self._closes.get(row["TseSymbolCode"], ',
         'previous = {}.get("", ',
         "tests/sandbox/test_market.py::test_later_days_repeat_the_first",
+    ),
+    Mutant(
+        "the board shows a poll before all of its events came",
+        "            if missing and now - since < INCOMPLETE_SECONDS:\n",
+        "            if False:\n",
+        f"{BOARD}_state.py::test_a_poll_is_applied_when_all_its_events_have_come",
+    ),
+    Mutant(
+        "a name is a formula in a spreadsheet",
+        'value[:1] in tuple("=+-@\\t\\r")',
+        'value[:1] in tuple("=")',
+        f"{BOARD}_server.py::test_csv_opens_in_a_spreadsheet",
+    ),
+    Mutant(
+        "the board answers to any name",
+        "path not in PROBES and host not in self._hosts",
+        "False",
+        f"{BOARD}_server.py::test_only_names_that_are_ours_are_answered",
     ),
 ]
 
