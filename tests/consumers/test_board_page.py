@@ -416,6 +416,10 @@ def test_hostile_names_are_text(visit: Callable[..., Page], url: str, feed: Feed
     expect(page.locator("#name")).to_have_text("<img src=x onerror=alert(1)>")
     page.fill("#search", "evil2")
     assert page.locator("tr[data-id] td.symbol bdi").text_content() == " abc "
+    changed = {"instrument": "EVIL2", "symbol": "\u202eabc\u2066", "title": "x" * 10_000, "trading_day": day}
+    feed.add(event(**changed, sequence=2, last_price=1050))
+    expect(page.locator("tr[data-id=EVIL2] td.last")).to_have_text("۱٬۰۵۰")
+    assert page.locator("tr[data-id] td.symbol bdi").text_content() == " abc "
     assert page.evaluate("document.querySelectorAll('main img, main script, td b').length") == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 

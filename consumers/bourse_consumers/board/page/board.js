@@ -52,11 +52,12 @@ function take(list) {
     current.forEach((name, i) => { row[name] = values[i]; });
     row.change = units.change(row.last_price, row.previous_close);
     row.closing_change = units.change(row.closing_price, row.previous_close);
-    if (!row.plain || row.named !== row.symbol + row.title) {
+    if (row.named !== row.symbol + row.title) {
       row.named = row.symbol + row.title;
-      row.symbol = units.safe(row.symbol); row.title = units.safe(row.title);
-      row.plain = units.plain(row.symbol + "\n" + row.title + "\n" + row.instrument); row.market = units.market(row);
+      row.shown = [units.safe(row.symbol), units.safe(row.title)];
+      row.plain = units.plain([...row.shown, row.instrument].join("\n")); row.market = units.market(row);
     }
+    [row.symbol, row.title] = row.shown;
     row.changedAt = frames;
     rows.set(row.instrument, row);
   }
@@ -365,7 +366,7 @@ function map() {
   const key = valued ? chosen.area : "value";
   $$("#area button").forEach(b => b.setAttribute("aria-pressed", b.dataset.area === key));
   const items = all.filter(r => r[key] > 0).sort((a, b) => b[key] - a[key]).slice(0, 200);
-  tree.show(items.map(r => ({ id: r.instrument, size: r[key], percent: changeOf(r), label: r.symbol, value: percent(changeOf(r)), hint: `${r.symbol} · ${r.title}\n${joined([price(r.last_price), percent(changeOf(r)), money(r[key])])}` })));
+  tree.show(items.map(r => ({ id: r.instrument, size: r[key], percent: changeOf(r), label: r.symbol, value: percent(changeOf(r)), hint: () => `${r.symbol} · ${r.title}\n${joined([price(r.last_price), percent(changeOf(r)), money(r[key])])}` })));
 }
 
 function movers() {

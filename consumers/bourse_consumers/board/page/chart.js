@@ -184,10 +184,10 @@ export class TreeMap {
     Object.assign(this, { canvas, cells: [], items: [] });
     const at = e => this.cells.find(c => e.offsetX >= c.x && e.offsetX < c.x + c.w && e.offsetY >= c.y && e.offsetY < c.y + c.h)?.item;
     canvas.addEventListener("click", e => { const item = at(e); if (item) choose(item.id); });
-    canvas.addEventListener("pointermove", e => { canvas.title = at(e)?.hint ?? ""; });
+    canvas.addEventListener("pointermove", e => { canvas.title = at(e)?.hint() ?? ""; });
   }
 
-  // items: [{id, size, percent, label, value, hint}], the largest first.
+  // items: [{id, size, percent, label, value, hint: a function}], the largest first.
   show(items) { this.items = items; this.draw(); }
 
   draw() {

@@ -2,15 +2,19 @@
 export const HEMMAT = 1e13; // rial
 const PERSIAN = "۰۱۲۳۴۵۶۷۸۹", MINUS = "\u2212";
 
+// Made once: `toLocaleString` makes one each time.
+const formatter = options => { const format = new Intl.NumberFormat("en-US", options); return n => format.format(n); };
+const whole = formatter({ maximumFractionDigits: 0 }), tenths = formatter({ maximumFractionDigits: 1 }), three = formatter({ maximumSignificantDigits: 3 }), six = formatter({ maximumSignificantDigits: 6 });
+
 // Latin digits and signs as a language writes them.
 export const localise = (text, lang) => lang === "fa" ? text.replace(/\d/g, d => PERSIAN[d]).replaceAll(",", "٬").replaceAll(".", "٫").replaceAll("%", "٪") : text;
 
-export const int = (n, lang) => n == null ? "–" : localise(Math.round(n).toLocaleString("en-US").replace("-", MINUS), lang);
+export const int = (n, lang) => n == null ? "–" : localise(whole(n).replace("-", MINUS), lang);
 
 // A price: whole rial, or toman with a decimal where there is one.
 export function price(rial, unit, lang) {
   if (rial == null) return "–";
-  return unit === "rial" ? int(rial, lang) : localise((rial / 10).toLocaleString("en-US", { maximumFractionDigits: 1 }).replace("-", MINUS), lang);
+  return unit === "rial" ? int(rial, lang) : localise(tenths(rial / 10).replace("-", MINUS), lang);
 }
 
 // The change from a base in percent, null where it is not known: never from another price.
@@ -26,9 +30,9 @@ export function percent(p, lang) {
 function scaled(n, steps) {
   for (const [size, word] of steps) {
     // 999,950,000 is 1.00 billion and not 1,000 million.
-    if (Math.abs(n) >= size * 0.9995) { const x = n / size; return [x.toLocaleString("en-US", { maximumSignificantDigits: Math.abs(x) >= 1000 ? 6 : 3, maximumFractionDigits: 2 }), word]; }
+    if (Math.abs(n) >= size * 0.9995) return [(Math.abs(n / size) >= 1000 ? six : three)(n / size), word];
   }
-  return [Math.round(n).toLocaleString("en-US"), ""];
+  return [whole(n), ""];
 }
 
 const join = ([number, word], lang, words) => signed(number, lang) + (word ? (lang === "fa" || word === "hemmat" ? "\u00a0" : "") + words[word] : "");
