@@ -6,7 +6,7 @@ FROM ${PYTHON_IMAGE} AS build
 ARG PIP_INDEX_URL=
 WORKDIR /src
 COPY . .
-RUN python scripts/bootstrap.py /opt/bourse requirements.lock ".[alerts,archive,notify,watch]" starlette uvicorn \
+RUN python scripts/bootstrap.py /opt/bourse requirements.lock ".[alerts,archive,board,notify,watch]" \
  && /opt/bourse/bin/uv pip uninstall --python /opt/bourse/bin/python uv pip
 
 FROM ${PYTHON_IMAGE}
