@@ -79,7 +79,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if line.type in {"error", "warning"} else None)
         page.on(
-            "request", lambda request: None if request.url.startswith((base, "data:")) else foreign.append(request.url)
+            "request",
+            lambda request: None if request.url.startswith((base, "data:")) else foreign.append(request.url),
         )
         page.goto(url)
         if ready:
@@ -458,6 +459,29 @@ def test_a_page_that_is_refused_tries_again(visit: Callable[..., Page], feed: Fe
         expect(second.locator("#banner")).to_have_text("تابلو جای خالی ندارد؛ دوباره تلاش می‌شود")
         first.goto("about:blank")
         expect(second.locator("#banner")).to_be_hidden()
+
+
+def test_a_page_that_nobody_sees_costs_nothing(
+    visit: Callable[..., Page], url: str, feed: Feed, wait_for: Callable[..., Any]
+) -> None:
+    """It leaves after half a minute, and goes on where it was when somebody looks again."""
+    page, asked, ended = visit(url), list[str](), list[str]()
+    page.on("request", lambda request: asked.append(request.url.split("/")[-1].partition("?")[0]))
+    page.on("requestfailed", lambda request: ended.append(request.url.split("/")[-1].partition("?")[0]))
+    page.clock.install()
+    page.reload()
+    body, poll = page.locator("body"), polls_of_day()[BEGIN - 1][0].poll_sequence
+    expect(body).to_have_attribute("data-poll", str(poll))
+    turn = "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true }); "
+    turn += "document.dispatchEvent(new Event('visibilitychange')); }"
+    page.evaluate(turn, True)
+    streams = ended.count("events")
+    page.clock.fast_forward(31_000)
+    wait_for(lambda: page.title() and ended.count("events") > streams)
+    feed.play(BEGIN, BEGIN + 2)
+    page.evaluate(turn, False)
+    expect(body).to_have_attribute("data-poll", str(polls_of_day()[BEGIN + 1][0].poll_sequence))
+    assert [name for name in asked if name in {"events", "snapshot"}] == ["snapshot", "events", "events"]
 
 
 def test_two_thousand_changes_touch_only_rows_in_sight(visit: Callable[..., Page], url: str, feed: Feed) -> None:
