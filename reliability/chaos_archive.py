@@ -159,9 +159,10 @@ class _Delta:
 
     def _tear(self, log: Path, chance: random.Random) -> None:
         commits = sorted(log.glob("*0*.json"))
-        for line in commits[-1].read_text("utf-8").splitlines():
-            if path := json.loads(line).get("add", {}).get("path"):
-                _tear(log.parent / path, chance)
+        with suppress(ValueError):  # torn by the power cut before
+            for line in commits[-1].read_text("utf-8").splitlines():
+                if path := json.loads(line).get("add", {}).get("path"):
+                    _tear(log.parent / path, chance)
         _tear(commits[-1], chance)
         for checkpoint in sorted(log.glob("*.checkpoint.parquet"))[-1:]:
             _tear(checkpoint, chance)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -22,13 +22,12 @@ from bourse_schemas.topics import TOPICS
 
 __all__ = ["archive"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _day(name: str, **more: Any) -> Callable[[F], F]:
-    """Return an option that is a Gregorian day."""
-    kind = click.DateTime(["%Y-%m-%d"])
-    return click.option(name, type=kind, metavar="DATE", callback=lambda *given: given[2] and given[2].date(), **more)
+# Options that are Gregorian days.
+DAY: dict[str, Any] = {
+    "type": click.DateTime(["%Y-%m-%d"]),
+    "metavar": "DATE",
+    "callback": lambda _, __, value: value and value.date(),
+}
 
 
 @click.group
@@ -116,8 +115,8 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
 @archive.command
 @TO
 @ONE
-@_day("--before", help="Days before this one. [default: today in Tehran]")
-@_day("--day", help="Only this day.")
+@click.option("--before", **DAY, help="Days before this one. [default: today in Tehran]")
+@click.option("--day", **DAY, help="Only this day.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def optimize(
@@ -158,7 +157,7 @@ def optimize(
 @archive.command
 @TO
 @TOPIC
-@_day("--before", required=True, help="Remove the days before this one.")
+@click.option("--before", **DAY, required=True, help="Remove the days before this one.")
 def forget(*, to: str, topic: str, before: date) -> None:
     """Remove old days from the table. Their files are deleted when it is optimized, seven days later."""
     from bourse_consumers.archive.maintenance import forget as remove
@@ -176,7 +175,7 @@ def forget(*, to: str, topic: str, before: date) -> None:
 @archive.command
 @TO
 @TOPIC
-@_day("--day", required=True, help="Which day.")
+@click.option("--day", **DAY, required=True, help="Which day.")
 @click.option("--instrument", "instruments", multiple=True, help="Only these, by code or symbol. Repeatable.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file: Path) -> None:

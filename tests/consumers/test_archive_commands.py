@@ -68,7 +68,8 @@ def test_a_day_with_a_finding_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "bourse.trades" / files[0].path).unlink()
     ran = command("optimize", "--to", tmp_path)
     assert ran.exit_code == 1
-    assert "FINDING what file is missing, file trading_day=2019-08-21/" in ran.stdout
+    assert ran.stdout.startswith("FINDING ")
+    assert "what file is missing" in ran.stdout
     assert ran.stdout.endswith("1 days: 4 → 4 files\n")
     assert table(tmp_path).files() == files
 

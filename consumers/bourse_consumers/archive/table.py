@@ -190,6 +190,7 @@ class Table:
         if new := [field for field in rows.schema if field.name not in known]:
             with store_errors():
                 self.delta.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
+            self.refresh()
             self.sync()
         days = rows[self.day_column]
         return [self._file(rows.filter(pc.equal(days, day)), day, level) for day in pc.unique(days).to_pylist()]
