@@ -29,7 +29,7 @@ from bourse_sandbox.processes import spawn
 from bourse_sandbox.stack import Stack
 
 BIN = Path(sys.executable).parent
-EVENT_ON_SCREEN = re.compile(rb"(OPENED|TRADED)[^\n]{0,40}?IR[A-Z0-9]{10}")
+EVENT_ON_SCREEN = re.compile(rb"poll \d+ +\d+ events of ")
 
 
 def memory(polls: int = 100) -> Figure:

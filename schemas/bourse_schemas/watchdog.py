@@ -73,8 +73,8 @@ def deadline(call: str, seconds: float) -> Iterator[None]:
         _calls.pop(armed, None)
 
 
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGTERM and SIGINT set; a process that has not ended 4.5 s later is ended with exit code 1.
+def stop_on_signals(seconds: float = STOP_SECONDS) -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set; a process that has not ended `seconds` later is ended with exit 1.
 
     A thread reads the signals: the main thread cannot, as long as it is inside a call into librdkafka.
     """
@@ -86,7 +86,7 @@ def stop_on_signals() -> threading.Event:
         while ours.recv(1)[0] not in STOPPING:
             pass
         stop.set()
-        _arm("the orderly stop", STOP_SECONDS)
+        _arm("the orderly stop", seconds)
 
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
     for number in STOPPING:

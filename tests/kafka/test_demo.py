@@ -9,12 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from confluent_kafka.schema_registry import SchemaRegistryClient
 
@@ -56,7 +56,12 @@ def check_day(summary: dict[str, Any], expected: dict[str, int]) -> None:
     assert (summary["alerts"] > 0) == (summary["broker"] != "mock")
     assert set(summary) == {
         *("broker", "polls", "rows", "events", "alerts", "archived_rows"),
-        *("dead_letters", "visible_ms", "seconds"),
+        *("dead_letters", "visible_ms", "seconds", "proof"),
+    }
+    total = expected["total"]
+    assert summary["proof"] == {
+        **dict.fromkeys(("derived", "kafka", "archive"), total),
+        **dict.fromkeys(("lost", "twice", "unknown"), 0),
     }
 
 
@@ -119,44 +124,43 @@ def test_without_jars_auto_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_ctrl_c_ends_it_at_once_and_what_it_prints_can_be_pasted(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """A check list while it starts; within seconds exit code 0, a summary, and commands that work from that folder."""
+@pytest.mark.usefixtures("kafka")
+def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
+    """A check list, the board, a producer to kill, a proof at Ctrl-C, and commands that work from that folder."""
     out = tmp_path / "out"
-    with spawn([*BOURSE, "demo", "--broker", "mock"], cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
-        wait_for(lambda: out.is_file() and " poll " in out.read_text("utf-8"), 60)
+    command = [*BOURSE, "demo", "--broker", "kafka", "--speed", "300"]
+    with spawn(command, cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
+
+        def shown() -> str:
+            return out.read_text("utf-8") if out.is_file() else ""
+
+        pid = wait_for(lambda: re.search(r"kill -9 (\d+)", shown()), 90)[1]
+        page = wait_for(lambda: re.search(r"board: (\S+)", shown()), 10)[1]
+        assert "<html" in httpx2.get(page).text
+        assert [line.split()[1].rstrip(",:") for line in shown().splitlines() if line.startswith("  ✓")] == [
+            *("Kafka", "exchange", "archive", "alerts", "board", "producer"),
+        ]
+        os.kill(int(pid), signal.SIGKILL)
+        wait_for(lambda: re.search("was killed[^\x00]* events of ", shown()), 60)
+        wait_for(lambda: " FIRING " in shown(), 60)
+        wait_for(lambda: [*tmp_path.glob("data/*/archive/bourse.trades/_delta_log/*1.json")], 60)
         demo.send(signal.SIGINT)
-        began = time.monotonic()
-        assert demo.wait(30) == 0
-        assert time.monotonic() - began < 5  # 3 on a machine that does nothing else
-    text = out.read_text("utf-8")
+        assert demo.wait(30) == 0, shown() + (tmp_path / "err").read_text("utf-8")
+    text = shown()
     assert "Traceback" not in text + (tmp_path / "err").read_text("utf-8")
-    first, checks = text.split("\n\n")[:2]
-    assert "21 August 2019" in first
-    assert "Nothing here is live" in first
-    assert "Ctrl-C" in first
-    steps = ("Kafka", "practice exchange", "archive", "alerts", "producer")
-    assert [line.split()[0] for line in checks.splitlines()[: len(steps)]] == ["✓"] * len(steps)
-    assert all(step in checks for step in steps)
-    assert "rows archived" in text
+    for part in ("21 August 2019", "Nothing here is live", "Simulated:", "Ctrl-C", "lost 0, twice 0, unknown 0"):
+        assert part in text
     commands = re.findall(r"^  (\S*(?:bourse|python) .*)$", text.partition("\nNext:\n")[2], re.MULTILINE)
-    assert [re.search(r"replay|python|sandbox up|tail", command)[0] for command in commands] == [  # type: ignore[index]
-        *("replay", "python", "sandbox up", "tail"),
+    assert [re.search("replay|python|sandbox up", each)[0] for each in commands] == [  # type: ignore[index]
+        *("replay", "python", "sandbox up"),
     ]
-    for command in commands[:2]:
-        ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    for pasted in commands[:2]:
+        ran = subprocess.run(["bash", "-c", pasted], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "IRO" in ran.stdout, ran.stderr
-    # Of the others other ports may be in use here.
-    (tmp_path / "up").mkdir()
-    (up, tail), ports = commands[2:], (str(free_port()), str(free_port()))
-    for known, port in zip(("9092", "8081"), ports, strict=True):
-        up, tail = up.replace(known, port), tail.replace(known, port)
-    with spawn(
-        ["bash", "-c", f"exec {up}"], cwd=tmp_path, stdout=tmp_path / "up/out", stderr=tmp_path / "up/err"
-    ) as child:
-        wait_for(lambda: "Ctrl-C" in (tmp_path / "up/out").read_text("utf-8"), 40)
-        found = tmp_path / "up/tail"
-        with spawn(["bash", "-c", f"exec {tail}"], cwd=tmp_path, stdout=found):
-            wait_for(lambda: "IRO" in found.read_text("utf-8"), 60)
+    port = str(free_port())
+    up = commands[2].replace("9092", str(free_port())).replace("8081", port)
+    with spawn(["bash", "-c", f"exec {up}"], cwd=tmp_path, stdout=tmp_path / "up", stderr=tmp_path / "up") as child:
+        wait_for(lambda: "Ctrl-C" in (tmp_path / "up").read_text("utf-8"), 60)
         child.send(signal.SIGINT)
         assert child.wait(20) == 0
 
