@@ -64,6 +64,18 @@ MUTANTS = [
         "tests/consumers/test_archive_table.py::test_files_are_replaced_once",
     ),
     Mutant(
+        "verify does not compare values",
+        'ours["hash"].equals(theirs["hash"])',
+        "True",
+        "tests/consumers/test_archive_harms.py::test_a_harm_is_found_and_fixed",
+    ),
+    Mutant(
+        "PostgreSQL moves offsets from wherever they are",
+        "SET next = EXCLUDED.next WHERE known.next = EXCLUDED.first",
+        "SET next = EXCLUDED.next",
+        "tests/consumers/test_postgres.py::test_of_two_writers_at_the_same_place_one_wins",
+    ),
+    Mutant(
         "<= for < in stale",
         "candle.traded_at < before.traded_at",
         "candle.traded_at <= before.traded_at",

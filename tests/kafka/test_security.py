@@ -379,7 +379,6 @@ def _checks(dsn: str) -> Mapping[str, tuple[str, ...]]:
     return {
         "produce": (*PRODUCE, "--once"),
         "tail": ("tail", "trades", "--exit-at-end"),
-        "verify": ("archive", "verify", "--to", "archive"),
         "doctor": DOCTOR,
         **{service: _consume(service, dsn) for service in CONSUMERS},
     }

@@ -59,7 +59,8 @@ def tables(to: str, topic: str | None) -> list[Table]:
         uris = [to] if "_delta_log" in names else [f"{to.rstrip('/')}/{name}" for name in wanted]
         found = [table for uri in uris if (table := Table.open(uri)) is not None]
     except StoreError as error:
-        raise ConfigurationError(f"--to {to}: cannot be read: {error}") from error
+        advice = "if commits are lost, archive what the topic still has into a new folder"
+        raise ConfigurationError(f"--to {to}: cannot be opened: {error}; {advice}") from error
     if not found:
         raise ConfigurationError(f"--to {to}: there is no table{f' of {topic}' if topic else ''}")
     return found

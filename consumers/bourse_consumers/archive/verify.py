@@ -16,6 +16,7 @@ from operator import attrgetter
 import click
 import polars as pl
 import pyarrow as pa
+from obstore.exceptions import BaseError
 
 from bourse_consumers.api import Batch, Partition, Places, Record, Records
 from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
@@ -84,7 +85,9 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
                 what = f"file has {rows.num_rows} rows, not {file.rows}"
             elif size is not None:
                 what = f"file has {size} bytes, not {file.size}"
-        except (pa.ArrowException, OSError, StoreError) as error:
+        except (pa.ArrowException, StoreError) as error:
+            if isinstance(error.__cause__, BaseError):
+                raise  # the store failed, which proves nothing
             what = f"file is damaged: {error}"
         report.find(what, file.day, file.partitions, file.offsets, file=file.path)
     return pa.concat_tables(good)
