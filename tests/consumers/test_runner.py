@@ -183,7 +183,7 @@ class TestOwn(ConsumerContract):
         return Table(folder)
 
     def events(self) -> Sequence[TradeEvent]:
-        return some(5)
+        return some(3)
 
     def outcome(self, memory: Memory, folder: Path) -> object:
         with closing(sqlite3.connect(folder / "db")) as db:
