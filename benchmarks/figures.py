@@ -150,5 +150,9 @@ How it is measured:
   Kafka, written in transactions; every reader begins at the start, sees only what is committed, and commits its offsets
   behind what is written. Timed from the first batch to the last one's being durable, imports and the group's forming
   left out. What was written is counted and summed up.
+* Alert rules: a hundred of five kinds, five about each instrument. The product is its own consumer: whole polls, alerts
+  and offsets in transactions. The others judge event by event with the same tests written by hand, and keep their state
+  in memory. Stored days and live polls: CPU time of the engine with the texts of its alerts. A poll is visible when its
+  transaction is committed; its alert when a reader of `bourse.alerts`, or a local webhook, has it.
 * `visible_ms` runs from the practice exchange's last byte to the poll's last event in a consumer, on one clock.
 """
