@@ -83,8 +83,11 @@ class KafkaMarket(KafkaBase):
         poll = self._records(self._fetch(self._reader, timeout, CHUNK))
         self._position.update(poll.positions)
         # If this fails, what was read is read again.
-        self.polls.add_trades([record for record in poll.records if record.partition != self._marks])
-        self.polls.add_markers([record for record in poll.records if record.partition == self._marks])
+        if self._marks in poll.positions:
+            self.polls.add_trades([record for record in poll.records if record.partition != self._marks])
+            self.polls.add_markers([record for record in poll.records if record.partition == self._marks])
+        else:  # usual while it catches up: the records need not be made
+            self.polls.add_trades(poll.records)
         if ready := self.polls.ready(limit) or self._check():
             return Poll(ready, {self._marks: ready[-1].offset + 1})
         if time.monotonic() - self._commit_time > RECOMMIT_SECONDS:

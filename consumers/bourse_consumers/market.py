@@ -44,9 +44,10 @@ CHECK_SECONDS = 5.0
 
 
 class _Piece(NamedTuple):
-    """Events of one poll that were read together: as records, and by columns."""
+    """Events of one poll that were read together: these rows of records, and the same by columns."""
 
     records: Sequence[Record]
+    rows: Sequence[int]
     frame: pl.DataFrame
 
 
@@ -90,12 +91,13 @@ class Polls:
             good = self._decodable(records)
             records, frame = [record for record, _ in good], to_frame([event for _, event in good], TradeEvent)
         rows: dict[int, list[int]] = {}
-        for row, (record, sequence) in enumerate(zip(records, frame["poll_sequence"].to_list(), strict=True)):
+        sequences = frame["poll_sequence"].to_list()
+        for row, (partition, sequence) in enumerate(zip(Places.of(records).partitions, sequences, strict=True)):
             rows.setdefault(sequence, []).append(row)
-            self._newest[record.partition] = max(sequence, self._newest.get(record.partition, 0))
+            self._newest[partition] = max(sequence, self._newest.get(partition, 0))
         for sequence, mine in rows.items():
             if sequence > self._taken:
-                piece = _Piece([records[row] for row in mine], frame if len(rows) == 1 else frame[mine])
+                piece = _Piece(records, mine, frame if len(rows) == 1 else frame[mine])
                 self._pieces.setdefault(sequence, []).append(piece)
 
     def _decodable(self, records: Sequence[Record]) -> list[tuple[Record, Any]]:
@@ -153,7 +155,7 @@ class Polls:
 
     def _missing(self, marker: PollMarker) -> int:
         expected = marker.opened + marker.traded + marker.revised + marker.cancelled
-        return expected - sum(len(piece.records) for piece in self._pieces.get(marker.poll_sequence, ()))
+        return expected - sum(len(piece.rows) for piece in self._pieces.get(marker.poll_sequence, ()))
 
     def _next(self, *, complete: bool) -> Record:
         record, marker = self._markers.popleft()
@@ -162,7 +164,7 @@ class Polls:
         self._pieces = {sequence: kept for sequence, kept in self._pieces.items() if sequence > marker.poll_sequence}
 
         def events() -> Sequence[TradeEvent]:
-            return [self._decode(each) for piece in pieces for each in piece.records]
+            return [self._decode(piece.records[row]) for piece in pieces for row in piece.rows]
 
         def frame() -> pl.DataFrame:
             import polars as pl
