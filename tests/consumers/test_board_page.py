@@ -338,6 +338,9 @@ def test_alerts_by_rule_with_the_moment_on_the_chart(visit: Callable[..., Page],
     expect(page.locator(".unmute")).to_contain_text("۲۰")
     page.click(".unmute")
     expect(page.locator("#groups details[data-rule=surge]")).to_have_count(1)
+    page.click("#lang")
+    expect(page.locator("[data-alert=alert-1] > span").last).to_have_text(re.compile(": 3.2 % in 5 minutes$"))
+    assert page.locator("[data-alert=alert-1] > span bdi").count() == 1
 
 
 def test_where_a_number_comes_from(visit: Callable[..., Page], url: str) -> None:

@@ -425,8 +425,9 @@ function showAlerts() {
       const row = el("div", undefined, "alert", a.severity, a.resolved_at ? "over" : "", fresh.has(a.alert_id) ? "fresh" : ""), b = el("button", undefined, "plain"), first = el("span");
       b.dataset.alert = a.alert_id;
       first.append(el("b", nameOf(a)), " ", el("small", joined([clock(a.raised_at), a.resolved_at && t("resolved", clock(a.resolved_at))])));
-      const text = el("span", wording(a)); text.dir = a.message?.[chosen.lang] ? document.dir : "auto";
-      b.append(first, text); row.append(b); row.title = t(a.severity);
+      const text = el("span"), parts = chosen.lang === "en" ? wording(a).split(/((?:[\u0600-\u06ff\u200c]+ ?)+(?<! ))/) : [wording(a)];
+      text.append(...parts.map((part, i) => i % 2 ? bdi(part) : part));   // a Persian name must not turn an English sentence around
+      text.dir = a.message?.[chosen.lang] ? document.dir : "auto"; b.append(first, text); row.append(b); row.title = t(a.severity);
       if (a.instrument) row.append(mute("symbol", a.instrument, "muteSymbol"));
       return row;
     }));
