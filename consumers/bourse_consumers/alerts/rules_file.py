@@ -195,7 +195,10 @@ class _Head(Strict):
 
 
 def _given(model: Strict | None) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in model.model_fields_set} if model else {}
+    """Return what is written of a model, in the order of its fields."""
+    if model is None:
+        return {}
+    return {name: getattr(model, name) for name in type(model).model_fields if name in model.model_fields_set}
 
 
 def _matched(*given: _Match | None) -> tuple[Match, Table]:
