@@ -293,7 +293,7 @@ DOCTOR = ("doctor", "--schedule", "always", "--clock", "response", "--json")
 def _consume(service: str, dsn: str) -> tuple[str, ...]:
     options = {
         "alerts": ("--rules", str(EXAMPLE)),
-        "archive": ("--to", "archive"),
+        "archive": ("--to", "archive", "--commit-seconds", "1"),
         "postgres": ("--dsn", dsn, "--apply-schema"),
         "notify": ("--channels", "channels.yaml"),
     }
@@ -346,7 +346,7 @@ def _caught_up(url: str) -> bool:
     with suppress(httpx2.HTTPError):
         lines = httpx2.get(url, trust_env=False).text.splitlines()
         lags = [float(line.split()[-1]) for line in lines if line.startswith("bourse_consumer_lag")]
-        return httpx2.get(url.replace("metrics", "readyz"), trust_env=False).is_success and lags == [0.0]
+        return httpx2.get(url.replace("metrics", "readyz"), trust_env=False).is_success and set(lags) == {0.0}
     return False
 
 
