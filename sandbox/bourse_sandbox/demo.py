@@ -33,7 +33,7 @@ from bourse_sandbox.stack import BOURSE, Stack, program
 from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable
 from bourse_schemas.events import TEHRAN, AlertState, Op, Outcome, PollMarker, PriceAlert, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.reading import TopicRecord, follow, group_lag
+from bourse_schemas.reading import TopicRecord, follow, group_lag, read
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, POLLS, TRADES
 
 __all__ = ["demo"]
@@ -108,7 +108,6 @@ class Observer:
     show: Callable[[str], None]
     polls: list[PollMarker] = field(default_factory=list)
     ops: Counter[str] = field(default_factory=Counter)
-    event_ids: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     last_event_ms: dict[int, float] = field(default_factory=dict)
     failure: Exception | None = None
@@ -125,7 +124,7 @@ class Observer:
 
     def complete(self) -> bool:
         """Return whether every event that the markers count was seen."""
-        return len(self.event_ids) == sum(map(_events, self.polls))
+        return self.ops.total() == sum(map(_events, self.polls))
 
     def close(self) -> None:
         """Stop reading."""
@@ -148,7 +147,6 @@ class Observer:
         if topic is TRADES:
             event = self._event_of.fields(record.value)
             self.ops[Op(event["op"]).value] += 1
-            self.event_ids.append(event["event_id"])
             self.last_event_ms[event["poll_sequence"]] = arrived
         elif topic is POLLS:
             marker = self._marker_of(record.value)
@@ -201,6 +199,7 @@ class Demo:
             raise ConfigurationError(f"--data {self.data}: cannot make {self._folder}: {error.strerror}") from error
         began, self._children, self._board = time.monotonic(), dict[str, Child](), ""
         self._day_calls: frozenset[str] | None = None
+        self._served: dict[str, Any] = {"day_over": False, "sent": {}}
         day = "21 August 2019, a real trading day" if "real" in self.market else self.market[1]
         self._show(
             f"Replays {day} at the Tehran exchange. Nothing here is live.\n"
@@ -322,7 +321,6 @@ class Demo:
         if self.stop.is_set():
             self._signal(*self._children)
         self._end("producer", "standby")
-        _wait(self._observer.complete, 1.0, threading.Event())
         self._derive()
         settled = _wait(self._settled, SETTLE_SECONDS, self.stop)
         self._end(*(name for name in self._children if name != "board"))
@@ -353,8 +351,10 @@ class Demo:
                 child.kill()
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._http.get(f"{self._exchange}/practice/state").json()
-        return state
+        """Return what the practice exchange has served; the answer before if it is too busy to answer."""
+        with suppress(httpx2.TransportError):
+            self._served = self._http.get(f"{self._exchange}/practice/state").json()
+        return self._served
 
     def _day_is_over(self) -> bool:
         """Return whether the whole day is published: asked again after its last response, nothing had changed."""
@@ -368,10 +368,11 @@ class Demo:
 
     def _settled(self) -> bool:
         """Return whether every event of the markers was seen, archived, and read by the alerts."""
-        events = len(self._observer.event_ids)
-        if not self._observer.complete() or events != self._archived():
+        if not self._observer.complete() or len(self._event_ids) != self._archived():
             return False
-        if not events or self._stack.kind == "mock":  # the mock cluster forgets offsets committed in a transaction
+        if (
+            not self._event_ids or self._stack.kind == "mock"
+        ):  # the mock cluster forgets offsets committed in a transaction
             return True
         try:
             (alerts,) = group_lag(self._stack.cluster, [f"{self._stack.cluster.prefix}-alerts"])
@@ -388,8 +389,12 @@ class Demo:
         return Table.open(str(self._folder / "archive" / TRADES.full_name(self._stack.cluster.prefix)))
 
     def _derive(self) -> None:
-        """Derive the events again from the exchange's bytes, as both producers captured them."""
-        markers = self._observer.polls
+        """Read what the ended producers published, and derive it again from the bytes that they captured."""
+        registry, prefix = self._stack.cluster.registry(), self._stack.cluster.prefix
+        marker_of, event_of = registry.deserializer(PollMarker), registry.deserializer(TradeEvent)
+        markers = [marker_of(record.value) for record in read(self._stack.cluster, POLLS.full_name(prefix))]
+        trades = read(self._stack.cluster, TRADES.full_name(prefix))
+        self._event_ids = [event_of.fields(record.value)["event_id"] for record in trades]
         self._replay = Replay({each for marker in markers for each in (marker.poll_id, marker.rights_poll_id) if each})
         captures = (self._folder / "capture").glob("*/capture-*.gz")
         self._replay.capture(sorted(captures, key=lambda path: path.name))
@@ -399,7 +404,7 @@ class Demo:
         events = {event.event_id for event in self._replay.events}
         table = self._archive()
         archived = table.arrow(table.files(), ["event_id"])["event_id"].to_pylist() if table else []
-        held = {"kafka": self._observer.event_ids, "archive": archived}
+        held = {"kafka": self._event_ids, "archive": archived}
         return {
             "derived": len(self._replay.events),
             **{name: len(ids) for name, ids in held.items()},
@@ -457,11 +462,15 @@ def _wait(condition: Callable[[], Any], seconds: float, stop: threading.Event) -
 def _text(summary: dict[str, Any], folder: Path) -> str:
     proof, visible, bourse = summary["proof"], summary["visible_ms"], program("bourse")
     kinds = ", ".join(f"{count:,} {op}" for op, count in summary["events"].items() if op != "total")
-    shown = f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.\n"
+    shown = (
+        f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.\n"
+        if visible
+        else ""
+    )
     trades = folder / "archive" / TRADES.full_name("bourse")
     return (
         f"\n{summary['polls']:,} polls, {summary['rows']:,} rows → {kinds}; "
-        f"{summary['alerts']:,} alerts, {summary['dead_letters']:,} dead letters.\n{shown if visible else ''}"
+        f"{summary['alerts']:,} alerts, {summary['dead_letters']:,} dead letters.\n{shown}"
         f"Proof: {proof['derived']:,} events derived again from the exchange's bytes, {proof['kafka']:,} on Kafka, "
         f"{proof['archive']:,} in the archive; lost {proof['lost']}, twice {proof['twice']}, "
         f"unknown {proof['unknown']}.\n"

@@ -143,7 +143,7 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_
         os.kill(int(pid), signal.SIGKILL)
         wait_for(lambda: re.search("was killed[^\x00]* events of ", shown()), 60)
         wait_for(lambda: " FIRING " in shown(), 60)
-        wait_for(lambda: [*tmp_path.glob("data/*/archive/bourse.trades/_delta_log/*1.json")], 60)
+        wait_for(lambda: [*tmp_path.glob("data/*/archive/bourse.trades/_delta_log/*2.json")], 60)
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0, shown() + (tmp_path / "err").read_text("utf-8")
     text = shown()
