@@ -23,6 +23,7 @@ from bourse_consumers.archive.maintenance import forget
 from bourse_consumers.archive.proof import Kept, Report
 from bourse_consumers.archive.repair import repair
 from bourse_consumers.archive.sink import DeltaArchive
+from bourse_consumers.archive.storage import Storage, StoreError, store_errors
 from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import show, verify
 from bourse_consumers.columns import Columns
@@ -200,7 +201,7 @@ HARMS: dict[str, tuple[Callable[[Archive], Any], str, str]] = {
     "a commit before it is emptied": (lambda it: it.commit(2).write_bytes(b""), "is empty: what", FOUND),
     "a commit in the middle is deleted": (lambda it: it.commit(2).unlink(), "found gap", FOUND),
     "the newest commit is deleted": (lambda it: it.commit().unlink(), "N not archived yet", READ_AGAIN),
-    "a checkpoint is torn": (tear_checkpoint, "ok: nothing is missing or stored twice", HARMLESS),
+    "a checkpoint is torn": (tear_checkpoint, "is torn: start the archiver", READ_AGAIN),
     "rows are written twice": (write_twice, "rows stored twice: N", REPAIRED),
     "rows are deleted": (delete("_offset = 4"), "rows missing that the topic has: N", REPAIRED),
     "values are altered": (alter, "rows different from the topic: N", REPAIRED),
@@ -275,6 +276,34 @@ def test_what_the_topic_no_longer_has_whole_is_not_repaired(archive: Archive) ->
     assert (repaired, lost) == ({DAYS[2]}, {DAYS[1]})
     assert archive.table().delta.version() == before + 1
     assert {each["day"] for each in archive.verify().findings if each["day"]} == {DAYS[1]}
+
+
+def test_a_file_that_fails_after_it_was_verified_is_not_dropped(archive: Archive) -> None:
+    """The rows of a partition without findings are copied, or nothing is changed."""
+    before = archive.table().files(DAYS[0])
+    archive.delta().delete("_offset = 4 AND _partition = 0")
+    report = archive.verify()
+    assert report.damaged == {(DAYS[0], 0)}
+    path = archive.trades / next(file.path for file in archive.table().files(DAYS[0]) if file in before)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(StoreError, match="was damaged since it was verified"):
+        repair(archive.table(), report, kept(archive.memory, TRADES))
+    path.write_bytes(content)
+    assert repair(archive.table(), report, kept(archive.memory, TRADES)) == ({DAYS[0]}, set())
+    assert archive.verify().findings == []
+
+
+def test_a_file_that_cannot_be_read_is_not_damage(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify stops: that proves nothing."""
+
+    def get(*_: object) -> memoryview:
+        with store_errors():
+            raise OSError("Too many open files")
+
+    monkeypatch.setattr(Storage, "get", get)
+    with pytest.raises(StoreError, match="Too many open files"):
+        archive.verify()
 
 
 def test_verify_without_the_topic(archive: Archive) -> None:

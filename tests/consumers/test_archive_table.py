@@ -21,6 +21,7 @@ import pytest
 from deltalake import write_deltalake
 
 from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places, Reopen, Retry
+from bourse_consumers.archive.maintenance import forget, optimize
 from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.storage import Storage, StoreError
 from bourse_consumers.archive.table import Table
@@ -195,6 +196,7 @@ def test_a_field_of_a_newer_release_is_kept(tmp_path: Path) -> None:
     schema = {**avro_schema(TradeEvent)}
     schema["fields"] = [*schema["fields"], {"name": "yield_ppm", "type": ["null", "long"], "default": None}]
     columns = Columns(Deserializer(TradeEvent, {1: avro_schema(TradeEvent), 99: schema}.__getitem__))
+    other = Table.create(f"{tmp_path}/bourse.trades", "bourse.trades")
     memory = Memory()
     memory.append(*events(3))
     records = [record for record in memory.records[TRADES_0] if record is not None]
@@ -204,6 +206,8 @@ def test_a_field_of_a_newer_release_is_kept(tmp_path: Path) -> None:
         writer.open(Assignment({TRADES_0: at}))
         part = Batch(records[at : at + 1], {TRADES_0: at + 1}, False, memory.decode, columns.read, columns.unknown)
         assert Places.of(part.records).offsets == (at,)
+        other.refresh()
+        other.describe(first={"9": at})  # another member changes the metadata meanwhile
         writer.process(part)
         writer.close()
     found = table(tmp_path)
@@ -280,6 +284,19 @@ def test_files_are_replaced_once(tmp_path: Path) -> None:
             maintainer.commit(adds, files, maintenance=True, rewrites=True)
     assert len(ids(tmp_path)) == 5
     assert (table(tmp_path).stored(TRADES_0), len(table(tmp_path).files())) == (6, 1)
+
+
+def test_files_that_were_replaced_are_not_removed(tmp_path: Path) -> None:
+    """Although the snapshot is new: their rows are in other files."""
+    archived(tmp_path)
+    late = table(tmp_path)
+    files = late.files()
+    list(optimize(table(tmp_path), [TODAY]))
+    late.refresh()
+    adds = late.write(late.arrow(files))
+    with pytest.raises(StoreError, match="another writer has replaced files meanwhile"):
+        late.commit(adds, files, maintenance=True)
+    assert len(ids(tmp_path)) == 5
 
 
 # --- what the operator has to know ------------------------------------------------------------------------------------
@@ -574,6 +591,33 @@ def test_a_torn_newest_commit_is_written_again(tmp_path: Path, content: bytes) -
     log(tmp_path)[-1].write_bytes(content)
     run(DeltaArchive(str(tmp_path)), memory)
     assert ids(tmp_path) == [f"IRO1MADN0001-20261123-{number}" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"add":{"path":"tra'], ids=["empty", "torn"])
+def test_only_an_archiver_removes_a_torn_commit(tmp_path: Path, content: bytes) -> None:
+    """Others read the table without it, and do not write."""
+    memory = archived(tmp_path)
+    newest = log(tmp_path)[-1]
+    newest.write_bytes(content)
+    assert len(ids(tmp_path)) == 4
+    for change in (lambda: forget(table(tmp_path), TOMORROW), lambda: list(optimize(table(tmp_path), [TODAY]))):
+        with pytest.raises(StoreError, match="the newest commit is torn: start the archiver"):
+            change()
+    assert newest.read_bytes() == content
+    run(DeltaArchive(str(tmp_path)), memory)
+    assert len(ids(tmp_path)) == 5
+
+
+def test_a_commit_that_cannot_be_read_is_not_torn(tmp_path: Path) -> None:
+    """It may be good: the archiver waits."""
+    archived(tmp_path)
+    newest, good = log(tmp_path)[-1], tmp_path / "good"
+    newest.rename(good)
+    newest.symlink_to(newest)  # reading it fails with ELOOP
+    with pytest.raises(Retry, match="symbolic links"):
+        DeltaArchive(str(tmp_path)).open(Assignment({TRADES_0: 0}, first={TRADES_0: 0}))
+    good.replace(newest)
+    assert len(ids(tmp_path)) == 5
 
 
 def test_a_torn_creation_begins_again(tmp_path: Path) -> None:

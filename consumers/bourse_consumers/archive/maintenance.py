@@ -65,6 +65,7 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
 
 def forget(table: Table, before: date) -> list[File]:
     """Remove all days before `before`; return their files. They are deleted by the next optimization."""
+    table.refresh()
     files = [file for file in table.files() if file.day < before]
     if files:
         first = dict(table.about["first"])

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bourse_consumers.archive.proof import Kept, Report
+from bourse_consumers.archive.storage import StoreError
 from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import readable
 
@@ -35,7 +36,12 @@ def repair(table: Table, report: Report, kept: Kept) -> tuple[set[date], set[dat
     lost = {day for day, number in damaged if not whole(day, number)}
     damaged = {(day, number) for day, number in damaged if day not in lost}
     files = [file for file in table.files() if file.day in {day for day, _ in damaged}]
-    copied = readable(table, files, Report(table.name))
+    again = Report(table.name)
+    copied = readable(table, files, again)
+    known = {each["file"] for each in report.findings}
+    for each in again.findings:
+        if each["file"] not in known:
+            raise StoreError(f"{each['file']} was damaged since it was verified")
     adds = []
     for number in sorted({number for _, number in damaged}):
         days = pa.array([day for day, each in damaged if each == number], pa.date32())

@@ -106,7 +106,7 @@ class DeltaArchive(Consumer):
         """Open or create the topic's table, and refuse the table of another topic."""
         cluster, topic_id = assigned.identity(topic)
         uri = f"{self._to.rstrip('/')}/{topic}"
-        table = Table.open(uri) or Table.create(uri, topic, cluster, topic_id)
+        table = Table.open(uri, recover=True) or Table.create(uri, topic, cluster, topic_id)
         about = table.about
         if about["topic"] != topic:
             raise ConfigurationError(f"{uri} is the table of {about['topic']}, not of {topic}: {NEW_FOLDER}")
@@ -193,6 +193,7 @@ class DeltaArchive(Consumer):
         table = self._table
         if table is None:
             return
+        table.refresh()
         if chunk.adds is None:
             chunk.adds = table.write(pa.concat_tables(chunk.tables, promote_options="permissive"))
         table.refresh()

@@ -19,7 +19,7 @@ from obstore.store import LocalStore, from_url
 
 from bourse_schemas.errors import BourseError, ConfigurationError
 
-__all__ = ["Storage", "StoreError", "store_errors", "sync"]
+__all__ = ["Damaged", "Storage", "StoreError", "store_errors", "sync"]
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")
@@ -30,16 +30,20 @@ class StoreError(BourseError):
     """The folder or the object store failed, for now; the message has no secret."""
 
 
+class Damaged(StoreError):
+    """A file was read, and its content is wrong."""
+
+
 @contextmanager
-def store_errors() -> Iterator[None]:
-    """Raise the errors of delta-rs, obstore, Arrow and the file system as StoreError."""
+def store_errors(kind: type[StoreError] = StoreError) -> Iterator[None]:
+    """Raise the errors of delta-rs, obstore, Arrow and the file system as StoreError, or as this kind of it."""
     try:
         yield
     except (DeltaError, BaseError, OSError, pa.ArrowException) as error:
         text = " ".join(NOISE.sub("", str(error)).partition("Debug source")[0].split())
         code = re.search(r"<Code>(\w+)</Code>", str(error))
         message = SECRET.sub(r"\1\2…", f"{code[1]}: {text}" if code else text)
-        raise StoreError(message[:300]) from error
+        raise (StoreError if isinstance(error, MemoryError) else kind)(message[:300]) from error
 
 
 def sync(path: Path) -> None:

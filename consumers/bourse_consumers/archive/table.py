@@ -28,7 +28,7 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.archive.storage import Storage, StoreError, store_errors, sync
+from bourse_consumers.archive.storage import Damaged, Storage, StoreError, store_errors, sync
 from bourse_consumers.records import Partition
 from bourse_consumers.rows import WHERE, arrow_schema
 from bourse_schemas.errors import ConfigurationError
@@ -67,8 +67,8 @@ def declared(name: str) -> Topic:
 class Table:
     """An opened table. Its methods raise StoreError; `delta` is the snapshot that was loaded last."""
 
-    def __init__(self, storage: Storage, delta: DeltaTable) -> None:
-        self.storage, self.delta = storage, delta
+    def __init__(self, storage: Storage, delta: DeltaTable, *, torn: bool = False) -> None:
+        self.storage, self.delta, self._torn = storage, delta, torn
         self._synced = delta.version() - RECENT
         about = self.about
         self.topic = declared(about["topic"])
@@ -76,19 +76,26 @@ class Table:
         self.day_column: str = delta.metadata().partition_columns[0]
 
     @classmethod
-    def open(cls, uri: str) -> Table | None:
-        """Open a table, None if there is none; what a power cut has left of the last commit is removed first."""
-        storage = Storage(uri)
-        if storage.folder is not None and (storage.folder / "_delta_log").is_dir():
-            _recover(storage.folder / "_delta_log")
+    def open(cls, uri: str, *, recover: bool = False) -> Table | None:
+        """Open a table, None if there is none.
+
+        `recover` removes what a power cut has left of the last commit, and is for an archiver; without it such a
+        commit is left out, and the table can be read only.
+        """
+        storage, torn = Storage(uri), None
         with store_errors():
+            if storage.folder is not None and (storage.folder / "_delta_log").is_dir():
+                torn = _check_log(storage.folder / "_delta_log", recover=recover)
+            if torn == 0:
+                return None
             try:
-                delta = DeltaTable(storage.uri, storage_options=storage.options)
+                version = torn and torn - 1
+                delta = DeltaTable(storage.uri, version=version, storage_options=storage.options)
             except TableNotFoundError:
                 return None
         if '"topic"' not in (delta.metadata().description or ""):
             raise ConfigurationError(f"{uri} is a Delta table of another program: use a new folder")
-        return cls(storage, delta)
+        return cls(storage, delta, torn=torn is not None)
 
     @classmethod
     def create(cls, uri: str, topic: str, cluster: str = "", topic_id: str = "") -> Table:
@@ -166,10 +173,12 @@ class Table:
         wanted = fields if columns is None else pa.schema([fields.field(name) for name in columns])
         tables = [wanted.empty_table()]
         for file in files:
-            with store_errors():
-                content = pq.ParquetFile(pa.py_buffer(self.storage.get(file.path)), page_checksum_verification=True)
-                rows = content.read([name for name in wanted.names if name in content.schema_arrow.names])
-            rows = rows.cast(pa.schema([wanted.field(name) for name in rows.column_names]))  # others write string views
+            content = pa.py_buffer(self.storage.get(file.path))
+            with store_errors(Damaged):
+                parquet = pq.ParquetFile(content, page_checksum_verification=True)
+                rows = parquet.read([name for name in wanted.names if name in parquet.schema_arrow.names])
+                # Others write string views.
+                rows = rows.cast(pa.schema([wanted.field(name) for name in rows.column_names]))
             if self.day_column in wanted.names:
                 rows = rows.append_column(self.day_column, pa.array([file.day] * rows.num_rows, pa.date32()))
             tables.append(rows.replace_schema_metadata())
@@ -240,6 +249,8 @@ class Table:
         `maintenance` adds the transaction that keeps files from being replaced twice, and is required with `removes`.
         `rewrites`: the rows stay the same. Raises StoreError, also if another writer was faster.
         """
+        if {file.path for file in removes} - {file.path for file in (self.files() if removes else ())}:
+            raise StoreError("another writer has replaced files meanwhile")
         versions = dict(transactions or {})
         if maintenance:
             versions[MAINTENANCE] = (self.stored(MAINTENANCE) or 0) + 1
@@ -287,6 +298,8 @@ class Table:
 
     def refresh(self) -> None:
         """Load the newest snapshot."""
+        if self._torn:
+            raise StoreError("the newest commit is torn: start the archiver, which removes it")
         with store_errors():
             self.delta.update_incremental()
 
@@ -317,18 +330,22 @@ def _stored(field: pa.Field) -> pa.Field:
 # --- after a power cut ------------------------------------------------------------------------------------------------
 
 
-def _recover(log: Path) -> None:
-    """Remove what a power cut has left: the newest commit if it is torn, a torn checkpoint if its commits exist.
+def _check_log(log: Path, *, recover: bool) -> int | None:
+    """Return the version of the newest commit if a power cut has torn it; `recover` removes it, and a torn checkpoint.
 
     The rows of such a commit are read from Kafka again: its offsets are gone with it.
     """
     names = sorted(os.listdir(log))  # noqa: PTH208  # a year has 75,000 commits, and paths are slow
     commits = {int(name[:20]): name for name in names if name[20:] == ".json" and name[:20].isdigit()}
     checkpoints = [-1, *(int(name[:20]) for name in names if name.endswith(".checkpoint.parquet"))]
-    newest = log / commits.get(max(commits, default=0), "none")
+    newest, torn = log / commits.get(max(commits, default=0), "none"), None
     if commits and not _is_whole(newest):
-        get_logger().warning("torn commit removed, its rows are read again", file=str(newest))
-        newest.unlink()
+        if recover:
+            newest.unlink()
+            get_logger().warning("torn commit removed, its rows are read again", file=str(newest))
+        else:
+            torn = max(commits)
+            get_logger().warning("torn commit left out: the archiver removes it when it starts", file=str(newest))
     pointer, checkpoint = log / "_last_checkpoint", log / f"{checkpoints[-1]:020}.checkpoint.parquet"
     if checkpoint.exists() and not _is_whole(checkpoint):
         if any(version not in commits for version in range(checkpoints[-2] + 1, checkpoints.pop() + 1)):
@@ -336,25 +353,30 @@ def _recover(log: Path) -> None:
                 f"{checkpoint} is damaged and the commits before it are gone: restore the table from a backup, or "
                 "archive into a new folder"
             )
+        if not recover:
+            raise StoreError(f"{checkpoint} is torn: start the archiver, which removes it")
         get_logger().warning("torn checkpoint removed", file=str(checkpoint))
         checkpoint.unlink()
         pointer.unlink(missing_ok=True)
-    if pointer.exists() and not _is_whole(pointer):
+    if recover and pointer.exists() and not _is_whole(pointer):
         pointer.unlink()
     for version, name in commits.items():
-        if version > checkpoints[-1] and (log / name).exists() and not (log / name).stat().st_size:
+        if checkpoints[-1] < version < max(commits) and not (log / name).stat().st_size:
             raise ConfigurationError(
                 f"{log / name} is empty: what it committed is lost. Move it and all later commits out of {log} to read "
                 "their rows from Kafka again, or archive into a new folder"
             )
-    sync(log)
+    if recover:
+        sync(log)
+    return torn
 
 
 def _is_whole(path: Path) -> bool:
+    content = path.read_bytes()  # a file that cannot be read may be whole
     try:
         if path.suffix == ".parquet":
-            pq.read_table(path)
+            pq.read_table(pa.BufferReader(content))
             return True
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] != []
-    except (pa.ArrowException, OSError, ValueError):
+        return [json.loads(line) for line in content.decode().splitlines()] != []
+    except (OSError, ValueError):
         return False

@@ -16,11 +16,10 @@ from operator import attrgetter
 import click
 import polars as pl
 import pyarrow as pa
-from obstore.exceptions import BaseError
 
 from bourse_consumers.api import Batch, Partition, Places, Record, Records
 from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
-from bourse_consumers.archive.storage import StoreError
+from bourse_consumers.archive.storage import Damaged
 from bourse_consumers.archive.table import File, Table
 from bourse_consumers.columns import Columns
 from bourse_schemas.errors import Undecodable
@@ -85,9 +84,7 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
                 what = f"file has {rows.num_rows} rows, not {file.rows}"
             elif size is not None:
                 what = f"file has {size} bytes, not {file.size}"
-        except (pa.ArrowException, StoreError) as error:
-            if isinstance(error.__cause__, BaseError):
-                raise  # the store failed, which proves nothing
+        except Damaged as error:  # a store that failed proves nothing
             what = f"file is damaged: {error}"
         report.find(what, file.day, file.partitions, file.offsets, file=file.path)
     return pa.concat_tables(good)
