@@ -343,6 +343,29 @@ def test_alerts_by_rule_with_the_moment_on_the_chart(visit: Callable[..., Page],
     assert page.locator("[data-alert=alert-1] > span bdi").count() == 1
 
 
+def test_a_browser_without_idle_callbacks_or_notifications(visit: Callable[..., Page], url: str, feed: Feed) -> None:
+    """As Safari and Chrome on Android: the page follows, and its fixture sees no error; an address may be nonsense."""
+    page = visit(url, permissions=["notifications"])
+    page.add_init_script("""
+        Object.defineProperty(globalThis, "requestIdleCallback", { value: undefined });
+        globalThis.Notification = class {
+          static permission = "granted";
+          static requestPermission = async () => "granted";
+          constructor() { document.body.dataset.notified = +(document.body.dataset.notified ?? 0) + 1; throw new TypeError("Illegal constructor"); }
+        };
+    """)
+    page.goto(f"{url}/#/%")
+    page.reload()
+    expect(page.locator("#scroll tbody tr[data-id]").first).to_be_visible()
+    page.click("#notify")
+    expect(page.locator("#notify")).to_have_attribute("aria-pressed", "true")
+    for number in (1, 2):
+        feed.add(alert(alert_id=f"new-{number}", trading_day=feed.state.day, instrument=FOLD, message={"fa": "آزمون"}))
+        expect(page.locator("body")).to_have_attribute("data-notified", str(number))
+        expect(page.locator(f"[data-alert=new-{number}]")).to_be_attached()
+    expect(page.locator("#banner")).to_be_hidden()
+
+
 def test_where_a_number_comes_from(visit: Callable[..., Page], url: str) -> None:
     """The last 20 events with their places, and the line that prints the newest one."""
     page = visit(f"{url}/#/{FOLD}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -85,6 +87,7 @@ def test_the_day_of_an_instrument_is_its_events_with_their_places(url: str) -> N
     assert found["trading_day"] == "2019-08-21"
     later = httpx2.get(f"{url}/api/day/{FOLD}?after={mine[-2].sequence}").json()
     assert later["changes"] == found["changes"][-1:]
+    assert httpx2.get(f"{url}/api/day/{FOLD}?after={'9' * 5000}").json() == found
     assert httpx2.get(f"{url}/api/day/IRO1NONE0001").status_code == 404
 
 
@@ -151,7 +154,7 @@ def test_compressed_frames_are_one_gzip_stream_whoever_joins_when(url: str, feed
     assert next(number for number, _ in events(iter(text.splitlines()))) == after + 1
 
 
-@pytest.mark.parametrize("after", ["0", "99999999999999", "nonsense"])
+@pytest.mark.parametrize("after", ["0", "99999999999999", "9" * 5000, "nonsense"])
 def test_a_client_that_cannot_go_on_is_told_to_begin_again(url: str, after: str) -> None:
     """It was too long away, or its ids are of an earlier run."""
     with httpx2.stream("GET", f"{url}/api/events?after={after}", timeout=10) as answer:
@@ -195,6 +198,9 @@ def test_only_names_that_are_ours_are_answered(url: str) -> None:
         "board.example": 200,
         "BOARD.example:8090": 200,
         "localhost": 200,
+        "[::1]": 200,
+        "[::1]:8090": 200,
+        "[::2]": 400,
     }.items():
         assert httpx2.get(f"{url}/api/snapshot", headers={"Host": host}).status_code == status
     for probe in ("/livez", "/readyz", "/metrics"):
@@ -227,6 +233,23 @@ def test_a_path_of_the_proxy_is_ours_too(url: str) -> None:
     assert httpx2.get(f"{url}/market/api/snapshot").status_code == 200
     moved = httpx2.get(f"{url}/market")
     assert (moved.status_code, moved.headers["location"]) == (307, "/market/")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--http", "[::1]:0"], "the HTTP server ended"),
+        (["--http", "0", "--root-path", "market"], "--root-path market: begin it with /, as in /market"),
+    ],
+)
+def test_the_command_fails_if_it_does_not_serve(options: list[str], message: str) -> None:
+    """Whether its server ended or could not be as asked; addresses that it prints can be opened."""
+    ends = "import uvicorn; uvicorn.Server.run = lambda *_, **__: None; from bourse_cli.root import main; main()"
+    command = [sys.executable, "-c", ends, "board", "--bootstrap-servers", "127.0.0.1:9", *options]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode in {1, 2}
+    assert message in ended.stderr
+    assert ("http://[::1]:" in ended.stderr) == ("[::1]:0" in options)
 
 
 def test_no_address_of_a_broker_is_in_an_answer(url: str, feed: Feed) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from bourse_consumers.board.feed import groups_of
+from bourse_consumers.board.feed import Feed, groups_of
 from bourse_consumers.board.state import Group, Located, State, percent
+from bourse_sandbox.kafka import MockKafka
 from bourse_schemas.events import AlertState, Op, Outcome, Phase
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import GroupLag
 from tests.samples import AT, DAY, alert, event, marker
 
@@ -37,6 +40,17 @@ def test_a_market_consumer_runs_while_its_election_has_members() -> None:
         GroupLag("bourse-archive", 0, 7, 1),
     ]
     assert groups_of(found, "bourse-") == [Group("alerts", True, 0), Group("archive", False, 7)]
+
+
+def test_a_group_that_cannot_be_asked_for_is_no_trouble_with_prices(
+    mock_kafka: MockKafka, prefix: str, wait_for: Callable[..., Any]
+) -> None:
+    """The mock cluster does not describe groups: all else that is asked, it answers."""
+    with Feed(Cluster(mock_kafka.bootstrap_servers, "http://127.0.0.1:9", prefix), ["another"]) as feed:
+        wait_for(lambda: feed.state.troubles, 30)
+        assert feed.state.troubles.keys() == {"groups"}
+        assert "group another" in feed.state.troubles["groups"]
+        assert feed.trouble() == "being read"
 
 
 def test_a_poll_is_applied_when_all_its_events_have_come() -> None:

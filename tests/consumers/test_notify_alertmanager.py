@@ -21,7 +21,7 @@ from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, runner, stream_of
 from bourse_sandbox.kafka import free_port
 from bourse_sandbox.processes import spawn
-from bourse_schemas.events import AlertState, PriceAlert, ResolvedBy, Scope, Severity
+from bourse_schemas.events import AlertState, DeadLetter, PriceAlert, ResolvedBy, Scope, Severity
 from tests.web import Web, serving
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "alertmanager.yml"
@@ -198,3 +198,40 @@ def test_an_alertmanager_that_is_unreachable_is_waited_for() -> None:
         running.run()
     assert memory.committed == {ALERTS_0: 0}
     assert stream.waited
+
+
+@pytest.mark.parametrize(("status", "open_after"), [(503, ["first", "second"]), (400, ["first"])])
+def test_an_alertmanager_that_fails_with_alerts_open_holds_up_no_new_alert(
+    wait_for: Callable[..., Any], status: int, open_after: list[str]
+) -> None:
+    """It goes to the dead letters, and does not spoil the next post of the open alerts if it was refused."""
+    with serving() as web:
+        asked: list[None] = []
+        web.then = lambda: asked.append(None)
+        channel = Channel.model_construct(alertmanager=web.url)
+        channel.__dict__["sender"] = Webhook(f"{web.url}/api/v2/alerts")
+        memory = Memory()
+        memory.committed[ALERTS_0] = 0
+        memory.append(alert("1", "first", "IRO1AAAA0001"))
+        consumer = Alertmanager("robot", {"robot": channel}, give_up=timedelta(0))
+        consumer.interval = 0.0
+        running = runner(consumer, memory, stream=(stream := stream_of(consumer, memory)))
+
+        def asked_again(times: int = 2) -> None:
+            most = len(asked) + times
+            wait_for(lambda: (running.step(0), len(asked) >= most)[1])
+
+        asked_again()
+        assert consumer.trouble() is None
+        web.status = status
+        asked_again()
+        assert "127.0.0.1 answers" in (consumer.trouble() or "")
+        memory.append(alert("2", "second", "IRO1BBBB0001"))
+        wait_for(lambda: (running.step(0), memory.emitted)[1])
+        assert [letter.original_offset for _, letter in memory.emitted if isinstance(letter, DeadLetter)] == [1]
+        assert memory.committed == {ALERTS_0: 2}
+        web.status = 200
+        asked_again()
+        assert [each["labels"]["alertname"] for each in web.bodies()[-1]] == open_after
+        assert consumer.trouble() is None
+        assert stream.waited == []

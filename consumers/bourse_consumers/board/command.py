@@ -11,7 +11,7 @@ import click
 from bourse_cli.health import Monitor, parse_address
 from bourse_cli.logs import configure_logging, get_logger
 from bourse_cli.options import cluster_options, stop_on_signals
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster, kafka_logger
 
 __all__ = ["board"]
@@ -57,6 +57,8 @@ def board(
     configure_logging(context.find_root().obj or "info")
     kafka_logger().disabled = True  # page and /readyz show what does not work
     host, port = parse_address(http)
+    if root and not root.startswith("/"):
+        raise ConfigurationError(f"--root-path {root}: begin it with /, as in /{root}")
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -71,10 +73,13 @@ def board(
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     with feed:
         thread.start()
-        get_logger().info("board ready", url=f"http://{host}:{listener.getsockname()[1]}{root}/")
+        name = f"[{host}]" if ":" in host else host
+        get_logger().info("board ready", url=f"http://{name}:{listener.getsockname()[1]}{root.rstrip('/')}/")
         while not stop.wait(0.25) and thread.is_alive() and feed.failed is None:
             pass
         web.should_exit = True
         thread.join(3)
     if feed.failed:
         raise feed.failed
+    if not stop.is_set():
+        raise BourseError("the HTTP server ended: start the board again")

@@ -66,8 +66,8 @@ class Feed:
     def trouble(self) -> str | None:
         """Return why the state is not what is on the topics; no broker's address is in it."""
         with self.lock:
-            failed = ", ".join(self.state.troubles) + " failed" if self.state.troubles else None
-            return failed or ("being read" if self.state.live_since is None else None)
+            failed = ", ".join(subject for subject in self.state.troubles if subject != "groups")
+            return f"{failed} failed" if failed else ("being read" if self.state.live_since is None else None)
 
     def _repeat(self, job: Callable[[], None], subject: str, pause: float) -> None:
         try:
@@ -138,10 +138,7 @@ class Feed:
         return None
 
     def _probe(self) -> None:
-        """Ask for the groups' lag and what the topics are; the answers also show that brokers are reachable."""
-        found = group_lag(self._cluster, timeout=PROBE_SECONDS)
-        if self._groups:
-            found += group_lag(self._cluster, self._groups, timeout=PROBE_SECONDS)
+        """Ask what the topics are and for the groups' lag; the answers also show that brokers are reachable."""
         topics = self._cluster.topics(self._topics)
         places = [(name, number) for name, topic in topics.items() for number in range(topic.partitions)]
         ends = offsets(self._cluster, dict.fromkeys(places, LAST), timeout=PROBE_SECONDS)
@@ -152,8 +149,16 @@ class Feed:
         ):
             self._again.set()
         self._known = ids, ends
+        found, trouble = list[GroupLag](), None
+        try:
+            found = group_lag(self._cluster, timeout=PROBE_SECONDS)
+            if self._groups:
+                found += group_lag(self._cluster, self._groups, timeout=PROBE_SECONDS)
+        except ConfigurationError as error:
+            trouble = str(error)
         with self.lock:
-            self.state.groups = groups_of(found, f"{self._cluster.prefix}-")
+            self.state.groups = groups_of(found, f"{self._cluster.prefix}-") if found or trouble is None else None
+            self.state.trouble("groups", trouble)
 
 
 def groups_of(found: Sequence[GroupLag], prefix: str) -> list[Group]:

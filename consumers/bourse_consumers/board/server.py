@@ -195,6 +195,11 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Response:
     return Response(text.getvalue(), media_type="text/csv")
 
 
+def _number(text: str) -> int:
+    """Return a number of a request, 0 if it is not one or has more digits than ours."""
+    return int(text) if text.isdecimal() and len(text) <= 18 else 0
+
+
 class _Guard:
     """Answers GET only, to the names that are ours, with headers that keep a browser to this server."""
 
@@ -204,7 +209,8 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
         if scope["type"] == "http":
-            host = Headers(scope=scope).get("host", "").rsplit(":", 1)[0].strip("[]").lower()
+            host = Headers(scope=scope).get("host", "").lower()
+            host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
             if self._root and scope["path"] == self._root:
                 app = RedirectResponse(f"{self._root}/")
             path = scope["path"].removeprefix(self._root)
@@ -244,7 +250,7 @@ def application(
     async def day(request: Request) -> Response:
         name, dot, _ = request.path_params["instrument"].partition(".csv")
         after = request.query_params.get("after", "")
-        found = publisher.day(name, int(after) if after.isdecimal() else 0)
+        found = publisher.day(name, _number(after))
         if found is None:
             return PlainTextResponse("this instrument did not change today\n", 404)
         if not dot:
@@ -257,7 +263,7 @@ def application(
             return PlainTextResponse("too many clients: see --max-clients\n", 503, {"Retry-After": "10"})
         after = request.headers.get("last-event-id") or request.query_params.get("after", "")
         packed = "gzip" in request.headers.get("accept-encoding", "")
-        frames = publisher.stream(int(after) if after.isdecimal() else 0, packed)
+        frames = publisher.stream(_number(after), packed)
         encoding = {"Content-Encoding": "gzip"} if packed else {}
         return StreamingResponse(frames, media_type="text/event-stream", headers=encoding)
 

@@ -136,10 +136,11 @@ class Alertmanager(Notify):
         super().__init__(*given, **named)
         self._open: dict[str, PriceAlert] = {}
         self._due = 0.0
+        self._unposted: str | None = None
 
     def open(self, assigned: Assignment) -> Start:
         """Begin with the day's first alert, to know which ones are open."""
-        self._open, self._due = {}, 0.0
+        self._open, self._due, self._unposted = {}, 0.0, None
         return Rebuild(assigned.day_start())
 
     def process(self, batch: Batch) -> list[Emit]:
@@ -150,22 +151,35 @@ class Alertmanager(Notify):
         return []
 
     def idle(self, now: datetime) -> None:
-        """Post all open alerts when it is time. Raises Retry."""
+        """Post all open alerts when it is time. A failure holds up no new alert: they are posted the next time."""
         if self._open and time.monotonic() >= self._due:
             try:
                 self._post(list(self._open.values()), now)
+                self._unposted = None
             except NotSent as error:
-                raise Retry(str(error)) from error
+                self._count("failed")
+                self._log.warning("the open alerts were not posted", alerts=len(self._open), error=str(error))
+                self._unposted = f"the open alerts were not posted: {error}"
             self._due = time.monotonic() + self.interval
+
+    def trouble(self) -> str | None:
+        """Return why the open alerts were not posted the last time."""
+        return self._unposted if self._open else None
 
     def _wants(self, alert: PriceAlert) -> bool:
         return self._channel.selects(self._name, alert, self._channels)
 
     def _deliver(self, alerts: Sequence[PriceAlert], _: Sequence[str] = ()) -> None:
-        try:
-            self._post(alerts, self._now())
-        finally:
-            self._fold(alerts)
+        self._post(alerts, self._now())
+        self._fold(alerts)
+
+    def _refused(self, records: Sequence[Record], alerts: Sequence[PriceAlert], error: NotSent) -> list[Emit]:
+        letters = super()._refused(records, alerts, error)
+        self._fold(alerts)
+        if isinstance(error, Refused):  # posted again with the open alerts, they could have all of these refused
+            for alert in alerts:
+                self._open.pop(alert.alert_id, None)
+        return letters
 
     def _fold(self, alerts: Sequence[PriceAlert]) -> None:
         for alert in alerts:

@@ -7,6 +7,7 @@ const $ = s => document.querySelector(s), $$ = s => [...document.querySelectorAl
 const ROW_HEIGHT = 34, LOST_MS = 12000, HIDDEN_MS = 30000, STRIP = 60;
 const stored = (key, fallback) => { try { return JSON.parse(localStorage.getItem("bourse." + key)) ?? fallback; } catch { return fallback; } };
 const store = (key, value) => { try { localStorage.setItem("bourse." + key, JSON.stringify(value)); } catch { /* a private window */ } };
+const whenIdle = globalThis.requestIdleCallback ?? (f => setTimeout(f));   // Safari has none
 const prefers = query => matchMedia(query).matches;
 
 // What a person chose; kept in this browser.
@@ -73,7 +74,7 @@ function apply(frame) {
   polls = polls.concat(frame.polls.filter(p => !seen.has(p.poll_sequence))).slice(-STRIP);
   if (frame.alerts) takeAlerts(frame.alerts);
   if (!rows.has(selected?.id)) select(fromHash() ?? [...rows.values()].sort((a, b) => b.value - a.value)[0]?.instrument, false);
-  if (frame.rows.length || frame.gone?.length) { arrange(); requestIdleCallback(() => { movers(); map(); }, { timeout: 500 }); if (frame.rows.some(r => r[0] === selected?.id)) more(); else redraw(); } else { table(); redraw(); }
+  if (frame.rows.length || frame.gone?.length) { arrange(); whenIdle(() => { movers(); map(); }, { timeout: 500 }); if (frame.rows.some(r => r[0] === selected?.id)) more(); else redraw(); } else { table(); redraw(); }
   if (frame.alerts) showAlerts();
   quote(); headline(); ops();
   paintMs = performance.now() - began;
@@ -82,16 +83,16 @@ function apply(frame) {
 
 async function begin() {
   clearTimeout(begin.again);
+  let s;
   try {
     const answer = await fetch("api/snapshot");
     if (!answer.ok) throw new Error();
-    const s = await answer.json();
-    rows.clear(); polls = []; alerts = []; known = null; day = null; lastId = s.id; current = s.columns;
-    if (s.font && !begin.font) { begin.font = true; const face = new FontFace("own", "url(font.woff2)"); document.fonts.add(face); face.load().then(redraw); }
-    if (selected) selected.changes = null;
-    apply(s);
-    listen();
-  } catch { trouble = t("lost"); headline(); begin.again = setTimeout(begin, 2000); }
+    s = await answer.json();
+  } catch { trouble = t("lost"); headline(); begin.again = setTimeout(begin, 2000); return; }
+  rows.clear(); polls = []; alerts = []; known = null; day = null; lastId = s.id; current = s.columns;
+  if (s.font && !begin.font) { begin.font = true; const face = new FontFace("own", "url(font.woff2)"); document.fonts.add(face); face.load().then(redraw); }
+  if (selected) selected.changes = null;
+  try { apply(s); } finally { listen(); }   // what cannot be drawn is an error of the page, not of the connection
 }
 
 function listen() {
@@ -121,6 +122,7 @@ document.addEventListener("visibilitychange", () => {
 // --- head -------------------------------------------------------------------------------------------------------------
 
 const LAMP = { OPEN: "good", FRESH: "good", IDLE: "good", PRE_OPEN: "warn", PARTIAL: "warn", STALE: "bad", FROZEN: "bad", DOWN: "bad" };
+const troubleOf = subject => t({ reading: "readingTrouble", groups: "groupsTrouble" }[subject] ?? subject);
 const lately = () => (performance.now() - received) / 1000;
 const outcome = p => p.outcome === "PUBLISHED" ? t("changed", int(p.opened + p.traded + p.revised + p.cancelled)) : t(p.outcome);
 const errorOf = p => [p.error_kind, p.error_code, p.error_message].filter(Boolean).map(units.safe).join(": ");
@@ -130,7 +132,7 @@ function banner() {
   if (trouble) return trouble;
   if (waiting) return t("lost");
   if (!current) return t("reading");
-  const found = (head.troubles ?? []).map(each => t(each === "reading" ? "readingTrouble" : each));
+  const found = (head.troubles ?? []).filter(each => each !== "groups").map(troubleOf);   // prices are current without the groups
   if (found.length) return joined([...new Set(found)]);
   if (!head.live) return t("reading");
   if (head.silent != null) return t("silent", span(head.silent + lately()));
@@ -180,7 +182,7 @@ function headline() {
 
 function concerns() {
   return [["dead_letters", "deadLetters"], ["undecodable", "undecodable"], ["incomplete_polls", "incomplete"]].filter(([key]) => head[key]).map(([key, word]) => `${t(word)} ${int(head[key])}`)
-    .concat((head.groups ?? []).filter(g => !g.alive || g.lag > 5000).map(g => `${g.name}: ${g.alive ? `${t("lag")} ${int(g.lag)}` : t("stopped")}`));
+    .concat((head.groups ?? []).filter(g => !g.alive || g.lag > 5000).map(g => `${g.name}: ${g.alive ? `${t("lag")} ${int(g.lag)}` : t("stopped")}`), (head.troubles ?? []).filter(each => each === "groups").map(troubleOf));
 }
 
 // As many <i> as values, each set by a function.
@@ -287,7 +289,7 @@ function star(id) {
 
 // --- instrument -------------------------------------------------------------------------------------------------------
 
-const fromHash = () => { const id = decodeURIComponent(location.hash.slice(2)); return rows.has(id) ? id : undefined; };
+const fromHash = () => { try { const id = decodeURIComponent(location.hash.slice(2)); return rows.has(id) ? id : undefined; } catch { return undefined; } };
 const FACTS = [["yesterday", r => price(r.previous_close), 1], ["first", r => price(r.open_price), 1], ["high", r => price(r.high_price), 1], ["low", r => price(r.low_price), 1],
   ["volume", r => amount(r.volume)], ["value", r => money(r.value), 1], ["count", r => int(r.trade_count)], ["marketValue", r => money(r.market_value), 1]];
 
@@ -390,15 +392,17 @@ const nameOf = a => units.safe(a.symbol ?? a.instrument ?? t(a.scope === "FEED" 
 
 function takeAlerts(list) {
   alerts = list;
-  const ids = new Set(list.map(a => a.alert_id));
-  if (known) {
-    const news = list.filter(a => !known.has(a.alert_id) && !a.resolved_at);
+  const before = known;
+  known = new Set(list.map(a => a.alert_id));
+  if (before) {
+    const news = list.filter(a => !before.has(a.alert_id) && !a.resolved_at);
     news.forEach(a => fresh.add(a.alert_id));
     const audible = news.filter(isListed);
     if (audible.length && chosen.sound) beep();
-    if (audible.length && chosen.notify && globalThis.Notification?.permission === "granted") new Notification(nameOf(audible[0]), { body: wording(audible[0]), tag: audible[0].alert_id });
+    if (audible.length && chosen.notify && globalThis.Notification?.permission === "granted") {
+      try { new Notification(nameOf(audible[0]), { body: wording(audible[0]), tag: audible[0].alert_id }); } catch { /* Chrome on Android has none */ }
+    }
   }
-  known = ids;
 }
 
 const isMuted = a => muted.ids.includes("rule " + a.rule) || a.instrument && muted.ids.includes("symbol " + a.instrument);
@@ -457,7 +461,7 @@ function ops() {
   const counted = [["deadLetters", head.dead_letters], ["undecodable", head.undecodable], ["incomplete", head.incomplete_polls], ...["OPENED", "TRADED", "REVISED", "CANCELLED"].map(op => [op, head.totals?.[op]])];
   box.replaceChildren(back,
     card(t("groups"), ["", "", t("lag")], (head.groups ?? []).map(g => [g.name, t(g.alive ? "running" : "stopped"), int(g.lag)])),
-    card(t("details"), ["", ""], [...(head.troubles ?? []).map(x => ["!", t(x === "reading" ? "readingTrouble" : x)]), ...counted.map(([word, n]) => [t(word), int(n)])]),
+    card(t("details"), ["", ""], [...(head.troubles ?? []).map(x => ["!", troubleOf(x)]), ...counted.map(([word, n]) => [t(word), int(n)])]),
     card(t("page"), ["", ""], [[t("frames"), int(frames)], [t("paint"), digits(paintMs.toFixed(1)) + " ms"]]),
     card(t("polls"), [t("time"), "#", t("outcome"), t("rows"), t("feedState"), t("track"), t("error")], [...polls].reverse().map(p => [clock(p.received_at ?? p.requested_at), int(p.poll_sequence), outcome(p), int(p.rows), t(p.feed_state), p.poll_id ?? "–", errorOf(p) || "–"])));
 }

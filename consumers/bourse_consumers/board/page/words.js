@@ -26,6 +26,7 @@ export const WORDS = {
   full: ["تابلو جای خالی ندارد؛ دوباره تلاش می‌شود", "The board has too many clients; trying again"],
   kafka: ["کافکا پاسخ نمی‌دهد؛ قیمت‌ها به‌روز نیستند", "Kafka does not answer; prices are not current"],
   readingTrouble: ["خواندن موضوع‌ها ممکن نیست", "The topics cannot be read"], registry: ["مخزن شِماها پاسخ نمی‌دهد", "The schema registry does not answer"],
+  groupsTrouble: ["وضعیت مصرف‌کننده‌ها معلوم نیست", "The state of the consumers is not known"],
   silent: ["{} است که پرسشی نرسیده", "No poll for {}"], ago: ["{} پیش", "{} ago"], seconds: ["{} ثانیه", "{} s"], minutes: ["{} دقیقه", "{} min"], hours: ["{} ساعت", "{} h"],
   simulated: ["بازپخش روز واقعی {} — زنده نیست", "Replay of the real day {} — not live"],
   feedBad: ["داده‌ها قابل اتکا نیستند", "The data is not reliable"], allOk: ["همه چیز درست کار می‌کند", "Everything works"],
