@@ -49,6 +49,7 @@ async function main() {
   await consumer.connect()
   await consumer.subscribe({ topics: [candles, polls], fromBeginning: true })
   const ended = new Promise((resolve, reject) => {
+    if (behind.size === 0 && options['exit-at-end']) resolve() // there is nothing to read
     consumer.on(consumer.events.CRASH, ({ payload }) => reject(payload.error))
     consumer.on(consumer.events.END_BATCH_PROCESS, ({ payload: { topic, partition, lastOffset } }) => {
       const end = behind.get(`${topic}-${partition}`)

@@ -96,7 +96,7 @@ public final class Bars {
         Runtime.getRuntime().halt(1);
       }
     });
-    Runtime.getRuntime().addShutdownHook(new Thread(streams::close));
+    Runtime.getRuntime().addShutdownHook(new Thread(() -> streams.close(Duration.ofSeconds(10))));
     streams.start();
   }
 }

@@ -1,5 +1,6 @@
 package bourse;
 
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Comparator;
 import java.util.List;
@@ -24,7 +25,8 @@ public final class Movers {
     var builder = new StreamsBuilder();
     // A global table: the largest of all partitions are wanted.
     builder.globalTable(topic, Consumed.with(Serdes.String(), Serdes.ByteArray()), Materialized.as("candles"));
-    try (var streams = new KafkaStreams(builder.build(), settings)) {
+    var streams = new KafkaStreams(builder.build(), settings);
+    try {
       streams.start(); // returns when the table is read
       var store = StoreQueryParameters.fromNameAndType("candles",
           QueryableStoreTypes.<String, byte[]>keyValueStore());
@@ -40,6 +42,8 @@ public final class Movers {
           .sorted(Comparator.comparing(Mover::change).reversed().thenComparing(Mover::instrument))
           .limit(10)
           .forEach(mover -> System.out.println(mover.symbol + "\t" + mover.price + "\t" + mover.change));
+    } finally {
+      streams.close(Duration.ofSeconds(10));
     }
   }
 
