@@ -63,12 +63,15 @@ def verify(
 
     if to.startswith(("postgresql://", "postgres://")):
         from bourse_consumers.postgres.command import require_no_password
+        from bourse_consumers.postgres.proof import archived_there
         from bourse_consumers.postgres.proof import verify as check_tables
 
         require_no_password(to, "--to")
-        declared = next(each for each in TOPICS if each.name == (topic or "trades"))
-        kept = partial(kept_by, cluster, declared, declared.full_name(cluster.prefix))
-        reports = [check_tables(to, declared, schema=schema, prefix=cluster.prefix, kept=None if alone else kept)]
+        wanted = [each for each in TOPICS if each.name == topic] or archived_there(to, schema)
+        reports = []
+        for each in wanted:
+            kept = None if alone else partial(kept_by, cluster, each, each.full_name(cluster.prefix))
+            reports.append(check_tables(to, each, schema=schema, prefix=cluster.prefix, kept=kept))
     else:
         found = tables(to, topic)
         reports = [check(each, None if alone else partial(kept_by, cluster, each.topic, each.name)) for each in found]
@@ -131,20 +134,20 @@ def optimize(
     from bourse_consumers.archive.storage import StoreError
 
     today = datetime.now(TEHRAN).date()
-    before, closed = min(before or today, today), set[date]()
+    before, verified, bad = min(before or today, today), set[date](), set[date]()
     done: dict[str, Any] = {"verified_day": None, "days": 0, "files_before": 0, "files": 0, "findings": []}
     for table in tables(to, topic):
-        closed |= {file.day for file in table.files(day) if file.day < before}
         try:
             with progress(unoptimized(table, before, day), table.name) as days:
                 for each, had, has, findings in merge(table, days):
                     for name, count in (("days", 1), ("files_before", had), ("files", has)):
                         done[name] += count
                     done["findings"] += findings
-                    closed -= {each} if findings else set()
+                    (bad if findings else verified).add(each)
         except StoreError as error:
             raise PublishError(f"stopped, nothing is lost: {error}; run it again") from error
-    done["verified_day"] = max(closed, default=None)
+    first_bad = min(bad, default=date.max)  # no later day may hide it
+    done["verified_day"] = max((each for each in verified if each < first_bad), default=None)
     if as_json:
         click.echo(json.dumps(done, default=str))
     else:
@@ -181,7 +184,8 @@ def forget(*, to: str, topic: str, before: date) -> None:
 def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file: Path) -> None:
     """Write a day's rows to FILE.csv or FILE.parquet, in the order of their offsets.
 
-    CSV is for spreadsheets: UTF-8 with a byte order mark, without the columns that have maps, lists or bytes.
+    CSV is for spreadsheets: UTF-8 with a byte order mark, without the columns that have maps, lists or bytes. A text
+    that a spreadsheet would calculate begins with '.
     """
     import polars as pl
 
@@ -201,6 +205,9 @@ def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file
             frame.write_parquet(file)
         else:
             plain = [name for name, kind in frame.schema.items() if not kind.is_nested() and kind != pl.Binary]
-            frame.select(plain).write_csv(file, include_bom=True)
+            # Spreadsheets calculate a text that begins like a formula.
+            text, formula = pl.col(pl.String), r"^[=+\-@\t\r]"
+            safe = pl.when(text.str.contains(formula)).then(pl.lit("'") + text).otherwise(text).name.keep()
+            frame.select(plain).with_columns(safe).write_csv(file, include_bom=True)
     except OSError as error:
         raise ConfigurationError(f"{file}: cannot be written: {error.strerror or error}") from error

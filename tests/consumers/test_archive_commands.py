@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from bourse_consumers.api import Assignment
 from bourse_consumers.archive import maintenance
 from bourse_consumers.archive.maintenance import optimize, unoptimized
 from bourse_consumers.archive.sink import DeltaArchive
-from bourse_consumers.testing import Memory, marker, run
+from bourse_consumers.testing import Memory, marker, run, trade
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
 from bourse_schemas.topics import POLLS
@@ -87,11 +88,20 @@ def test_what_failed_commits_left_is_deleted_after_a_week(tmp_path: Path) -> Non
 
 
 def test_optimize_prints_what_it_did(tmp_path: Path) -> None:
-    """As text and as JSON; with nothing to do the last closed day counts as verified."""
+    """As text and as JSON; a day that was not read does not count as verified."""
     archived(tmp_path, *events(5, trading_day=PAST))
     assert command("optimize", "--to", tmp_path).stdout == "1 days: 3 → 1 files\n"
     done = json.loads(command("optimize", "--to", tmp_path, "--json").stdout)
-    assert done == {"verified_day": "2019-08-21", "days": 0, "files_before": 0, "files": 0, "findings": []}
+    assert done == {"verified_day": None, "days": 0, "files_before": 0, "files": 0, "findings": []}
+
+
+def test_a_later_day_does_not_hide_one_with_findings(tmp_path: Path) -> None:
+    """The verified day is the last one before it."""
+    days = [date(2019, 8, day) for day in (21, 24, 25)]
+    archived(tmp_path, *(event for day in days for event in events(4, trading_day=day)))
+    (tmp_path / "bourse.trades" / table(tmp_path).files(days[1])[0].path).unlink()
+    done = json.loads(command("optimize", "--to", tmp_path, "--json").stdout)
+    assert (done["verified_day"], done["days"]) == ("2019-08-21", 3)
 
 
 def test_the_archiver_optimizes_in_a_child_process(
@@ -128,6 +138,27 @@ def test_the_archiver_optimizes_in_a_child_process(
     assert memory.records
 
 
+@pytest.mark.parametrize(("end", "findings"), [("]}", 100_000), ("", None)])
+def test_whatever_the_child_prints_the_archiver_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any], end: str, findings: int | None
+) -> None:
+    """More than a pipe holds, or half of it."""
+    monkeypatch.setattr(maintenance, "FIRST_SECONDS", 0.0)
+    optimizer, monitor = maintenance.Optimizer(str(tmp_path), "trades"), Monitor("archive")
+    text = f"""print('{{"verified_day": null, "findings": [0' + ', 0' * 99_999 + '{end}')"""
+    optimizer._command = [sys.executable, "-c", text]
+    optimizer.step(monitor)
+    assert optimizer._child is not None
+
+    def is_done() -> bool:
+        optimizer.step(monitor)
+        return optimizer._child is None
+
+    wait_for(is_done, 30)
+    optimizer.stop()
+    assert monitor.registry.get_sample_value("bourse_archive_findings") == findings
+
+
 def test_old_days_are_forgotten(to: str) -> None:
     """The rows go, the offsets stay: the archiver goes on where it was."""
     memory = archived(to, *events(5), *events(4, trading_day=TOMORROW))
@@ -153,6 +184,15 @@ def test_a_day_leaves_as_a_file(tmp_path: Path) -> None:
     assert pl.read_parquet(tmp_path / "day.parquet")["_offset"].to_list() == [3, 4]
 
 
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path) -> None:
+    """As on the board; numbers stay numbers."""
+    archived(tmp_path, trade(symbol="=1+1", title="-x", volume_delta=-5))
+    ran = command("export", "--to", tmp_path, "--day", TODAY, tmp_path / "day.csv")
+    assert (ran.exit_code, ran.output) == (0, "")
+    (row,) = pl.read_csv(tmp_path / "day.csv").to_dicts()
+    assert (row["symbol"], row["title"], row["volume_delta"]) == ("'=1+1", "'-x", -5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -162,6 +202,10 @@ def test_a_day_leaves_as_a_file(tmp_path: Path) -> None:
         (("--to", "{to}", "--day", "2026-11-23", "{to}/no/x.csv"), "x.csv: cannot be written"),
         (("--to", "{to}/nothing", "--day", "2026-11-23", "{to}/x.csv"), "there is no table of trades"),
         (("--to", "{to}", "--topic", "polls", "--day", "2026-11-23", "{to}/x.csv"), "there is no table of polls"),
+        (
+            ("--to", "{to}/bourse.trades", "--topic", "polls", "--day", "2026-11-23", "{to}/x.csv"),
+            "is the table of bourse.trades: use --topic trades",
+        ),
         (("--to", "s3:x", "--day", "2026-11-23", "{to}/x.csv"), "use a folder, s3://BUCKET/PREFIX"),
     ],
 )

@@ -306,6 +306,20 @@ def test_a_file_that_cannot_be_read_is_not_damage(archive: Archive, monkeypatch:
         archive.verify()
 
 
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [(shutil.rmtree, "there is no table"), (lambda polls: next(polls.glob("*/*.parquet")).unlink(), "has findings")],
+)
+def test_verify_prints_that_polls_were_not_compared(
+    harm: Callable[[Path], Any], why: str, archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although it is ok otherwise."""
+    harm(archive.folder / "bourse.polls")
+    output, ok = printed(archive, capsys)
+    assert ok
+    assert re.search(rf"^NOT CHECKED: whether each poll has its rows: .*{why}", output, re.MULTILINE)
+
+
 def test_verify_without_the_topic(archive: Archive) -> None:
     """Sequences, totals and polls prove rows for ever."""
     assert archive.verify(topic_is_there=False).findings == []

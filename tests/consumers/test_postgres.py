@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from bourse_cli.health import Monitor
 from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places, Reject, Reopen, Retry
 from bourse_consumers.archive.proof import Kept, Report
+from bourse_consumers.archive_cli import archive
 from bourse_consumers.postgres import proof
 from bourse_consumers.postgres.command import ARCHIVED, archive_postgres
 from bourse_consumers.postgres.sink import PostgresArchive, connect, transaction
@@ -646,6 +648,21 @@ def test_a_database_that_cannot_hold_persian_text(dsn: str) -> None:
         connection.execute(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
     with pytest.raises(ConfigurationError, match="create it with UTF8"):
         archived(make_conninfo(dsn, dbname=name))
+
+
+def test_the_command_verifies_all_tables(dsn: str) -> None:
+    """As of a folder; and it prints that polls were not compared if they have no table."""
+    words = ["verify", "--to", dsn, "--no-topic"]
+    nothing = CliRunner().invoke(archive, words, standalone_mode=False)
+    assert "has no table of a topic" in str(nothing.exception)
+    memory = Memory()
+    memory.append(*events(2))
+    run(archived(dsn), memory)
+    alone = CliRunner().invoke(archive, words)
+    assert "NOT CHECKED: whether each poll has its rows: the schema bourse has no table of polls" in alone.stdout
+    PostgresArchive(dsn, POLLS, apply_schema=True).close()
+    both = CliRunner().invoke(archive, [*words, "--json"])
+    assert {json.loads(line)["topic"] for line in both.stdout.splitlines()} == {"bourse.polls", "bourse.trades"}
 
 
 DAMAGE = {

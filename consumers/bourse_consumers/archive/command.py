@@ -63,6 +63,11 @@ def tables(to: str, topic: str | None) -> list[Table]:
         raise ConfigurationError(f"--to {to}: cannot be opened: {error}; {advice}") from error
     if not found:
         raise ConfigurationError(f"--to {to}: there is no table{f' of {topic}' if topic else ''}")
+    for table in found:
+        if topic not in {None, table.topic.name}:
+            raise ConfigurationError(
+                f"{table.storage.uri} is the table of {table.name}: use --topic {table.topic.name}"
+            )
     return found
 
 

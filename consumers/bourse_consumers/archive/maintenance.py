@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -85,28 +86,41 @@ class Optimizer:
         command = f"-m bourse_cli archive optimize --json --topic {topic} --to"
         self._command = [sys.executable, *command.split(), to]
         self._due = time.monotonic() + FIRST_SECONDS
-        self._child: subprocess.Popen[str] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
 
     def step(self, monitor: Health | None) -> None:
         """Start the child if it is due; if it has ended, export what it found."""
         if self._child is None and time.monotonic() >= self._due:
             self._due = time.monotonic() + PAUSE_SECONDS
-            self._child = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+            self._output = TemporaryFile()  # noqa: SIM115  # a pipe would stop the child when it is full
+            self._child = subprocess.Popen(self._command, stdout=self._output)
         elif self._child is not None and self._child.poll() is not None:
-            output, _ = self._child.communicate()
-            if self._child.returncode:
-                get_logger().warning("closed days are not optimized", exit_code=self._child.returncode, output=output)
-            if isinstance(monitor, Monitor) and output:
+            code, output = self._child.returncode, self._end()
+            try:
                 found = json.loads(output)
+            except ValueError:
+                found = None
+            if code or found is None:
+                get_logger().warning("closed days are not optimized", exit_code=code, output=output[:1000])
+            if isinstance(monitor, Monitor) and found is not None:
                 monitor.archive.findings.set(len(found["findings"]))
                 if found["verified_day"]:
                     day = datetime.fromisoformat(found["verified_day"]).replace(tzinfo=TEHRAN)
                     monitor.archive.verified_day.set(day.timestamp())
-            self._child = None
 
     def stop(self) -> None:
         """End the child; what it has not committed has no effect."""
         if self._child is not None:
             self._child.kill()
-            self._child.communicate()
-            self._child = None
+            self._child.wait()
+            self._end()
+
+    def _end(self) -> str:
+        """Return what the child has printed, and forget the child."""
+        output, self._child, self._output = self._output, None, None
+        if output is None:
+            return ""
+        with output:
+            output.seek(0)
+            return output.read().decode(errors="replace")

@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from bourse_consumers.rows import plain_json
 
-__all__ = ["COUNTED", "Kept", "Markers", "Report", "Stored", "prove"]
+__all__ = ["COUNTED", "UNCOMPARED", "Kept", "Markers", "Report", "Stored", "prove"]
 
 COUNTED = {"OPENED": "opened", "TRADED": "traded", "REVISED": "revised", "CANCELLED": "cancelled"}
+UNCOMPARED = "NOT CHECKED: whether each poll has its rows"
 TOTALS = ("volume", "value", "trade_count")
 ENDLESS = 2**63 - 1
 PARTITION, OFFSET, POLL = pl.col("_partition"), pl.col("_offset"), pl.col("poll_sequence")
@@ -54,7 +55,10 @@ class Markers(NamedTuple):
 
 @dataclass
 class Report:
-    """What was checked and found: `behind` counts rows that are not archived yet, `lost` offsets in recorded holes."""
+    """What was checked and found: `behind` counts rows that are not archived yet, `lost` offsets in recorded holes.
+
+    `notes` are what was not checked.
+    """
 
     topic: str
     files: int = 0
@@ -67,6 +71,7 @@ class Report:
     partitions: dict[int, tuple[int, int]] = field(default_factory=dict)
     damaged: set[tuple[date, int]] = field(default_factory=set)
     findings: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def find(self, what: str, day: date | None = None, partitions: Any = (), offsets: Any = (), file: str = "") -> None:
         """Add a finding, with the first and the last partition and offset if they are known."""

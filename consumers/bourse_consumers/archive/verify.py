@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 
 from bourse_consumers.api import Batch, Partition, Places, Record, Records
-from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
+from bourse_consumers.archive.proof import COUNTED, UNCOMPARED, Kept, Markers, Report, Stored, prove
 from bourse_consumers.archive.storage import Damaged
 from bourse_consumers.archive.table import File, Table
 from bourse_consumers.columns import Columns
@@ -37,7 +37,7 @@ def verify(table: Table, kept: Callable[[Done], Kept] | None = None) -> Report:
     """Check a table; `kept` returns what the topic has. Polls are counted if their table is next to it."""
     files, report = table.files(), Report(table.name)
     report.files = len(files)
-    markers = _markers(table) if table.topic.name == "trades" else None
+    markers = _markers(table, report) if table.topic.name == "trades" else None
     with click.progressbar(length=1, label=table.name, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         # The topic has all rows of the polls that were read before it.
         bar.length, there = sum(file.rows for file in files), None
@@ -49,15 +49,20 @@ def verify(table: Table, kept: Callable[[Done], Kept] | None = None) -> Report:
     return report
 
 
-def _markers(table: Table) -> Markers | None:
-    polls = Table.open(f"{table.storage.uri.removesuffix('trades')}polls")
+def _markers(table: Table, report: Report) -> Markers | None:
+    uri = f"{table.storage.uri.removesuffix('trades')}polls"
+    polls = Table.open(uri)
     if polls is None:
+        report.notes.append(f"{UNCOMPARED}: there is no table {uri}")
         return None
     damage = Report(polls.name)
     rows = readable(polls, polls.files(), damage)
     counts = pl.DataFrame(rows.select(["poll_sequence", *COUNTED.values()]))
     whole = Markers(counts, from_start=all(first == 0 for first, _ in polls.ends().values()))
-    return None if damage.findings else whole
+    if damage.findings:
+        report.notes.append(f"{UNCOMPARED}: {uri} has findings")
+        return None
+    return whole
 
 
 def _parts(table: Table, files: list[File], report: Report, done: Done) -> Iterator[pa.Table]:
@@ -141,4 +146,6 @@ def show(report: Report, *, as_json: bool = False) -> None:
     )
     if report.polls:
         click.echo(f"polls {report.polls[0]} to {report.polls[1]} were compared with their markers")
+    for note in report.notes:
+        click.echo(note)
     click.echo(f"{len(report.findings)} findings" if report.findings else "ok: nothing is missing or stored twice")

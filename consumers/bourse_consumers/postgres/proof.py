@@ -9,14 +9,14 @@ import psycopg
 import pyarrow as pa
 from psycopg import sql
 
-from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
+from bourse_consumers.archive.proof import COUNTED, UNCOMPARED, Kept, Markers, Report, Stored, prove
 from bourse_consumers.postgres.sink import connect, reason
 from bourse_consumers.postgres.tables import Connection, Tables
 from bourse_consumers.rows import WHERE, arrow_schema, as_json
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.topics import POLLS, Topic
+from bourse_schemas.topics import POLLS, TOPICS, TRADES, Topic
 
-__all__ = ["verify"]
+__all__ = ["archived_there", "verify"]
 
 CHUNK = 20_000
 
@@ -36,13 +36,27 @@ def verify(dsn: str, topic: Topic, *, schema: str, prefix: str, kept: Callable[[
             markers = _markers(connection, Tables(POLLS, schema), prefix)
             # The topic has all rows of the polls read before it.
             prove(stored, report, kept and kept(), markers)
+            if topic is TRADES and markers is None:
+                report.notes.append(f"{UNCOMPARED}: the schema {schema} has no table of polls")
     except psycopg.Error as error:
         raise ConfigurationError(f"--to: {reason(error)}") from error
     return report
 
 
+def archived_there(dsn: str, schema: str) -> list[Topic]:
+    """Return the topics that have a table; raise ConfigurationError if there is none."""
+    try:
+        with connect(dsn) as connection:
+            found = [topic for topic in TOPICS if topic.cleanup == "delete" and Tables(topic, schema).exist(connection)]
+    except psycopg.Error as error:
+        raise ConfigurationError(f"--to: {reason(error)}") from error
+    if not found:
+        raise ConfigurationError(f"--to: the schema {schema} has no table of a topic: use another --schema")
+    return found
+
+
 def _markers(connection: Connection, polls: Tables, prefix: str) -> Markers | None:
-    if connection.execute("SELECT to_regclass(%s)", [polls.rows.as_string(connection)]).fetchone() == (None,):
+    if not polls.exist(connection):
         return None
     names = ["poll_sequence", *COUNTED.values()]
     query = sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(map(sql.Identifier, names)), polls.rows)

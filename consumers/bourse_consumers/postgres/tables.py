@@ -109,6 +109,10 @@ class Tables:
         )
         return dict(connection.execute(query, [self.rows.as_string(connection)]).fetchall())
 
+    def exist(self, connection: Connection) -> bool:
+        """Return whether there is a table of the topic."""
+        return bool(self._found(connection))
+
     def require(self, connection: Connection) -> None:
         """Raise ConfigurationError if the tables are not those of this release."""
         found, name = self._found(connection), self.topic.name
