@@ -22,7 +22,6 @@ from bourse_schemas.topics import TRADES, Topic
 
 __all__ = ["DeltaArchive"]
 
-NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
 
 
 @dataclass
@@ -107,15 +106,7 @@ class DeltaArchive(Consumer):
         cluster, topic_id = assigned.identity(topic)
         uri = f"{self._to.rstrip('/')}/{topic}"
         table = Table.open(uri, recover=True) or Table.create(uri, topic, cluster, topic_id)
-        about = table.about
-        if about["topic"] != topic:
-            raise ConfigurationError(f"{uri} is the table of {about['topic']}, not of {topic}: {NEW_FOLDER}")
-        if cluster and about["cluster"] not in {"", cluster}:
-            raise ConfigurationError(
-                f"{uri} was written from cluster {about['cluster']}, this is {cluster}: {NEW_FOLDER}"
-            )
-        if topic_id and about["topic_id"] not in {"", topic_id}:
-            raise ConfigurationError(f"{topic} was deleted and created again since {uri} was begun: {NEW_FOLDER}")
+        table.require_from(topic, cluster, topic_id)
         return table
 
     def _note_loss(self, table: Table, partition: Partition, start: int, end: int) -> None:

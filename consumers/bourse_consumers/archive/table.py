@@ -58,6 +58,8 @@ class File(NamedTuple):
     partitions: tuple[int, int]
     offsets: tuple[int, int]
 
+NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
+
 
 def declared(name: str) -> Topic:
     """Return the topic as declared by a full name such as `bourse.trades`."""
@@ -136,6 +138,18 @@ class Table:
         fixed = json.loads(self.delta.metadata().description)
         offset = next(field for field in self.delta.schema().fields if field.name == "_offset")
         return {"first": {}, "holes": [], **fixed, **json.loads(str(offset.metadata.get(ABOUT, "{}")))}
+
+    def require_from(self, topic: str, cluster: str, topic_id: str) -> None:
+        """Raise ConfigurationError unless the rows came from this topic; an empty id is not known."""
+        about, uri = self.about, self.storage.uri
+        if about["topic"] != topic:
+            raise ConfigurationError(f"{uri} is the table of {about['topic']}, not of {topic}: {NEW_FOLDER}")
+        if cluster and about["cluster"] not in {"", cluster}:
+            raise ConfigurationError(
+                f"{uri} was written from cluster {about['cluster']}, this is {cluster}: {NEW_FOLDER}"
+            )
+        if topic_id and about["topic_id"] not in {"", topic_id}:
+            raise ConfigurationError(f"{topic} was deleted and created again since {uri} was begun: {NEW_FOLDER}")
 
     def stored(self, partition: Partition | str) -> int | None:
         """Return a partition's next offset, None if nothing of it was committed."""

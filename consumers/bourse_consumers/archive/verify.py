@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -27,7 +28,7 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import FIRST, LAST, offsets, read_values
 from bourse_schemas.topics import Topic
 
-__all__ = ["kept_by", "readable", "show", "verify"]
+__all__ = ["kept_by", "kept_for", "readable", "show", "verify"]
 
 CHUNK = 20_000
 Done = Callable[[int], None]
@@ -93,6 +94,12 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
             what = f"file is damaged: {error}"
         report.find(what, file.day, file.partitions, file.offsets, file=file.path)
     return pa.concat_tables(good)
+
+
+def kept_for(cluster: Cluster, table: Table) -> Callable[[Done], Kept]:
+    """Return `kept_by` for a table; raise ConfigurationError if its rows came from another cluster or topic."""
+    table.require_from(table.name, *cluster.identity(table.name))
+    return partial(kept_by, cluster, table.topic, table.name)
 
 
 def kept_by(cluster: Cluster, topic: Topic, name: str, done: Done = lambda _: None) -> Kept:
