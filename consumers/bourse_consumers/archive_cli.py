@@ -58,7 +58,7 @@ def verify(
 
     Exit 1 if there are findings.
     """
-    from bourse_consumers.archive.verify import kept_by, show
+    from bourse_consumers.archive.verify import kept_by, kept_for, show
     from bourse_consumers.archive.verify import verify as check
 
     if to.startswith(("postgresql://", "postgres://")):
@@ -74,7 +74,7 @@ def verify(
             reports.append(check_tables(to, each, schema=schema, prefix=cluster.prefix, kept=kept))
     else:
         found = tables(to, topic)
-        reports = [check(each, None if alone else partial(kept_by, cluster, each.topic, each.name)) for each in found]
+        reports = [check(each, None if alone else kept_for(cluster, each)) for each in found]
     for report in reports:
         show(report, as_json=as_json)
     ctx.exit(any(report.findings for report in reports))
@@ -93,12 +93,12 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
     """
     from bourse_consumers.archive.repair import repair as write_again
     from bourse_consumers.archive.storage import StoreError
-    from bourse_consumers.archive.verify import kept_by, show
+    from bourse_consumers.archive.verify import kept_for, show
     from bourse_consumers.archive.verify import verify as check
 
     left = False
     for table in tables(to, topic):
-        kept = partial(kept_by, cluster, table.topic, table.name)
+        kept = kept_for(cluster, table)
         report = check(table, kept)
         show(report)
         if from_topic and report.damaged:

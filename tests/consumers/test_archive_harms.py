@@ -32,6 +32,7 @@ from bourse_consumers.testing import DECODERS, SCHEMAS, SERIALIZERS, Memory, mar
 from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
 DAYS = [date(2026, 11, 23), date(2026, 11, 24), date(2026, 11, 25)]
@@ -364,3 +365,21 @@ def test_the_command_verifies_all_tables(archive: Archive) -> None:
     assert first.exit_code == 0
     archive.file().unlink()
     assert CliRunner().invoke(cli.archive, command).exit_code == 1
+
+
+class _Elsewhere(Cluster):
+    """A cluster with another identity."""
+
+    def identity(self, name: str) -> tuple[str, str]:
+        return "elsewhere", f"the id of {name}"
+
+
+@pytest.mark.parametrize("command", [["verify"], ["repair", "--from-topic"]])
+def test_another_cluster_is_refused(command: list[str], archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows would be findings, or worse: they would replace ours."""
+    table = Table.create(str(archive.folder / "of-here" / "bourse.trades"), "bourse.trades", "here", "")
+    assert table.about["cluster"] == "here"
+    monkeypatch.setattr("bourse_cli.options.Cluster", _Elsewhere)
+    ran = CliRunner().invoke(cli.archive, [*command, "--to", str(archive.folder / "of-here")])
+    assert isinstance(ran.exception, ConfigurationError), ran.output
+    assert "was written from cluster here, this is elsewhere" in str(ran.exception)

@@ -23,7 +23,6 @@ from bourse_schemas.topics import TRADES, Topic
 __all__ = ["DeltaArchive"]
 
 
-
 @dataclass
 class _Chunk:
     """Rows that are not committed yet; `begin` and `next` are the offsets before and after them."""

@@ -58,6 +58,7 @@ class File(NamedTuple):
     partitions: tuple[int, int]
     offsets: tuple[int, int]
 
+
 NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
 
 

@@ -96,7 +96,7 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
     return pa.concat_tables(good)
 
 
-def kept_for(cluster: Cluster, table: Table) -> Callable[[Done], Kept]:
+def kept_for(cluster: Cluster, table: Table) -> partial[Kept]:
     """Return `kept_by` for a table; raise ConfigurationError if its rows came from another cluster or topic."""
     table.require_from(table.name, *cluster.identity(table.name))
     return partial(kept_by, cluster, table.topic, table.name)
