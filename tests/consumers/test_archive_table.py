@@ -450,7 +450,9 @@ class _Gate(BaseHTTPRequestHandler):
         server: Any = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server.paths.append(self.path)
-        if server.expired:
+        if server.busy:
+            answer = httpx2.Response(503)
+        elif server.expired:
             code = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
             answer = httpx2.Response(403, content=code)
         else:
@@ -475,7 +477,7 @@ def gate(monkeypatch: pytest.MonkeyPatch, *dropped: str) -> Iterator[Any]:
     """Run a gate in front of the S3 server."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Gate)
     server.behind, server.expired, server.dropped = os.environ["AWS_ENDPOINT_URL"], False, dropped
-    server.client, server.paths = httpx2.Client(trust_env=False), []
+    server.client, server.paths, server.busy = httpx2.Client(trust_env=False), [], False
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -542,15 +544,27 @@ def test_a_restart_reads_the_log_and_no_data(bucket: str, monkeypatch: pytest.Mo
 
 
 def test_a_server_that_is_unreachable_is_waited_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if it is unreachable when the partitions come."""
-    memory = archived(bucket, *events(2))
-    writer = DeltaArchive(bucket)
+    """Also if it is unreachable when the archiver starts, or when the partitions come."""
+    archived(bucket, *events(2))
+    before = DeltaArchive(bucket)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        with pytest.raises(Retry, match=r"127\.0\.0\.1:9"):
+        at_start = DeltaArchive(bucket)
+        for writer in (before, at_start):
+            with pytest.raises(Retry, match=r"127\.0\.0\.1:9"):
+                writer.open(Assignment({TRADES_0: 0}, first={TRADES_0: 0}))
+    for writer in (before, at_start):
+        assert writer.open(Assignment({TRADES_0: 0}, first={TRADES_0: 0})).offsets == {TRADES_0: 2}
+
+
+def test_a_server_that_is_unreachable_at_start_is_checked_later(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot do ends the archiver then."""
+    with gate(monkeypatch, "if-none-match") as server:
+        server.busy = True
+        writer = DeltaArchive(bucket)
+        server.busy = False
+        with pytest.raises(ConfigurationError, match="the server ignores If-None-Match"):
             writer.open(Assignment({TRADES_0: 0}, first={TRADES_0: 0}))
-    assert writer.open(Assignment({TRADES_0: 0}, first={TRADES_0: 0})).offsets == {TRADES_0: 2}
-    assert memory.records
 
 
 def test_a_server_that_ignores_if_none_match_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,11 @@ class DeltaArchive(Consumer):
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._failed = False
-        Storage(to).require()
+        self._required = False
+        try:
+            self._require()
+        except Unreachable as error:
+            get_logger().warning("the archive is unreachable, it is tried again", error=str(error))
 
     def open(self, assigned: Assignment) -> Own:
         """Begin at the offsets that the table has stored; what was buffered is read again."""
@@ -83,6 +87,7 @@ class DeltaArchive(Consumer):
         if not assigned:
             return Own({})
         try:
+            self._require()
             table = self._table = self._opened(assigned, next(iter(assigned)).topic)
             first = table.about["first"]
             begin = {}
@@ -99,6 +104,12 @@ class DeltaArchive(Consumer):
         self._next = begin
         self._stored = {partition: table.stored(partition) for partition in begin}
         return Own(dict(begin))
+
+    def _require(self) -> None:
+        """Check the store once."""
+        if not self._required:
+            Storage(self._to).require()
+            self._required = True
 
     def _opened(self, assigned: Assignment, topic: str) -> Table:
         """Open or create the topic's table, and refuse the table of another topic."""

@@ -17,12 +17,14 @@ from deltalake.exceptions import DeltaError
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
-from bourse_schemas.errors import BourseError, ConfigurationError
+from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable
 
 __all__ = ["Damaged", "Storage", "StoreError", "store_errors", "sync"]
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 NOISE = re.compile(r"\x1b\[[0-9;]*m|↳")
+# The server did not answer, or had no time: it is worth waiting for.
+AWAY = re.compile(r"HTTP error: |status code: 5\d\d")
 SECRET = re.compile(r"(?i)(key|secret|token|signature|credential)(\w*[=: ]+)[^\s,;&]+")
 
 
@@ -81,7 +83,10 @@ class Storage:
             raise ConfigurationError(f"--to {uri}: {str(error).partition(chr(10))[0]}") from error
 
     def require(self) -> None:
-        """Raise ConfigurationError if nothing can be written, or if a conditional put is not conditional."""
+        """Raise ConfigurationError if nothing can be written, or if a conditional put is not conditional.
+
+        Raises Unreachable if the server does not answer.
+        """
         path = f".bourse-probe-{uuid4().hex}"
         try:
             with store_errors():
@@ -96,6 +101,8 @@ class Storage:
                         "other's commits: use a server that supports conditional writes, or a folder"
                     )
         except StoreError as error:
+            if AWAY.search(str(error.__cause__)):
+                raise Unreachable(f"--to {self.uri}: {error}") from error
             hint = "" if self.folder is not None else "; check the bucket's name and the variables in docs/archive.md"
             raise ConfigurationError(f"--to {self.uri}: cannot write there: {error}{hint}") from error
         finally:

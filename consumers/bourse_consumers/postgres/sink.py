@@ -7,6 +7,7 @@ depends on a session.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Reject, Reopen, Retry
 from bourse_consumers.postgres.tables import Connection, Tables
 from bourse_consumers.rows import plain_json
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import Topic
 from bourse_schemas.watchdog import deadline
 
@@ -34,6 +35,11 @@ LIMITS = """
 SELECT set_config(n, coalesce(nullif(current_setting(n), '0'), v), true) FROM (VALUES
     ('statement_timeout', '60s'), ('lock_timeout', '10s'), ('idle_in_transaction_session_timeout', '15s')) AS t (n, v)
 """
+# Messages of libpq if no server answers, or one that will accept connections later.
+AWAY = re.compile(
+    r"Connection refused|Connection reset|timed out|timeout expired|closed the connection|unreachable|No route to host|"
+    r"resolve host|failed: No such file|starting up|shutting down|recovery mode|not yet accepting|too many|slots are"
+)
 
 
 def connect(dsn: str) -> Connection:
@@ -78,24 +84,43 @@ class PostgresArchive(Consumer):
         self.topics = (topic,)
         self._dsn = dsn
         self._tables = Tables(topic, schema)
-        self._accept_loss = accept_loss
+        self._apply_schema, self._accept_loss = apply_schema, accept_loss
         self._next: dict[Partition, int] = {}
         # A commit may or may not have moved the offsets.
         self._unsure = False
         self._refused: dict[tuple[Partition, int], str] = {}
+        self._required = False
         try:
-            self._connection = self._connect()
-            with transaction(self._connection):
-                if self._connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
-                    raise ConfigurationError("--dsn: this server or user is read-only")
-                if self._connection.execute("SHOW server_encoding").fetchone() != ("UTF8",):
-                    raise ConfigurationError("--dsn: this database cannot hold Persian text: create it with UTF8")
-                if apply_schema:
-                    self._tables.apply(self._connection)
-                self._tables.require(self._connection)
-                self._tables.require_rights(self._connection)
+            self._require()
+        except Unreachable as error:
+            get_logger().warning("the database is unreachable, it is tried again", error=str(error))
+
+    def _require(self) -> None:
+        """Connect and check the database once. Raises ConfigurationError, and Unreachable if it may come back."""
+        if self._required:
+            return
+        try:
+            connection = self._connection = self._connect()
+            try:
+                self._check(connection)
+            except psycopg.Error:
+                connection.close()
+                raise
         except psycopg.Error as error:
-            raise ConfigurationError(f"--dsn: {reason(error)}") from error
+            kind = Unreachable if _may_come_back(error) else ConfigurationError
+            raise kind(f"--dsn: {reason(error)}") from error
+        self._required = True
+
+    def _check(self, connection: Connection) -> None:
+        with transaction(connection):
+            if connection.execute("SHOW transaction_read_only").fetchone() == ("on",):
+                raise ConfigurationError("--dsn: this server or user is read-only")
+            if connection.execute("SHOW server_encoding").fetchone() != ("UTF8",):
+                raise ConfigurationError("--dsn: this database cannot hold Persian text: create it with UTF8")
+            if self._apply_schema:
+                self._tables.apply(connection)
+            self._tables.require(connection)
+            self._tables.require_rights(connection)
 
     def _connect(self) -> Connection:
         connection = connect(self._dsn)
@@ -106,6 +131,11 @@ class PostgresArchive(Consumer):
         """Begin at the stored offsets; a partition that has none begins at its oldest record."""
         self._next = {partition: assigned.first.get(partition, 0) for partition in assigned}
         self._unsure, self._refused = False, {}
+        try:
+            self._require()
+        except Unreachable as error:
+            self._healthy(str(error))
+            raise Retry(str(error)) from error
         try:
             with transaction(self._connection):
                 self._next |= self._ends(assigned)
@@ -218,7 +248,8 @@ class PostgresArchive(Consumer):
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.close()
+        if self._required:
+            self._connection.close()
 
     def _healthy(self, why: str | None) -> None:
         if self.monitor:
@@ -234,6 +265,13 @@ class PostgresArchive(Consumer):
         message = f"PostgreSQL: {reason(error)}"
         self._healthy(message)
         raise Retry(message) from error
+
+
+def _may_come_back(error: psycopg.Error) -> bool:
+    """Return whether the server did not answer, or had no time; libpq has no SQLSTATE of a failed connection."""
+    if error.sqlstate:
+        return isinstance(error, psycopg.OperationalError) and not error.sqlstate.startswith("28")  # authorization
+    return AWAY.search(str(error)) is not None
 
 
 def reason(error: psycopg.Error) -> str:
