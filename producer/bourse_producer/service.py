@@ -373,6 +373,13 @@ class Producer:
                 self._log.warning("the clock was set", by_seconds=round(jump, 1))
         return self._beats.missed(since, poll.requested_at)
 
+    def _is_late(self, poll: Poll) -> bool:
+        """Return whether a simulated market was not polled for a while: its own times do not show that."""
+        seconds = self._settings.poll_seconds
+        if not (self._clock.simulated and seconds and self._history.last):
+            return False
+        return self._last_started is None or poll.started - self._last_started > 2 * seconds + 5
+
     # --- one poll -----------------------------------------------------------------------------------------------------
 
     def _fetch(self, term: int) -> Poll:
@@ -420,7 +427,7 @@ class Producer:
         self._memos = derived.memos
         now = self._clock.now()
         next_beat = now + timedelta(seconds=self._next_beat() - self._clock.monotonic())
-        timing = Timing(self._beats, now, next_beat, missed, self._reason, self._dropped)
+        timing = Timing(self._beats, now, next_beat, missed, self._reason, self._dropped or self._is_late(poll))
         markers, history = mark(poll, derived, self._history, timing, self._settings.profile.source)
         return Trial(derived, markers, letters(derived, markers[-1], self._lettered), history)
 

@@ -153,9 +153,9 @@ class Observer:
             self.polls.append(marker)
             self.show(f"{marker.requested_at.astimezone(TEHRAN):%H:%M} poll {marker.poll_sequence:<4} {_poll(marker)}")
         else:
-            self.others[topic.name] += 1
-            if topic is ALERTS:
-                alert = self._alert_of(record.value)
+            alert = self._alert_of(record.value) if topic is ALERTS else None
+            self.others[topic.name] += alert is None or alert.state is AlertState.FIRING
+            if alert is not None:
                 text = (alert.message or {}).get("en") or (alert.title if alert.state is AlertState.FIRING else None)
                 if text is not None:
                     self.show(f"{alert.raised_at.astimezone(TEHRAN):%H:%M} {alert.state} {alert.rule}: {text}")
@@ -231,12 +231,13 @@ class Demo:
     def _step(self, name: str) -> Iterator[None]:
         """Print a line of the check list."""
         began = time.monotonic()
+        if sys.stdout.isatty() and not self.as_json:
+            click.echo(f"  … {name}\r", nl=False)
         yield
         self._show(f"  ✓ {name} ({time.monotonic() - began:.1f} s)")
 
     def _start(self) -> None:
         """Start every service and wait until it is ready."""
-        self._spawn("exchange", "sandbox", "exchange", "--port", "0", *self.market)
         archive = ["--to", str(self._folder / "archive"), "--commit-seconds", "2"]
         ready = {
             "archive": self._serve("archive", "consume", "archive", *archive),
@@ -245,6 +246,11 @@ class Demo:
         if not self.as_json:
             ready["board"] = self._serve("board", "board", port=_free(BOARD_PORT))
             self._board = ready["board"]
+        for name, url in ready.items():
+            with self._step(name):
+                self._await(name, lambda url=url: self._is_ready(url))  # type: ignore[misc]  # mypy: no default
+        # Last, as its clock does not wait for the others.
+        self._spawn("exchange", "sandbox", "exchange", "--port", "0", *self.market)
         with self._step("exchange"):
             log = self._folder / "logs" / "exchange.log"
             self._await("exchange", lambda: log.is_file() and "\n" in log.read_text("utf-8"))
@@ -253,9 +259,6 @@ class Demo:
             timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", str(self.poll_seconds)]
             captured = ["--capture", str(self._folder / "capture" / name)]
             self._serve(name, "produce", "--address", self._exchange, *timing, *captured)
-        for name, url in ready.items():
-            with self._step(name):
-                self._await(name, lambda url=url: self._is_ready(url))  # type: ignore[misc]  # mypy: no default
         with self._step("producer: first poll published"):
             self._await("producer", lambda: self._observer.polls)
         self._show(self._introduction())
@@ -468,15 +471,18 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
         else ""
     )
     trades = folder / "archive" / TRADES.full_name("bourse")
+    columns = "'symbol', 'traded_at', 'last_price', 'op'"
     return (
         f"\n{summary['polls']:,} polls, {summary['rows']:,} rows → {kinds}; "
-        f"{summary['alerts']:,} alerts, {summary['dead_letters']:,} dead letters.\n{shown}"
+        f"{summary['alerts']:,} alerts fired, {summary['dead_letters']:,} dead letters.\n{shown}"
         f"Proof: {proof['derived']:,} events derived again from the exchange's bytes, {proof['kafka']:,} on Kafka, "
         f"{proof['archive']:,} in the archive; lost {proof['lost']}, twice {proof['twice']}, "
         f"unknown {proof['unknown']}.\n"
         "\nNext:\n"
         f"  {bourse} replay {folder / 'capture'}/* --json | head -3\n"
-        f"  {program('python')} -c \"import polars; print(polars.read_delta('{trades}').head())\"\n"
+        f'  {program("python")} -c "import polars as pl; '
+        f"print(pl.read_delta('{trades}').select({columns}).head())\"\n"
+        f"  {bourse} archive verify --to {folder / 'archive'} --no-topic\n"
         f"  {bourse} sandbox up --produce --kafka-port 9092 --registry-port 8081\n"
         "With an account at the exchange: docs/operate.md."
     )

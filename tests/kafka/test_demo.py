@@ -138,11 +138,12 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_
         page = wait_for(lambda: re.search(r"board: (\S+)", shown()), 10)[1]
         assert "<html" in httpx2.get(page).text
         assert [line.split()[1].rstrip(",:") for line in shown().splitlines() if line.startswith("  ✓")] == [
-            *("Kafka", "exchange", "archive", "alerts", "board", "producer"),
+            *("Kafka", "archive", "alerts", "board", "exchange", "producer"),
         ]
         os.kill(int(pid), signal.SIGKILL)
         wait_for(lambda: re.search("was killed[^\x00]* events of ", shown()), 60)
         wait_for(lambda: " FIRING " in shown(), 60)
+        assert wait_for(lambda: httpx2.get(f"{page}api/snapshot").json()["gaps"], 20)
         wait_for(lambda: [*tmp_path.glob("data/*/archive/bourse.trades/_delta_log/*2.json")], 60)
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0, shown() + (tmp_path / "err").read_text("utf-8")
@@ -151,14 +152,14 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_
     for part in ("21 August 2019", "Nothing here is live", "Simulated:", "Ctrl-C", "lost 0, twice 0, unknown 0"):
         assert part in text
     commands = re.findall(r"^  (\S*(?:bourse|python) .*)$", text.partition("\nNext:\n")[2], re.MULTILINE)
-    assert [re.search("replay|python|sandbox up", each)[0] for each in commands] == [  # type: ignore[index]
-        *("replay", "python", "sandbox up"),
+    assert [re.search("replay|python|verify|sandbox up", each)[0] for each in commands] == [  # type: ignore[index]
+        *("replay", "python", "verify", "sandbox up"),
     ]
-    for pasted in commands[:2]:
+    for pasted, part in zip(commands[:3], ("IRO", "last_price", "ok: nothing is missing"), strict=True):
         ran = subprocess.run(["bash", "-c", pasted], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert "IRO" in ran.stdout, ran.stderr
+        assert part in ran.stdout, ran.stderr
     port = str(free_port())
-    up = commands[2].replace("9092", str(free_port())).replace("8081", port)
+    up = commands[3].replace("9092", str(free_port())).replace("8081", port)
     with spawn(["bash", "-c", f"exec {up}"], cwd=tmp_path, stdout=tmp_path / "up", stderr=tmp_path / "up") as child:
         wait_for(lambda: "Ctrl-C" in (tmp_path / "up").read_text("utf-8"), 60)
         child.send(signal.SIGINT)

@@ -345,6 +345,20 @@ def test_a_simulated_market_is_polled_whatever_the_hour() -> None:
     assert log.outcomes() == "UU"
 
 
+def test_a_simulated_market_that_was_not_polled_for_a_while_has_a_gap() -> None:
+    """Its own times do not show that: a restart, or a poll that is late by this machine's clock, does."""
+    log, clock = Log(), FakeClock(at("09:30:00"), simulated=True)
+    producer = service(clock, log, FakeExchange([(at("10:00:00"), []), (at("10:01:00"), [])]), poll_seconds=1)
+    producer.poll()
+    clock.wait(1)
+    producer.poll()
+    clock.wait(10)
+    producer.poll()
+    service(clock, log, FakeExchange([(at("10:09:00"), [])]), poll_seconds=1).poll()
+    gaps = [marker.gap_from is not None for marker in log.markers]
+    assert gaps == [False, False, True, True]
+
+
 def test_freshness_outlives_a_restart(clock: FakeClock) -> None:
     """A market that stood still before and after a restart is FROZEN, not fresh."""
     log = Log()
