@@ -710,7 +710,7 @@ DAMAGE = {
     "the last rows deleted": ("DELETE FROM bourse.trades WHERE _offset > 4", "rows missing that the topic has: 3"),
     "a partition deleted": (
         "DELETE FROM bourse.trades WHERE _partition = 1; DELETE FROM bourse.offsets WHERE partition = 1",
-        "partition missing, rows on the topic: 8",
+        "partition 1 missing, rows on the topic: 8",
     ),
     "the rows of a partition deleted": (
         "DELETE FROM bourse.trades WHERE _partition = 1",
