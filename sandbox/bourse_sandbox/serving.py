@@ -7,6 +7,7 @@ import errno
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,16 +16,6 @@ import uvicorn
 from bourse_schemas.errors import ConfigurationError
 
 __all__ = ["Server", "serve"]
-
-
-class _Uvicorn(uvicorn.Server):
-    """Closes every connection before its event loop ends; uvicorn leaves those whose client does not read open."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
-        await asyncio.sleep(0)
 
 
 class Server:
@@ -72,11 +63,23 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 0, tls: Path | None = N
     # are cut off on purpose are not errors.
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     config = uvicorn.Config(app, date_header=False, timeout_graceful_shutdown=1, ssl_certfile=tls, **quiet)
-    server = _Uvicorn(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http-server", daemon=True)
+    server = uvicorn.Server(config)
+    run = partial(asyncio.run, _serve(server, listener))
+    thread = threading.Thread(target=run, name="http-server", daemon=True)
     thread.start()
     while not server.started:
         if not thread.is_alive():
             raise RuntimeError("the HTTP server ended while it started")
         time.sleep(0.002)
     return Server(server, thread, f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}")
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve, and close every connection before the event loop ends: uvicorn leaves those of slow clients open."""
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        # asyncio has no public list of its transports, and uvicorn's own of connections is not complete.
+        for transport in list(asyncio.get_running_loop()._transports.values()):  # type: ignore[attr-defined]  # noqa: SLF001
+            transport.abort()
+        await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
@@ -29,6 +30,7 @@ from bourse_sandbox.kafka import Kafka, MockKafka
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.serving import serve
 from bourse_schemas.errors import ConfigurationError
+from reliability.certificate import self_signed
 
 WaitFor = Callable[..., Any]
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
@@ -334,5 +336,16 @@ def test_a_server_closes_the_connection_of_a_client_that_does_not_read(leaves: b
         assert client.recv(100)
         if leaves:
             client.close()
+    client.close()
+    gc.collect()
+
+
+def test_a_server_closes_the_connection_of_a_client_that_does_not_shake_hands(tmp_path: Path) -> None:
+    """It knows of no connection yet, but the socket is there."""
+    with serve(Starlette(), tls=self_signed(tmp_path / "pem")) as server:
+        host, port = server.url.removeprefix("https://").split(":")
+        client = socket.create_connection((host, int(port)), timeout=10)
+        client.sendall(b"\x16\x03\x01")
+        httpx2.get(server.url, verify=False)  # it came later: the first one was accepted
     client.close()
     gc.collect()
