@@ -255,13 +255,17 @@ class Demo:
             log = self._folder / "logs" / "exchange.log"
             self._await("exchange", lambda: log.is_file() and "\n" in log.read_text("utf-8"))
             self._exchange = log.read_text("utf-8").split()[2]
-        for name in ("producer", "standby"):
-            timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", str(self.poll_seconds)]
-            captured = ["--capture", str(self._folder / "capture" / name)]
-            self._serve(name, "produce", "--address", self._exchange, *timing, *captured)
+        self._produce("producer")
         with self._step("producer: first poll published"):
             self._await("producer", lambda: self._observer.polls)
+        # Only now: the one that the introduction names to be killed is to be the leader.
+        self._produce("standby")
         self._show(self._introduction())
+
+    def _produce(self, name: str) -> None:
+        timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", str(self.poll_seconds)]
+        captured = ["--capture", str(self._folder / "capture" / name)]
+        self._serve(name, "produce", "--address", self._exchange, *timing, *captured)
 
     def _introduction(self) -> str:
         seen = f"\nThe board: {self._board}/\n" if self._board else "\n"
