@@ -111,8 +111,8 @@ class KafkaMarket(KafkaBase):
         """Publish emits and commit the polls, in one transaction; refused if another member is active."""
         if self._reader is None or self._changed or self._election.term() != self._term:
             raise StreamBroken("this member is no longer active")
-        # A new producer fences whoever was elected meanwhile, if this member does not know yet: then it must not go on
-        # with what it has in memory.
+        # A new producer fences a member that was elected meanwhile, if this member does not know yet: then it must not
+        # go on with what it has in memory.
         if self._transactions.prepare() and self._committed_poll(self._reader) != self._committed_at:
             raise StreamBroken("another member was active meanwhile")
         at = offsets.get(self._marks, self._committed_at)

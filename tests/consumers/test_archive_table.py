@@ -1,4 +1,4 @@
-"""The archive in a Delta table: every event once, in a folder or a bucket, whatever fails and whoever else writes."""
+"""The archive in a Delta table: every event once, in a folder or a bucket, whatever fails, also with other writers."""
 
 from __future__ import annotations
 

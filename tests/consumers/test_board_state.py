@@ -166,10 +166,10 @@ def test_a_new_day_begins_with_nothing() -> None:
     state.add(marker(2, **NOTHING, phase=Phase.AFTER_CLOSE), 1.0)
     state.add(marker(3, **NOTHING, phase=Phase.AFTER_CLOSE), 2.0)
     state.settle(2.0)
-    (told,) = [each for each in state.news if isinstance(each, str)]
-    assert told.startswith("summary of 2019-08-24; 0 opened; 1 traded")
+    (line,) = [each for each in state.news if isinstance(each, str)]
+    assert line.startswith("summary of 2019-08-24; 0 opened; 1 traded")
     for part in ("1 instruments: 1 up, 0 down", "most up IRO1MADN0001 +2.50 %", "1 fired, 0 resolved"):
-        assert part in told
+        assert part in line
     tomorrow = DAY + timedelta(days=1)
     state.add(marker(4, **ONE, session_day=tomorrow), 3.0)
     state.add(at(instrument="NEW", trading_day=tomorrow, poll_sequence=4), 3.0)

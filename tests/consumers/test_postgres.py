@@ -1,4 +1,4 @@
-"""An archive in PostgreSQL: rows and offsets together, whoever else writes there and whatever breaks."""
+"""An archive in PostgreSQL: rows and offsets together, whatever breaks, also with other writers."""
 
 from __future__ import annotations
 

@@ -816,18 +816,18 @@ def test_its_figures() -> None:
     with monitor.serve("0") as url:
         runner = Runner(consumer, MemoryStream(memory, [TRADES]), memory.decode, name="me", monitor=monitor)
 
-        def told() -> list[float]:
+        def reported() -> list[float]:
             text = httpx2.get(f"{url}/metrics", trust_env=False).text
             found = dict(line.rsplit(" ", 1) for line in text.splitlines() if 'consumer="me"' in line)
             return [float(found.get(f'bourse_consumer_{name}{{consumer="me"}}', -1)) for name in names]
 
-        assert told() == [0, 0, 0, 0, -1, -1]
+        assert reported() == [0, 0, 0, 0, -1, -1]
         runner.step()
-        assert told() == [0, 0, 0, 0, -1, 30]
+        assert reported() == [0, 0, 0, 0, -1, 30]
         runner.step()
         runner._lag_due = 0.0
         runner.step()
-        assert told() == [27, 30, 3, 0, 1, 0]
+        assert reported() == [27, 30, 3, 0, 1, 0]
 
 
 def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:

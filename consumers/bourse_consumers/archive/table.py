@@ -319,7 +319,7 @@ class Table:
             self.delta.update_incremental()
 
     def sync(self) -> None:
-        """Have all commits up to the snapshot's on the disk, whoever wrote them; an object store needs nothing."""
+        """Sync all commits up to the snapshot's to disk, also other writers'; an object store needs nothing."""
         if self.storage.folder is None:
             return
         log, version = self.storage.folder / "_delta_log", self.delta.version()

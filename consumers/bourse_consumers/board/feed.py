@@ -81,7 +81,7 @@ class Feed:
                     trouble = str(error)
                 self._trouble(subject, trouble)
                 self._stop.wait(pause)
-        except BaseException as error:  # raised again by whoever shows the state
+        except BaseException as error:  # the reader of the state raises it again
             self.failed = error
 
     def _trouble(self, subject: str, text: str | None) -> None:

@@ -90,7 +90,7 @@ class State:
         self.groups: Sequence[Group] | None = None
         self.troubles: dict[str, str] = {}
         self.news: deque[PollMarker | PriceAlert | str] = deque(maxlen=1000)
-        self.dirty: set[str] = set()  # instruments that changed; whoever shows them empties it
+        self.dirty: set[str] = set()  # instruments that changed; the reader empties it
         self._day: date | None = None
         self._summed_up: date | None = None
         self._was_silent = False
