@@ -372,10 +372,7 @@ def compare(
         per_poll[event.poll_sequence] += 1
     counts["holes"] += sum(chain != list(range(1, len(chain) + 1)) for chain in chains.values())
     counts["holes"] += int([marker.poll_sequence for marker in markers] != list(range(1, len(markers) + 1)))
-    counts["holes"] += sum(
-        per_poll[marker.poll_sequence] != marker.opened + marker.traded + marker.revised + marker.cancelled
-        for marker in markers
-    )
+    counts["holes"] += sum(per_poll[marker.poll_sequence] != marker.events for marker in markers)
     last = {event.instrument: event for event in events}
     kept = {candle.instrument: candle for candle in candles}
     fields = Candle.__struct_fields__

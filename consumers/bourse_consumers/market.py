@@ -154,7 +154,7 @@ class Polls:
         self._ready = {at: poll for at, poll in self._ready.items() if at > offset}
 
     def _missing(self, marker: PollMarker) -> int:
-        expected = marker.opened + marker.traded + marker.revised + marker.cancelled
+        expected = marker.events
         return expected - sum(len(piece.rows) for piece in self._pieces.get(marker.poll_sequence, ()))
 
     def _next(self, *, complete: bool) -> Record:

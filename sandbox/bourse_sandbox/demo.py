@@ -108,7 +108,8 @@ class Observer:
     show: Callable[[str], None]
     polls: list[PollMarker] = field(default_factory=list)
     ops: Counter[str] = field(default_factory=Counter)
-    others: Counter[str] = field(default_factory=Counter)
+    alerts: int = 0
+    dead_letters: int = 0
     last_event_ms: dict[int, float] = field(default_factory=dict)
     failure: Exception | None = None
 
@@ -124,7 +125,7 @@ class Observer:
 
     def complete(self) -> bool:
         """Return whether every event that the markers count was seen."""
-        return self.ops.total() == sum(map(_events, self.polls))
+        return self.ops.total() == sum(marker.events for marker in self.polls)
 
     def close(self) -> None:
         """Stop reading."""
@@ -152,22 +153,23 @@ class Observer:
             marker = self._marker_of(record.value)
             self.polls.append(marker)
             self.show(f"{marker.requested_at.astimezone(TEHRAN):%H:%M} poll {marker.poll_sequence:<4} {_poll(marker)}")
+        elif topic is DEAD_LETTERS:
+            self.dead_letters += 1
         else:
-            alert = self._alert_of(record.value) if topic is ALERTS else None
-            self.others[topic.name] += alert is None or alert.state is AlertState.FIRING
-            if alert is not None:
-                text = (alert.message or {}).get("en") or (alert.title if alert.state is AlertState.FIRING else None)
-                if text is not None:
-                    self.show(f"{alert.raised_at.astimezone(TEHRAN):%H:%M} {alert.state} {alert.rule}: {text}")
+            self._take_alert(self._alert_of(record.value))
 
-
-def _events(marker: PollMarker) -> int:
-    return marker.opened + marker.traded + marker.revised + marker.cancelled
+    def _take_alert(self, alert: PriceAlert) -> None:
+        fires, text = alert.state is AlertState.FIRING, (alert.message or {}).get("en")
+        self.alerts += fires
+        # The end of an alert without a message of its own is no news.
+        if text or fires:
+            shown = text or alert.title or alert.rule
+            self.show(f"{alert.raised_at.astimezone(TEHRAN):%H:%M} {alert.state} {alert.rule}: {shown}")
 
 
 def _poll(marker: PollMarker) -> str:
     if marker.outcome is Outcome.PUBLISHED:
-        return f"{_events(marker):>4} events of {marker.rows} instruments"
+        return f"{marker.events:>4} events of {marker.rows} instruments"
     return marker.outcome.lower() + (f": {marker.error_kind}" if marker.error_kind else "")
 
 
@@ -438,9 +440,9 @@ class Demo:
             "polls": len(seen.polls),
             "rows": sum(marker.rows for marker in seen.polls),
             "events": {**ops, "total": seen.ops.total()},
-            "alerts": seen.others[ALERTS.name],
+            "alerts": seen.alerts,
             "archived_rows": proof["archive"],
-            "dead_letters": seen.others[DEAD_LETTERS.name],
+            "dead_letters": seen.dead_letters,
             "visible_ms": {"p50": round(statistics.median(visible), 1), "p99": round(p99, 1)} if p99 else None,
             "proof": proof,
             "seconds": round(seconds, 1),

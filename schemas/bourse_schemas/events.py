@@ -217,6 +217,11 @@ class PollMarker(Event, frozen=True, kw_only=True, gc=False):
     error_code: str | None = None
     error_message: str | None = None
 
+    @property
+    def events(self) -> int:
+        """Return how many events the poll published."""
+        return self.opened + self.traded + self.revised + self.cancelled
+
 
 class PriceAlert(Event, frozen=True, kw_only=True, gc=False):
     """The begin or end of an alert's episode."""

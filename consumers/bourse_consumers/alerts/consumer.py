@@ -56,7 +56,7 @@ class Alerts(MarketConsumer):
     def process_poll(self, poll: WholePoll) -> list[Emit]:
         """Return the alerts that the poll begins and ends."""
         marker = poll.marker
-        counted = marker.opened + marker.traded + marker.revised + marker.cancelled
+        counted = marker.events
         events = columns(poll.frame(), self._engine.columns) if counted else {}
         self._arrived = time.monotonic()
         alerts = self._engine.take(Poll(marker, events, poll.replay, poll.complete))
