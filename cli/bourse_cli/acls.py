@@ -15,8 +15,6 @@ from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES, Topic
 
-__all__ = ["Right", "acls", "rights"]
-
 
 class Service(NamedTuple):
     """What a service does on Kafka.

@@ -13,8 +13,6 @@ from click.core import ParameterSource
 
 from bourse_schemas.errors import ConfigurationError, did_you_mean
 
-__all__ = ["config_name", "configure", "origin", "prepare", "read_config"]
-
 # Options that many commands share: they may also be set at the top of the file, next to the tables of the commands.
 SHARED = ("bootstrap_servers", "registry_url", "topic_prefix", "kafka_settings")
 TOP = (*SHARED, "log_level", "topic")

@@ -9,8 +9,6 @@ from bourse_schemas.codec import avro_schema, schema_text
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import CANDLES, Topic
 
-__all__ = ["ENGINES", "table_definition"]
-
 ENGINES = ("flink", "spark", "duckdb", "postgres")
 COMMON = {"long": "BIGINT", "int": "INTEGER", "double": "DOUBLE", "boolean": "BOOLEAN", "date": "DATE"}
 # `{}` is the type of the elements of a map or an array.

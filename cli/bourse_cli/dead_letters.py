@@ -17,8 +17,6 @@ from bourse_schemas.events import DeadLetter, Reason, Stage
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEAD_LETTERS
 
-__all__ = ["dead_letters"]
-
 
 def _letters(cluster: Cluster, offset: int | None = None) -> Iterator[tuple[int, DeadLetter]]:
     """Yield dead letters with their offsets, which name them; with `offset` only this one."""

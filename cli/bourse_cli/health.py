@@ -27,16 +27,6 @@ from prometheus_client import (
 
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = [
-    "ArchiveMetrics",
-    "ConsumerMetrics",
-    "KafkaMetrics",
-    "Monitor",
-    "NotifyMetrics",
-    "ProducerMetrics",
-    "parse_address",
-]
-
 START_SECONDS = 120.0  # a service that gives no sign of life within this time after its start is stuck
 TEXT = "text/plain; charset=utf-8"
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["parse_duration", "read_text"]
-
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 

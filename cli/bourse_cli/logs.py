@@ -7,8 +7,6 @@ import sys
 
 import structlog
 
-__all__ = ["configure_logging", "get_logger"]
-
 
 def configure_logging(level: str = "info") -> None:
     """Send structured logs to stderr from `level` (debug, info, warning, error, critical) on."""

@@ -15,9 +15,6 @@ from bourse_cli.proxies import proxy_for
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEFAULT_PREFIX, TOPICS, Topic
-from bourse_schemas.watchdog import stop_on_signals
-
-__all__ = ["cluster_options", "declared_topic", "duration_option", "http_option", "stop_on_signals"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 SECRETS = ("password", "secret", "passphrase", "key.pem", "auth.token", "user.info")  # how their names end

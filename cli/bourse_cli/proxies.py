@@ -11,8 +11,6 @@ from urllib.parse import SplitResult, urlsplit
 from bourse_cli.inputs import read_text
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["proxy_environment", "proxy_for"]
-
 SCHEMES = ("http", "https", "socks5", "socks5h")
 
 

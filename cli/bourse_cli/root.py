@@ -15,8 +15,6 @@ import click
 from bourse_cli.configuration import configure, origin, read_config
 from bourse_schemas.errors import BourseError, ConfigurationError, did_you_mean
 
-__all__ = ["LazyGroup", "bourse", "main"]
-
 
 class EntryPoint(NamedTuple):
     """A command that an installed distribution provides: `value` is module:attribute."""

@@ -9,8 +9,6 @@ from bourse_cli.options import cluster_options, declared_topic
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
-__all__ = ["schemas"]
-
 
 @click.group
 def schemas() -> None:

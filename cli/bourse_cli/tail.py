@@ -16,8 +16,6 @@ from bourse_schemas.topics import Topic
 if TYPE_CHECKING:
     from bourse_schemas.reading import TopicRecord
 
-__all__ = ["tail"]
-
 # In a row; then it is not the records that are wrong.
 MOST_UNDECODABLE = 20
 METADATA = ("_topic", "_partition", "_offset", "_timestamp", "_key", "_headers")

@@ -6,17 +6,16 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import click
+import msgspec
 
 from bourse_cli.configuration import config_name
 from bourse_cli.options import cluster_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, POLLS, TOPICS, Topic
-
-__all__ = ["Plan", "apply_topics", "plan_topics", "topics"]
 
 TIMEOUT_SECONDS = 8.0
 USUAL_REPLICAS = 3
@@ -25,7 +24,15 @@ SINGLE = {
     POLLS.name: "the order of polls and the election of the leader",
     ALERTS.name: "the order of alerts",
 }
-OVERRIDES: dict[str, type] = {"config": dict, "partitions": int, "replication_factor": int}
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Override(msgspec.Struct, forbid_unknown_fields=True):
+    """What [topic.NAME] of bourse.toml changes."""
+
+    partitions: Count | None = None
+    replication_factor: Count | None = None
+    config: dict[str, str | int | float | bool] = {}
 
 
 @click.group
@@ -126,14 +133,13 @@ def list_topics(cluster: Cluster) -> None:
 
 def declared_topics(cluster: Cluster, overrides: Mapping[str, Any], replicas: int, *, any_time: bool) -> list[Plan]:
     """Return the topics as they are to be created, with the overrides. Raises ConfigurationError for a bad override."""
-    _check_overrides(overrides)
-    plans = []
+    known, plans = _read_overrides(overrides), []
     for declared in TOPICS:
-        override = overrides.get(declared.name, {})
-        topic = replace(declared, partitions=override.get("partitions", declared.partitions))
-        config = override.get("config", {}).items()
+        override = known.get(declared.name, Override())
+        topic = replace(declared, partitions=override.partitions or declared.partitions)
+        config = override.config.items()
         texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in config}
-        factor = override.get("replication_factor", replicas)
+        factor = override.replication_factor or replicas
         plans.append(plan := Plan(topic, topic.full_name(cluster.prefix), factor, texts, any_time))
         cluster.require_size(plan.name, plan.settings)
     return plans
@@ -172,36 +178,34 @@ def plan_topics(
             )
         # min.insync.replicas depends on the replicas that the topic has: they are not altered here.
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
-        cluster.require_size(name, {**settings, **existing.settings})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
         plans.append(replace(existing, alter=alter))
     return plans
 
 
-def _check_overrides(overrides: Any) -> None:
-    names = [topic.name for topic in TOPICS]
-    if not isinstance(overrides, dict) or not all(isinstance(table, dict) for table in overrides.values()):
+def _read_overrides(tables: Any) -> dict[str, Override]:
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise ConfigurationError(f"{config_name()}: overrides belong in a table per topic, such as [topic.trades]")
-    for name, override in overrides.items():
+    names, overrides = [topic.name for topic in TOPICS], {}
+    for name, table in tables.items():
         if name not in names:
             raise ConfigurationError(f"{config_name()}: [topic.{name}] is unknown; topics are {', '.join(names)}")
-        if unknown := sorted(override.keys() - OVERRIDES.keys()):
+        try:
+            overrides[name] = msgspec.convert(table, Override)
+        except msgspec.ValidationError as error:
             raise ConfigurationError(
-                f"{config_name()}: [topic.{name}] has no key {unknown[0]}; keys are {', '.join(OVERRIDES)}; "
-                'Kafka\'s own settings belong in config, such as config = {"retention.ms" = "1209600000"}'
+                f"{config_name()}: [topic.{name}]: {error}; keys are {', '.join(Override.__struct_fields__)}; Kafka's "
+                'own settings belong in config, such as config = {"retention.ms" = "1209600000"}'
+            ) from error
+        if name in SINGLE and overrides[name].partitions not in {None, 1}:
+            raise ConfigurationError(
+                f"{config_name()}: partitions of [topic.{name}] must be 1: {SINGLE[name]} depends on it"
             )
-        for key, value in override.items():
-            if type(value) is not OVERRIDES[key] or (isinstance(value, int) and value < 1):
-                what = "a table" if OVERRIDES[key] is dict else "an integer, at least 1"
-                raise ConfigurationError(f"{config_name()}: {key} of [topic.{name}] must be {what}")
-    for name, what in SINGLE.items():
-        if overrides.get(name, {}).get("partitions", 1) != 1:
-            raise ConfigurationError(f"{config_name()}: partitions of [topic.{name}] must be 1: {what} depends on it")
+    return overrides
 
 
 def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     """Do what is planned; return when all of it is done. Raises ConfigurationError if the cluster refuses."""
-    from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.admin import (  # type: ignore[attr-defined]  # not in its __all__
         AlterConfigOpType,
         ConfigEntry,
@@ -228,18 +232,10 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
     for name, right, answer in answers:
         cluster.answer(answer, f"{name}: the cluster refuses", 2 * TIMEOUT_SECONDS, right, topic=name)
     # The controller has done it, the brokers learn of it a moment later: the next command must find its topics.
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
-        known, late = cluster.topics(plan.name for plan in plans), time.monotonic() > deadline
-        try:
-            if late or all(
-                plan.name in known and known[plan.name].partitions >= plan.topic.partitions for plan in plans
-            ):
-                cluster.require_sizes(plan.name for plan in plans)
-                return
-        except ConfigurationError as error:
-            cause = error.__cause__
-            unknown = isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART
-            if late or not unknown:
-                raise
+    wanted, until = {plan.name: plan.topic.partitions for plan in plans}, time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < until:
+        grown = {name for name, state in cluster.topics(wanted).items() if state.partitions >= wanted[name]}
+        if wanted.keys() == grown == cluster.topic_settings(wanted).keys():
+            break
         time.sleep(0.02)
+    cluster.require_sizes(wanted)

@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from bourse_cli.health import Monitor
-from bourse_cli.options import cluster_options, http_option, stop_on_signals
+from bourse_cli.options import cluster_options, http_option
 from bourse_cli.root import LazyGroup
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.watchdog import stop_on_signals
 
 __all__ = ["consume"]
 

@@ -14,11 +14,12 @@ from unicodedata import bidirectional
 
 import click
 
-from bourse_cli.options import cluster_options, stop_on_signals
+from bourse_cli.options import cluster_options
 from bourse_consumers.board.state import OPS, Episode, State, error_of
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN, Candle, Phase, PollMarker, PriceAlert
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.watchdog import stop_on_signals
 
 if TYPE_CHECKING:
     from rich.text import Text

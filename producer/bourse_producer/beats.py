@@ -14,8 +14,6 @@ from typing import NamedTuple
 from bourse_producer.calendar import Calendar
 from bourse_schemas.events import TEHRAN, Phase
 
-__all__ = ["Beats", "Moment"]
-
 # After the last trade only corrections arrive, until the evening; calls are charged.
 SLOW_SECONDS = 300.0
 MAX_SKIPPED = 1000

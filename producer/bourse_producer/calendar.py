@@ -15,8 +15,6 @@ from typing import Any, cast
 from bourse_schemas.errors import did_you_mean
 from bourse_schemas.events import TEHRAN, Phase
 
-__all__ = ["HOURS", "Calendar", "official_holiday", "parse_calendar", "parse_day"]
-
 DAY = timedelta(days=1)
 # From the year after on the lunar holidays of the package are estimates.
 LUNAR_KNOWN_UNTIL = date(2026, 12, 31)

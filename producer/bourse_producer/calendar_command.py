@@ -14,8 +14,6 @@ from bourse_producer.calendar import HOURS, Calendar, parse_calendar, parse_day
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
 
-__all__ = ["CalendarFile", "calendar", "calendar_option"]
-
 MAX_DAYS = 3660
 SHOWN_DAYS = 14
 

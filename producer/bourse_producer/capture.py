@@ -31,8 +31,6 @@ from bourse_producer.responses import Reading
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Candle
 
-__all__ = ["Capture", "Head", "read_capture"]
-
 FILE_BYTES = 64 << 20
 # Polls whose ids a state names: more than can be undecided.
 LAST_POLLS = 100

@@ -6,8 +6,6 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["Clock", "PracticeClock", "to_millis"]
-
 # Linux counts the time in which the machine was suspended only here.
 BOOT_TIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 # A wait may end this long before its beat: clocks are slewed.

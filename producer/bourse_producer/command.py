@@ -16,18 +16,17 @@ from click.core import ParameterSource
 
 from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
-from bourse_cli.options import cluster_options, http_option, stop_on_signals
+from bourse_cli.options import cluster_options, http_option
 from bourse_producer.calendar_command import CalendarFile, calendar_option
 from bourse_producer.options import ExchangeOptions, exchange_options, option, options_of
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
+from bourse_schemas.watchdog import stop_on_signals
 
 if TYPE_CHECKING:
     from bourse_producer.markers import Trial
     from bourse_producer.service import Producer
     from bourse_schemas.events import PollMarker
-
-__all__ = ["produce"]
 
 PRACTICE_HOLD_SECONDS = 2.0
 STOP_SECONDS = 3.5

@@ -7,8 +7,6 @@ import json
 from base64 import b64encode
 from urllib.parse import quote
 
-__all__ = ["Concealer"]
-
 # Anything shorter would be found in ordinary words; real secrets are longer.
 SHORTEST = 6
 MOST_TOKENS = 8

@@ -19,8 +19,6 @@ from socksio.exceptions import SOCKSError
 
 from bourse_schemas.errors import ExchangeNonsense, ExchangeUnavailable, Stuck
 
-__all__ = ["Transfer", "Transport"]
-
 MOST_BYTES = 64 << 20
 MOST_ABANDONED = 2
 # How soon a stop is noticed, and how long a connection that was shut down takes to end its thread.

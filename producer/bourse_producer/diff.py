@@ -13,8 +13,6 @@ from msgspec import structs
 from bourse_schemas.events import Candle, Op, Reason, TradeEvent
 from bourse_schemas.topics import event_id
 
-__all__ = ["Changes", "InstrumentCode", "RejectedRow", "Snapshot", "diff"]
-
 InstrumentCode = str
 
 # What a change is not: when and by whom a row was seen.

@@ -34,8 +34,6 @@ from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
 if TYPE_CHECKING:
     from bourse_schemas.reading import GroupLag
 
-__all__ = ["Finding", "Status", "doctor", "judge_groups", "judge_poll", "judge_sources"]
-
 # No step takes longer, also if a server is down.
 STEP_SECONDS = 6.0
 SKEW_SECONDS = 5.0

@@ -28,8 +28,6 @@ from bourse_producer.responses import TRADES_REALTIME, Profile
 from bourse_schemas.errors import ExchangeError, ExchangeRefused, ExchangeUnavailable
 from bourse_schemas.events import TEHRAN
 
-__all__ = ["Credentials", "Finnotech", "Reply"]
-
 DEADLINE_SECONDS = 55.0
 # A token is renewed in the last tenth of its life, while it is good: nothing waits for a slow answer.
 RENEW_DEADLINE_SECONDS, RENEW_AGAIN_SECONDS = 5.0, 3600.0

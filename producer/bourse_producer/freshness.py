@@ -7,8 +7,6 @@ from datetime import date, datetime, timedelta
 
 from bourse_schemas.events import TEHRAN, FeedState, Outcome, Phase, PollMarker
 
-__all__ = ["GOOD", "Freshness"]
-
 GOOD = frozenset({Outcome.PUBLISHED, Outcome.UNCHANGED})
 
 

@@ -15,8 +15,6 @@ from bourse_producer.responses import Answer, Derived
 from bourse_schemas.errors import ExchangeError
 from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
 
-__all__ = ["COUNTS", "ODD", "History", "Poll", "Timing", "Trial", "letters", "mark", "was_committed", "was_overtaken"]
-
 COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
 ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
 ZEROS = dict.fromkeys(("rows", "charged_calls", *COUNTS, *ODD), 0) | {"day_final": False}

@@ -14,8 +14,6 @@ from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN, Candle
 
-__all__ = ["minutes"]
-
 PRICES = ("last_price", "open_price", "high_price", "low_price", "closing_price")
 COLUMNS = ("traded_at", *PRICES, "volume", "value", "trade_count")
 STYLES = click.Choice(["table", "csv", "json"])

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from bourse_producer.finnotech import Credentials, Finnotech
     from bourse_producer.responses import Profile
 
-__all__ = ["ExchangeOptions", "exchange_options", "option", "options_of"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(dir_okay=False, path_type=Path)
 SECONDS = click.FloatRange(min=0.1)

@@ -12,8 +12,6 @@ from enum import StrEnum
 
 from bourse_schemas.errors import ExchangeError, ExchangeRefused
 
-__all__ = ["Call", "Hold", "Patience"]
-
 # A new refusal is often one of a moment; an account that stays refused is rarely fixed within minutes.
 REFUSED_SECONDS, MOST_REFUSED_SECONDS = 60.0, 300.0
 RATE_SECONDS = 60.0

@@ -12,8 +12,6 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense, ExchangeRefused, ExchangeUnavailable
 
-__all__ = ["UNREADABLE", "Envelope", "clock_skew", "http_date", "is_done", "refusal", "retry_seconds"]
-
 # What a decoder raises for bytes that are not JSON, not UTF-8, or nested beyond reason.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # Not part of JSON, but some gateways put one there.

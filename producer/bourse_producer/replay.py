@@ -27,8 +27,6 @@ from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
-__all__ = ["Replay", "replay"]
-
 SHOWN = 10
 # Responses that wait for their poll: a poll that is published again comes after its responses.
 KEPT_RESPONSES = 100

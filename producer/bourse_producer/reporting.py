@@ -10,8 +10,6 @@ from bourse_cli.logs import get_logger
 from bourse_producer.markers import COUNTS, ODD, Trial
 from bourse_schemas.events import FeedState, Outcome
 
-__all__ = ["KNOWN_DAYS", "Reporter"]
-
 KNOWN_DAYS = 30
 # Two clocks kept by NTP may differ by this much.
 SKEW_SECONDS = 1.0

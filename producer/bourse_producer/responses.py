@@ -26,21 +26,6 @@ from bourse_producer.refusals import UNREADABLE, Envelope, refusal
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense
 from bourse_schemas.events import TEHRAN, Candle, Reason, tidy
 
-__all__ = [
-    "PROFILES",
-    "SOURCE",
-    "TRADES_REALTIME",
-    "Answer",
-    "Derived",
-    "Memo",
-    "Profile",
-    "Reading",
-    "derive",
-    "merge",
-    "parse",
-    "parse_minutes",
-]
-
 FUTURE = timedelta(minutes=5)
 # With fewer bad rows than this a response is not taken for a changed API; else this many rows are kept as a sample.
 FEW_REJECTED, SAMPLE = 20, 3

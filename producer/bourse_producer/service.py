@@ -28,8 +28,6 @@ from bourse_schemas.election import Election
 from bourse_schemas.errors import ConfigurationError, ExchangeError, Fenced, PublishError, Unreachable
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, Phase, PollMarker
 
-__all__ = ["ALIVE_SECONDS", "Capture", "Exchange", "Producer", "Publication", "Settings"]
-
 LONGEST_WAIT_SECONDS = 60.0
 # Longer than any step without a sign of life: a wait, a call, a commit, the restore of a large state.
 ALIVE_SECONDS = 180.0

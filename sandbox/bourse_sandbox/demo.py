@@ -21,7 +21,6 @@ from typing import Any
 import click
 import httpx2
 
-from bourse_cli.options import stop_on_signals
 from bourse_consumers.archive.table import Table
 from bourse_producer.replay import Replay
 from bourse_sandbox.faults import Fault
@@ -35,6 +34,7 @@ from bourse_schemas.events import TEHRAN, AlertState, Op, Outcome, PollMarker, P
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import TopicRecord, follow, group_lag, read
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, POLLS, TRADES
+from bourse_schemas.watchdog import stop_on_signals
 
 __all__ = ["demo"]
 

@@ -29,11 +29,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from bourse_cli.options import stop_on_signals
 from bourse_sandbox.faults import PEEK, Fault, Faults
 from bourse_sandbox.market import REAL_DAY, PracticeMarket, Row, jalali
 from bourse_sandbox.options import market_options
 from bourse_sandbox.serving import Server, serve
+from bourse_schemas.watchdog import stop_on_signals
 
 __all__ = [
     "SCOPE",

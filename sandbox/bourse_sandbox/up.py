@@ -61,11 +61,11 @@ def up(
     import tempfile
     from contextlib import ExitStack
 
-    from bourse_cli.options import stop_on_signals
     from bourse_sandbox.exchange import practice_exchange
     from bourse_sandbox.processes import spawn
     from bourse_sandbox.stack import BOURSE, CLIENT_ID, NID, SECRET, Stack, private_file, program
     from bourse_schemas.errors import BourseError
+    from bourse_schemas.watchdog import stop_on_signals
 
     stop = stop_on_signals()
     practice = practice_exchange(client_id=CLIENT_ID, client_secret=SECRET, **market)

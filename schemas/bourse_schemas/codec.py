@@ -23,19 +23,6 @@ from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Candle, Event, TradeEvent
 from bourse_schemas.topics import Topic
 
-__all__ = [
-    "Deserializer",
-    "Record",
-    "Schema",
-    "Serializer",
-    "avro_schema",
-    "candle_and_event_records",
-    "encoder",
-    "millis",
-    "schema_text",
-    "to_json",
-]
-
 E = TypeVar("E", bound=Event)
 Schema = dict[str, Any]
 Header = tuple[str, str | bytes | None]

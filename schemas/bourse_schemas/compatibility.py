@@ -8,8 +8,6 @@ from typing import Any
 
 from fastavro.schema import SchemaParseException, expand_schema
 
-__all__ = ["gate", "refusal"]
-
 WAY_OUT = "Released schemas are frozen. Add a field with a default; for a changed meaning, add a new field or topic"
 UNITS = re.compile(r"\b(?:rial|toman|percent|shares|lots|milliseconds|seconds|minutes|UTC)\b")
 

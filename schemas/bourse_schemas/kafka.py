@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from bourse_schemas.registry import Registry
 
-__all__ = ["PERMANENT", "Cluster", "TopicState", "abandon", "kafka_logger", "producer_id"]
-
 # If a transaction cannot be aborted, its successor aborts it: an operator need not read of it.
 warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
 
@@ -201,7 +199,7 @@ class Cluster:
 
     def topics(self, names: Iterable[str], *, every_broker: bool = False) -> dict[str, TopicState]:
         """Return those of these topics that exist; one that this user may not see has no partitions and no rights."""
-        from confluent_kafka import KafkaError, KafkaException, TopicCollection
+        from confluent_kafka import KafkaError, TopicCollection
 
         admin, metadata = self._connect(every_broker=every_broker)
         if _is_mock(metadata):
@@ -210,16 +208,12 @@ class Cluster:
         states, wanted, limit = {}, TopicCollection(list(names)), METADATA_SECONDS
         answers = admin.describe_topics(wanted, include_authorized_operations=True, request_timeout=limit)
         for name, answer in answers.items():
-            try:
-                topic = self.answer(answer, f"cannot describe {name}")
-            except ConfigurationError as error:
-                cause = error.__cause__
-                code = cause.args[0].code() if isinstance(cause, KafkaException) else None
-                if code in REFUSALS:
-                    states[name] = TopicState(0, 0, frozenset())
-                elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise
+            if (code := error_code(answer)) == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 continue
+            if code in REFUSALS:
+                states[name] = TopicState(0, 0, frozenset())
+                continue
+            topic = self.answer(answer, f"cannot describe {name}")
             replicas = min(len(partition.replicas) for partition in topic.partitions)
             operations = topic.authorized_operations
             rights = None if operations is None else frozenset(right.name for right in operations)
@@ -232,7 +226,8 @@ class Cluster:
         return str(self.metadata().cluster_id or ""), topic.topic_id if topic else ""
 
     def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Return the settings of topics that exist; nothing if the brokers cannot report them."""
+        """Return the settings of those of these topics that exist; nothing if the brokers cannot report them."""
+        from confluent_kafka import KafkaError
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
         admin, metadata = self._connect()
@@ -242,14 +237,17 @@ class Cluster:
         found = {}
         for resource, answer in admin.describe_configs(asked, request_timeout=METADATA_SECONDS).items():
             name, what = resource.name, f"cannot read the settings of {resource.name}"
-            entries = self.answer(answer, what, right="DESCRIBE_CONFIGS", topic=name)
-            found[name] = {key: entry.value for key, entry in entries.items()}
+            if error_code(answer) != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                entries = self.answer(answer, what, right="DESCRIBE_CONFIGS", topic=name)
+                found[name] = {key: entry.value for key, entry in entries.items()}
         return found
 
-    def require_sizes(self, names: Iterable[str]) -> None:
-        """Raise ConfigurationError if a topic refuses the largest batch that our producers send."""
-        for name, settings in self.topic_settings(names).items():
+    def require_sizes(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the settings of topics; raise ConfigurationError if one refuses the largest batch that we send."""
+        found = self.topic_settings(names)
+        for name, settings in found.items():
             self.require_size(name, settings)
+        return found
 
     def require_size(self, name: str, settings: Mapping[str, str]) -> None:
         """Raise ConfigurationError if these settings of a topic refuse the largest batch that our producers send."""
@@ -331,18 +329,14 @@ class Cluster:
         return f" The port may expect {expected}: -X security.protocol is {protocol}" * ("Disconnected" in reason)
 
     def _require_brokers(self, admin: AdminClient, failures: _Failures, metadata: ClusterMetadata) -> None:
-        from confluent_kafka import KafkaError, KafkaException
+        from confluent_kafka import KafkaError
         from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]  # not in its __all__
 
         # Sent to the broker itself; a refusal is an answer, too.
         resources = {ConfigResource(ResourceType.BROKER, str(each.id)): each for each in metadata.brokers.values()}
         asked = [admin.describe_configs([resource], request_timeout=BROKER_SECONDS) for resource in resources]
         for resource, answer in (pair for answers in asked for pair in answers.items()):
-            try:
-                error = answer.exception(ANSWER_SECONDS)
-            except TimeoutError:
-                error = KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001  # its public name
-            code, broker = error.args[0].code() if error else 0, resources[resource]
+            code, broker = error_code(answer), resources[resource]
             if code < 0 and code != KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
                 admin.poll(0)
                 address = f"{broker.host}:{broker.port}"
@@ -371,6 +365,17 @@ class Cluster:
 def producer_id(prefix: str) -> str:
     """Return the group in which producers elect a leader, and the leader's transactional id."""
     return f"{prefix}-producer"
+
+
+def error_code(answer: Future[Any], timeout: float = ANSWER_SECONDS) -> int:
+    """Return the code of the error that an administration client's answer is, 0 if it is not one."""
+    from confluent_kafka import KafkaError, KafkaException
+
+    try:
+        error = answer.exception(timeout)
+    except TimeoutError:
+        return KafkaError._TIMED_OUT  # noqa: SLF001  # its public name
+    return error.args[0].code() if isinstance(error, KafkaException) else 0
 
 
 def _id(uuid: Any) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -30,23 +29,8 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from bourse_schemas.errors import Unreachable
 from bourse_schemas.events import TEHRAN
-from bourse_schemas.kafka import PERMANENT, Cluster, abandon
+from bourse_schemas.kafka import PERMANENT, Cluster, abandon, error_code
 from bourse_schemas.topics import TOPICS
-
-__all__ = [
-    "FIRST",
-    "LAST",
-    "Batch",
-    "GroupLag",
-    "Partition",
-    "TopicRecord",
-    "day_start",
-    "follow",
-    "group_lag",
-    "offsets",
-    "read",
-    "read_values",
-]
 
 Partition = tuple[str, int]
 Offsets = Mapping[Partition, int]
@@ -394,10 +378,8 @@ def group_lag(cluster: Cluster, groups: Iterable[str] | None = None, *, timeout:
 
 def _groups(cluster: Cluster, admin: AdminClient, timeout: float) -> list[str]:
     listing = admin.list_consumer_groups(request_timeout=timeout)
-    with suppress(TimeoutError):
-        error = listing.exception(timeout)
-        if isinstance(error, KafkaException) and error.args[0].code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001
-            return []
+    if error_code(listing, timeout) == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001  # its public name
+        return []
     listed = cluster.answer(listing, "the consumer groups", timeout)
     return [each.group_id for each in listed.valid if each.group_id.startswith(f"{cluster.prefix}-")]
 

@@ -19,8 +19,6 @@ from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undeco
 from bourse_schemas.events import Event
 from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["COMPATIBILITY", "Registry"]
-
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
 P = ParamSpec("P")

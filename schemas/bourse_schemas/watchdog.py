@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["deadline", "stop_on_signals"]
-
 TICK_SECONDS = 0.25
 # What a service may take to stop, in which its own orderly stop has to fit.
 STOP_SECONDS = 4.5

@@ -41,7 +41,7 @@ from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner, connect
 from bourse_cli.health import Monitor
-from bourse_cli.options import stop_on_signals
+from bourse_schemas.watchdog import stop_on_signals
 from bourse_schemas.kafka import Cluster
 from tests.kafka.test_broker_restarts import Copy
 from tests.kafka.test_market import Counting

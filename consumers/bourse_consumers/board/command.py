@@ -10,9 +10,10 @@ import click
 
 from bourse_cli.health import Monitor, parse_address
 from bourse_cli.logs import configure_logging, get_logger
-from bourse_cli.options import cluster_options, stop_on_signals
+from bourse_cli.options import cluster_options
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster, kafka_logger
+from bourse_schemas.watchdog import stop_on_signals
 
 __all__ = ["board"]
 
