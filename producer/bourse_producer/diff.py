@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
-from bourse_schemas.events import Candle, Op, Reason, TradeEvent
+from bourse_schemas.events import Candle, Change, Op, Reason, TradeEvent
 from bourse_schemas.topics import event_id
 
 InstrumentCode = str
@@ -65,21 +65,27 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Events, the candle after each (`events[i]` led to `candles[i]`), and how many rows were too old for one."""
+    """What changed: candles as they are now, how each changed (`each[i]` led to `candles[i]`), and the stale rows."""
 
-    events: Sequence[TradeEvent]
     candles: Sequence[Candle]
+    each: Sequence[Change]
     stale_rows: int
 
+    @property
+    def events(self) -> list[TradeEvent]:
+        """Return the changes as they are on the topic; publishing them does not need this."""
+        pairs = zip(self.candles, self.each, strict=True)
+        return [TradeEvent(**structs.asdict(candle), **change._asdict()) for candle, change in pairs]
+
     def count(self, op: Op) -> int:
-        """Return how many events are of this kind."""
-        return sum(event.op is op for event in self.events)
+        """Return how many changes are of this kind."""
+        return sum(change.op is op for change in self.each)
 
 
 def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
     """Return what changed from the candles known to those of the snapshot, in the snapshot's order."""
-    events: list[TradeEvent] = []
     candles: list[Candle] = []
+    changes: list[Change] = []
     stale = 0
     for instrument, candle in now.candles.items():
         if now.session_day is not None and candle.trading_day < now.session_day:
@@ -87,45 +93,35 @@ def diff(known: Mapping[InstrumentCode, Candle], now: Snapshot) -> Changes:
             continue
         before = known.get(instrument)
         if before is None or candle.trading_day > before.trading_day:
-            op, before = Op.OPENED, None
+            before = None
         elif candle.trading_day < before.trading_day or (
             # An estimated time is only that of a receipt and proves nothing.
             candle.traded_at < before.traded_at and not (candle.traded_at_estimated or before.traded_at_estimated)
         ):
             stale += 1
             continue
-        elif _business(candle) == _business(before):
+        elif candle.volume == before.volume and _business(candle) == _business(before):
             continue
-        else:
-            op = _op(before, candle)
         poll, observed_at = now.seen.get(candle.is_right, (candle.poll_sequence, candle.observed_at))
         sequence = before.sequence + 1 if before else 1
         after = structs.replace(candle, sequence=sequence, poll_sequence=poll, observed_at=observed_at)
         candles.append(after)
-        events.append(_event(op, before, after))
-    return Changes(events, candles, stale)
+        changes.append(_change(before, after))
+    return Changes(candles, changes, stale)
 
 
-def _op(before: Candle, after: Candle) -> Op:
+def _change(before: Candle | None, after: Candle) -> Change:
+    change_id = event_id(after.instrument, after.trading_day, after.sequence)
+    if before is None:
+        return Change(change_id, Op.OPENED, after.volume, after.value, after.trade_count, None, None)
     volume, value = after.volume - before.volume, after.value - before.value
     count = after.trade_count - before.trade_count
+    op = Op.TRADED if volume or value or count else Op.REVISED
     if volume < 0 or value < 0 or count < 0:
-        return Op.CANCELLED
-    return Op.TRADED if volume or value or count else Op.REVISED
+        op = Op.CANCELLED
+    last, closing = _less(after.last_price, before.last_price), _less(after.closing_price, before.closing_price)
+    return Change(change_id, op, volume, value, count, last, closing)
 
 
 def _less(after: int | None, before: int | None) -> int | None:
     return None if after is None or before is None else after - before
-
-
-def _event(op: Op, before: Candle | None, after: Candle) -> TradeEvent:
-    return TradeEvent(
-        event_id=event_id(after.instrument, after.trading_day, after.sequence),
-        op=op,
-        volume_delta=after.volume - (before.volume if before else 0),
-        value_delta=after.value - (before.value if before else 0),
-        trade_count_delta=after.trade_count - (before.trade_count if before else 0),
-        last_price_delta=_less(after.last_price, before.last_price) if before else None,
-        closing_price_delta=_less(after.closing_price, before.closing_price) if before else None,
-        **structs.asdict(after),
-    )

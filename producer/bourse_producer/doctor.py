@@ -7,6 +7,7 @@ skipped if the one that it needs failed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -64,6 +65,9 @@ class Status(StrEnum):
     SKIPPED = "skipped"
 
 
+COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "red", Status.SKIPPED: "cyan"}
+
+
 class Finding(NamedTuple):
     """What a check found, and what to do about it."""
 
@@ -113,7 +117,7 @@ def doctor(
 ) -> None:
     """Check everything a producer and its consumers need. It takes the options of `bourse produce`.
 
-    Exit 0 if nothing failed, 1 if a check failed, 2 if one was skipped.
+    Exit 0 if nothing failed, otherwise 1.
     """
     import bourse_schemas.registry  # noqa: F401  # not by two threads at once: its client's modules import each other
     from bourse_cli.logs import configure_logging
@@ -121,22 +125,18 @@ def doctor(
     configure_logging("critical")  # the findings contain what the clients report
     overrides = (ctx.find_root().default_map or {}).get("topic", {})
     findings = examine(Subject(cluster, overrides, exchange, calendar_file))
-    statuses = [finding.status for finding in findings]
-    code = 1 if Status.FAILED in statuses else 2 if Status.SKIPPED in statuses else 0
+    counts = Counter(finding.status for finding in findings)
     if as_json:
         shown = [finding._asdict() for finding in findings]
-        click.echo(json.dumps({"ok": code == 0, "findings": shown}, ensure_ascii=False))
-        ctx.exit(code)
-    colours = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "red", Status.SKIPPED: "cyan"}
-    for name, status, message, advice in findings:
-        if verbose or status is not Status.OK:
-            text = " ".join(f"{message}{'; ' * bool(advice)}{advice}".split())
-            click.echo(f"{click.style(f'{status:<8}', fg=colours[status])} {name:<10} {text}")
-    counts = {status: statuses.count(status) for status in Status}
-    click.echo(
-        f"{len(findings)} checks: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    )
-    ctx.exit(code)
+        click.echo(json.dumps({"ok": not counts[Status.FAILED], "findings": shown}, ensure_ascii=False))
+    else:
+        for name, status, message, advice in findings:
+            if verbose or status is not Status.OK:
+                text = " ".join(f"{message}{'; ' * bool(advice)}{advice}".split())
+                click.echo(f"{click.style(f'{status:<8}', fg=COLOURS[status])} {name:<10} {text}")
+        counted = ", ".join(f"{counts[status]} {status}" for status in Status if counts[status])
+        click.echo(f"{len(findings)} checks: {counted}")
+    ctx.exit(int(counts[Status.FAILED] > 0))
 
 
 # All that `bourse produce` takes, so that its command line can be used as it is.

@@ -154,7 +154,7 @@ def _fields(poll: Poll, derived: Derived, history: History, timing: Timing) -> d
     failed = history.last is not None and history.last.outcome not in GOOD
     gap = beats.gap(history.last_good_at, requested_at, timing.missed, history.final_day)
     return fields | {
-        "outcome": Outcome.PUBLISHED if derived.changes.events else Outcome.UNCHANGED,
+        "outcome": Outcome.PUBLISHED if derived.changes.candles else Outcome.UNCHANGED,
         "received_at": snapshot.received_at,
         "day_final": final,
         "latest_traded_at": max((candle.traded_at for candle in snapshot.candles.values()), default=None),

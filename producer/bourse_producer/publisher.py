@@ -169,9 +169,9 @@ class Publisher:
         """
         self.idle()
         self._do(self._producer.begin_transaction)
-        for candle, event in zip(changes.candles, changes.events, strict=True):
-            state, change = candle_and_event_records(self._candles, self._trades, candle, event)
-            self._produce(change)
+        for candle, change in zip(changes.candles, changes.each, strict=True):
+            state, event = candle_and_event_records(self._candles, self._trades, candle, change)
+            self._produce(event)
             self._produce(state)
         for letter in letters:
             self._produce(self._letters(letter))

@@ -20,7 +20,7 @@ import fastavro
 import msgspec
 
 from bourse_schemas.errors import Undecodable
-from bourse_schemas.events import Candle, Event, TradeEvent
+from bourse_schemas.events import Candle, Change, Event, TradeEvent
 from bourse_schemas.topics import Topic
 
 E = TypeVar("E", bound=Event)
@@ -84,15 +84,12 @@ def _long(number: int) -> bytes:
     return b"".join(parts)
 
 
-def _bytes(value: bytes) -> bytes:
-    return _long(len(value)) + value
-
-
 def _string(value: str) -> bytes:
-    return _bytes(value.encode())
+    encoded = value.encode()
+    return _long(len(encoded)) + encoded
 
 
-_recurring = lru_cache(1 << 16)(_string)
+_recurring = lru_cache(1 << 14)(_string)
 
 
 @lru_cache(64)
@@ -102,7 +99,7 @@ def _date(value: date) -> bytes:
 
 @lru_cache(1 << 12)
 def _instant(value: datetime) -> bytes:
-    return _long((value - EPOCH) // MILLISECOND)
+    return _long(millis(value))
 
 
 _RUNTIME: dict[str, Any] = {
@@ -161,7 +158,7 @@ def encoder(event: type[E]) -> Callable[[E], bytes]:
 
 
 @cache
-def _around_candle() -> Callable[[TradeEvent, bytes], bytes]:
+def _around_candle() -> Callable[[Change, bytes], bytes]:
     """Return an encoder of TradeEvents that takes the bytes of the event's candle, which are part of it unchanged."""
     fields = avro_schema(TradeEvent)["fields"]
     block = [field["name"] for field in avro_schema(Candle)["fields"]]
@@ -195,18 +192,19 @@ class Serializer(Generic[E]):
 
     def __call__(self, event: E) -> Record:
         """Return the event's record."""
-        return self.record(event, self._encode(event))
+        identity = self._declared.identity
+        return self.record(event, self._encode(event), identity(event) if identity else "")
 
-    def record(self, event: E, body: bytes) -> Record:
-        """Return the event's record, its Avro binary given."""
+    def record(self, event: Event, body: bytes, identity: str) -> Record:
+        """Return an event's record; its Avro binary is given, and its id. `event` has the rest, as its candle has."""
         declared = self._declared
         timestamp, ce_time = _time(declared.timestamp(event))
         key = declared.key(event).encode()
-        if self._type is None or declared.identity is None:
+        if self._type is None:
             return Record(self.topic, key, self.frame + body, timestamp, [])
-        identity: Header = ("ce_id", declared.identity(event).encode())
+        named: Header = ("ce_id", identity.encode())
         source, subject = _source(getattr(event, "source", self.topic)), ("ce_subject", key)
-        headers = [SPECIFICATION, identity, source, self._type, ce_time, subject, CONTENT_TYPE]
+        headers = [SPECIFICATION, named, source, self._type, ce_time, subject, CONTENT_TYPE]
         return Record(self.topic, key, self.frame + body, timestamp, headers)
 
 
@@ -224,12 +222,12 @@ def _source(name: str) -> Header:
 
 
 def candle_and_event_records(
-    candles: Serializer[Candle], trades: Serializer[TradeEvent], candle: Candle, event: TradeEvent
+    candles: Serializer[Candle], trades: Serializer[TradeEvent], candle: Candle, change: Change
 ) -> tuple[Record, Record]:
     """Return the records of a candle and of the event that led to it; what they share is encoded once."""
     body = encoder(Candle)(candle)
-    change = trades.record(event, _around_candle()(event, body))
-    return Record(candles.topic, change.key, candles.frame + body, change.timestamp, []), change
+    event = trades.record(candle, _around_candle()(change, body), change.event_id)
+    return Record(candles.topic, event.key, candles.frame + body, event.timestamp, []), event
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import unicodedata
 from datetime import date, datetime
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -18,6 +19,7 @@ __all__ = [
     "TEHRAN",
     "AlertState",
     "Candle",
+    "Change",
     "DeadLetter",
     "Event",
     "FeedState",
@@ -184,6 +186,18 @@ class TradeEvent(Candle, frozen=True, kw_only=True, gc=False):
     trade_count_delta: int
     last_price_delta: int | None = None
     closing_price_delta: int | None = None
+
+
+class Change(NamedTuple):
+    """What a TradeEvent has beyond the candle after it."""
+
+    event_id: str
+    op: Op
+    volume_delta: int
+    value_delta: int
+    trade_count_delta: int
+    last_price_delta: int | None
+    closing_price_delta: int | None
 
 
 class PollMarker(Event, frozen=True, kw_only=True, gc=False):

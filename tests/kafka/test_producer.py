@@ -40,7 +40,7 @@ from bourse_sandbox.registry import serve_registry
 from bourse_schemas import reading
 from bourse_schemas.election import Election
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError
-from bourse_schemas.events import Candle, Event, Op, Outcome, PollMarker, TradeEvent
+from bourse_schemas.events import Candle, Change, Event, Op, Outcome, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.reading import TopicRecord
 from bourse_schemas.topics import CANDLES, POLLS, TRADES, Topic
@@ -336,9 +336,9 @@ def test_a_death_before_the_marker_leaves_nothing(cluster: Cluster) -> None:
     publisher = Publisher(cluster)
     state = publisher.restore()
     candles = [structs.replace(candle, sequence=candle.sequence + 1) for candle in state.candles.values()][:5]
-    made = [structs.replace(event, sequence=event.sequence + 1) for event in events][:5]
+    made = [Change(event.event_id, event.op, 1, 1, 1, None, None) for event in events][:5]
     with pytest.raises(RuntimeError, match="killed"):
-        publisher.publish(Changes(made, candles, 0), [], dies())
+        publisher.publish(Changes(candles, made, 0), [], dies())
     publisher.close()
     again = Publisher(cluster)
     assert again.restore() == state

@@ -34,7 +34,7 @@ from bourse_schemas.codec import (
     to_json,
 )
 from bourse_schemas.errors import Undecodable
-from bourse_schemas.events import Candle, DeadLetter, Event, Op, PriceAlert, TradeEvent
+from bourse_schemas.events import Candle, Change, DeadLetter, Event, Op, PriceAlert, TradeEvent
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, TOPICS, TRADES, Topic, event_id, topic_of
 from tests.strategies import LONGS, all_of, any_event, framed, one
 
@@ -118,7 +118,8 @@ def test_what_candle_and_event_share_is_encoded_once(event: Event) -> None:
     event = msgspec.structs.replace(event, event_id=event_id(event.instrument, event.trading_day, event.sequence))
     candles: Serializer[Candle] = Serializer(CANDLES, 4, "p")
     trades: Serializer[TradeEvent] = Serializer(TRADES, 9, "p")
-    assert candle_and_event_records(candles, trades, candle, event) == (candles(candle), trades(event))
+    change = Change(*(getattr(event, name) for name in Change._fields))
+    assert candle_and_event_records(candles, trades, candle, change) == (candles(candle), trades(event))
 
 
 def test_a_record_is_framed_keyed_and_timed() -> None:
