@@ -20,6 +20,7 @@ from typing import Any
 import httpx2
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from bourse_cli.root import main
 from bourse_sandbox.jars import Artifact, fetch
@@ -32,6 +33,9 @@ _APICURIO = Artifact(
     "8bc6751c76d963734224b01d5e7f84ccb3cb61c87d3bd77c36c35f10a5cbed63",
     158_577_952,
 )
+# A busy machine is slow, and the code is not at fault.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 _unavailable = pytest.StashKey[str]()
 _missing = pytest.StashKey[list[str]]()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bourse_producer.beats import Beats
@@ -33,7 +33,6 @@ def test_how_long_a_leader_may_owe_a_poll(poll_seconds: float, owed: float) -> N
     assert Beats(poll_seconds).owed_seconds() == owed
 
 
-@settings(deadline=None)
 @given(instants, st.floats(0, 10_000))
 def test_missed_beats_are_those_between_the_polls(since: datetime, seconds: float) -> None:
     """Every whole minute of now's open session after the last poll's beat and before this one's; by hand."""

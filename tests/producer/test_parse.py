@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -27,8 +27,6 @@ TRACK_ID = "0123456789abcdef0123456789abcdef"
 NOW = datetime(2020, 1, 19, 5, 32, tzinfo=UTC)
 FN = "FN-BRSE-40000100001"
 TIMEOUT = "timeout of 40000ms exceeded"
-# A busy machine is slow, and nothing is wrong with the code.
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 GOLDEN = Path(__file__).parents[1] / "golden" / "producer"
 
 # As the documentation prints it, with both of its track ids.
@@ -514,7 +512,6 @@ def survive(text: bytes) -> None:
         rejected.message.encode()
 
 
-@patient
 @given(st.binary(max_size=300))
 @example(b'{"state":"DONE","result":[{"":"\\ud800"}]}')
 def test_any_bytes(text: bytes) -> None:
@@ -537,7 +534,6 @@ odd_values = (
 )
 
 
-@patient
 @given(st.dictionaries(st.sampled_from(sorted(ROW)), odd_values, max_size=4))
 def test_any_values(values: dict[str, object]) -> None:
     """A row with anything in any of its fields is used or rejected, and its neighbour is used."""
@@ -552,7 +548,6 @@ def test_any_values(values: dict[str, object]) -> None:
         assert "IRO1MADN0001" in found.candles
 
 
-@patient
 @given(
     st.lists(
         st.tuples(st.integers(0, len(REAL) - 1), st.integers(0, 40), st.binary(max_size=12)), min_size=1, max_size=5
@@ -617,7 +612,6 @@ some_polls = st.lists(
 )
 
 
-@patient
 @given(some_polls, st.sampled_from(["trades-realtime", "realTimeTrades"]))
 def test_a_memo_changes_nothing(polls: list[tuple[list[Any], list[Any], bool, bool]], profile: str) -> None:
     """Whatever follows on what, and whether a poll is committed or not: the events' bytes are the same without one."""
