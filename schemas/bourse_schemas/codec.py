@@ -84,9 +84,12 @@ def _long(number: int) -> bytes:
     return b"".join(parts)
 
 
+def _bytes(value: bytes) -> bytes:
+    return _long(len(value)) + value
+
+
 def _string(value: str) -> bytes:
-    encoded = value.encode()
-    return _long(len(encoded)) + encoded
+    return _bytes(value.encode())
 
 
 _recurring = lru_cache(1 << 14)(_string)
