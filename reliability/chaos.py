@@ -50,6 +50,7 @@ __all__ = ["Options", "compare", "main", "run"]
 GOOD = {"PUBLISHED", "UNCHANGED"}
 # Of a group's session, which a dead or frozen leader outlasts or not.
 SESSION_SECONDS = 6.0
+SETTLED_SECONDS = 3 * SESSION_SECONDS
 STUCK_SECONDS = 90.0
 BROKER_SHARE = 0.2
 DRIP_EVERY = 20  # strikes; an answer that drips costs the producer's whole deadline
@@ -154,6 +155,7 @@ class Damage:
     broker_restarts: int = 0
     drips: int = 0
     takeovers: list[float] = field(default_factory=list)
+    recoveries: list[float] = field(default_factory=list)
     polls: int = 0
     found: Counter[str] = field(default_factory=Counter)
 
@@ -202,16 +204,21 @@ def run(options: Options) -> dict[str, Any]:
         print(f"logs and Kafka's data are in {folder}", file=sys.stderr)
     else:
         shutil.rmtree(folder)
-    times = damage.takeovers or [0.0]
     return {
         "kills": damage.kills,
         "freezes": damage.freezes,
         "broker_restarts": damage.broker_restarts,
         "drips": damage.drips,
-        "takeover_s": {"p50": round(statistics.median(times), 1), "max": round(max(times), 1)},
+        # After a broker's restart the group forms again: a leader that dies meanwhile costs more than one session.
+        "takeover_s": _times(damage.takeovers),
+        "recovery_s": _times(damage.recoveries),
         "polls": damage.polls,
         **{name: found[name] for name in ("expected", "found", "lost", "twice", "wrong", "holes")},
     }
+
+
+def _times(seconds: Sequence[float]) -> dict[str, float]:
+    return {"p50": round(statistics.median(seconds or [0.0]), 1), "max": round(max(seconds, default=0.0), 1)}
 
 
 class _Day:
@@ -234,6 +241,7 @@ class _Day:
         day = PracticeMarket.load(REAL_DAY)
         self._responses = Responses(day.times)
         self._exchange = PracticeExchange(day, self._responses)
+        self._settled_at = 0.0  # when the group has forgotten the last restart of a broker
         self._children: list[Child] = []
         self._urls: list[str] = []
 
@@ -301,6 +309,7 @@ class _Day:
         if self._options.broker_restarts and chance.random() < BROKER_SHARE:
             damage.broker_restarts += 1
             self._restart_broker()
+            self._settled_at = time.monotonic() + SETTLED_SECONDS
             self._await_markers(1)
             return
         leader = self._responses.last_instance
@@ -315,13 +324,14 @@ class _Day:
             self._await_markers(1)
         else:
             damage.kills += 1
+            began = time.monotonic()
             child.kill()
             if chance.random() < 0.5:
                 time.sleep(chance.uniform(0, 1))
             self._children[victim] = self._start(victim)
             took = self._await_markers(1)
             if victim == leader:
-                damage.takeovers.append(took)
+                (damage.takeovers if began > self._settled_at else damage.recoveries).append(took)
         if (done := damage.strikes) % 10 == 0:
             print(f"{done} strikes, response {self._responses.at}, {self._cluster.prefix}", file=sys.stderr, flush=True)
 

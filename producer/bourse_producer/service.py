@@ -35,7 +35,8 @@ ALIVE_SECONDS = 180.0
 STANDBY_SECONDS, STANDBY_TURNS = 1.0, 7
 # One-shot commands give up within 10 seconds, their own start included.
 ONCE_SECONDS = 7.0
-MAX_PAUSE_SECONDS = 30.0
+# An instance may be elected while it pauses, and then nobody polls until the pause ends.
+MAX_PAUSE_SECONDS = 5.0
 JUMP_SECONDS = 2.0
 # Without beats a poll of which nothing came, or for which no call may be made, is repeated after this time.
 UNHURRIED_SECONDS = 1.0

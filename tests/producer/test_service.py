@@ -504,7 +504,7 @@ def test_one_call_of_two_that_is_held_skips_no_poll() -> None:
 
 def test_a_failed_publication_costs_no_other_call(clock: FakeClock) -> None:
     """The bytes in hand are published with their own times; missed beats are SKIPPED after them, with the reason."""
-    log, exchange = Log(None, *[PublishError("brokers are away")] * 7), ByTheClock(clock)
+    log, exchange = Log(None, *[PublishError("brokers are away")] * 18), ByTheClock(clock)
     run_until(service(clock, log, exchange, leadership=Office(1)), clock, "10:03:40")
     assert (log.outcomes(), exchange.asked) == ("PPSP", [Call.SHARES] * 3)
     in_hand = log.markers[1]
@@ -737,6 +737,17 @@ def test_a_restore_that_fails_for_ever_is_tried_for_ever_and_never_ready(clock: 
     run_until(producer, clock, "10:01:30")
     assert monitor.registry.get_sample_value("bourse_publication_failures_total", {"step": "restore"}) == 3
     assert (monitor.reasons(), log.outcomes()) == ({}, "PP")
+
+
+def test_after_a_long_outage_polling_goes_on_within_seconds(clock: FakeClock) -> None:
+    """An instance may be elected while it pauses between two attempts: the pauses stay short."""
+    log = Log(opening=[Unreachable("away")] * 1000)
+    producer = service(clock, log, leadership=Office(1, clock=clock))
+    run_until(producer, clock, "10:05:02")
+    assert 50 < 1000 - len(log.opening) < 90
+    log.opening.clear()
+    run_until(producer, clock, "10:05:08")
+    assert log.outcomes() == "P"
 
 
 def test_readiness_and_session_do_not_depend_on_a_service_that_is_stuck(clock: FakeClock) -> None:
