@@ -182,7 +182,7 @@ class _Delta:
 
 def _tear(path: Path, chance: random.Random) -> None:
     size = path.stat().st_size
-    os.truncate(path, chance.choice([0, chance.randrange(size)]))
+    os.truncate(path, chance.choice([0, chance.randrange(size or 1)]))
 
 
 class _Database:

@@ -6,6 +6,9 @@ per partition (`bourse.trades-0`) holds the next offset. A commit that conflicts
 delta-rs if the snapshot it is made from is older; a repetition from a newer snapshot it accepts. So callers `refresh`,
 compare `stored` with what they hold, and commit. Maintenance has an application transaction of its own, which keeps a
 file from being replaced twice.
+
+Python's own values are not given to Arrow here, nor is `pq.read_table` used: Arrow would import pandas, if that is
+installed, which takes seconds and 50 MB.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -39,7 +43,8 @@ __all__ = ["File", "Table", "declared"]
 
 MAINTENANCE, ABOUT = "bourse.maintenance", "bourse.archive"
 FIXED = ("topic", "cluster", "topic_id")
-STATISTICS = ("_partition", "_offset", "poll_sequence")
+ORDER = ("_partition", "_offset")
+STATISTICS = (*ORDER, "poll_sequence")
 # Topics whose events have no trading day: the instant whose date in Tehran is the column `_day`.
 DAY_OF = {"polls": "requested_at", "dead-letters": "failed_at"}
 RETRIES = 20
@@ -55,8 +60,8 @@ class File(NamedTuple):
     day: date
     size: int
     rows: int
-    partitions: tuple[int, int]
-    offsets: tuple[int, int]
+    partitions: tuple[int | None, int | None]
+    offsets: tuple[int | None, int | None]
 
 
 NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
@@ -169,14 +174,15 @@ class Table:
 
     def files(self, day: date | None = None) -> list[File]:
         """Return the active files, those of one day if it is given, in the order of days and paths."""
-        actions = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
+        actions = pl.DataFrame(self.delta.get_add_actions(flatten=True)).to_dicts()
         found = [
             File(
                 each["path"],
                 each[f"partition.{self.day_column}"],
                 each["size_bytes"],
                 each["num_records"] or 0,
-                *((each.get(f"min.{name}"), each.get(f"max.{name}")) for name in STATISTICS[:2]),
+                (each.get("min._partition"), each.get("max._partition")),
+                (each.get("min._offset"), each.get("max._offset")),
             )
             for each in actions
         ]
@@ -184,22 +190,24 @@ class Table:
 
     def arrow(self, files: Iterable[File], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of files in the order of partitions and offsets, with the table's columns or these."""
-        fields = pa.schema(self.delta.schema().to_arrow())
-        wanted = fields if columns is None else pa.schema([fields.field(name) for name in columns])
-        tables = [wanted.empty_table()]
-        for file in files:
-            content = pa.py_buffer(self.storage.get(file.path))
-            with store_errors(Damaged):
-                parquet = pq.ParquetFile(content, page_checksum_verification=True)
-                rows = parquet.read([name for name in wanted.names if name in parquet.schema_arrow.names])
-                # Others write string views.
-                rows = rows.cast(pa.schema([wanted.field(name) for name in rows.column_names]))
-            if self.day_column in wanted.names:
-                rows = rows.append_column(self.day_column, pa.array([file.day] * rows.num_rows, pa.date32()))
-            tables.append(rows.replace_schema_metadata())
-        rows = pa.concat_tables(tables, promote_options="permissive").select(wanted.names)
-        order = [name for name in ("_partition", "_offset") if name in wanted.names]
-        return rows.sort_by([(name, "ascending") for name in order]) if order else rows
+        fields = pa.schema(self.delta.schema().to_arrow()).remove_metadata()
+        names = fields.names if columns is None else list(dict.fromkeys([*columns, *ORDER]))
+        empty = pa.Table.from_batches([], pa.schema([fields.field(name) for name in names]))
+        rows = pa.concat_tables([empty, *(self.read(file, names) for file in files)], promote_options="permissive")
+        return rows.sort_by([(name, "ascending") for name in ORDER]).select(columns or names)
+
+    def read(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of a file, as they are stored; raise Damaged if its bytes are not those that were written."""
+        fields, content = pa.schema(self.delta.schema().to_arrow()), pa.py_buffer(self.storage.get(file.path))
+        with store_errors(Damaged):
+            parquet = pq.ParquetFile(content, page_checksum_verification=True)
+            rows = parquet.read([name for name in parquet.schema_arrow.names if columns is None or name in columns])
+            # Others write string views.
+            rows = rows.cast(pa.schema([fields.field(name) for name in rows.column_names])).replace_schema_metadata()
+        if columns is None or self.day_column in columns:
+            day = pl.repeat(file.day, rows.num_rows, eager=True).to_arrow()
+            rows = rows.append_column(self.day_column, day)
+        return rows
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +225,7 @@ class Table:
             self.refresh()
             self.sync()
         days = rows[self.day_column]
-        return [self._file(rows.filter(pc.equal(days, day)), day, level) for day in pc.unique(days).to_pylist()]
+        return [self._file(rows.filter(pc.equal(days, day)), day.as_py(), level) for day in pc.unique(days)]
 
     def with_day(self, rows: pa.Table) -> pa.Table:
         """Return rows with the column of their day."""
@@ -227,7 +235,7 @@ class Table:
         return rows.append_column(self.day_column, pc.local_timestamp(instants).cast(pa.date32(), safe=False))
 
     def _file(self, rows: pa.Table, day: date, level: int) -> AddAction:
-        order = [name for name in ("instrument", "_partition", "_offset") if name in rows.column_names]
+        order = [name for name in ("instrument", *ORDER) if name in rows.column_names]
         rows = rows.sort_by([(name, "ascending") for name in order])
         bounds = {name: pc.min_max(rows[name]).as_py() for name in STATISTICS if name in rows.column_names}
         content = BytesIO()
@@ -390,7 +398,7 @@ def _is_whole(path: Path) -> bool:
     content = path.read_bytes()  # a file that cannot be read may be whole
     try:
         if path.suffix == ".parquet":
-            pq.read_table(pa.BufferReader(content))
+            pq.ParquetFile(pa.py_buffer(content)).read()
             return True
         return [json.loads(line) for line in content.decode().splitlines()] != []
     except (OSError, ValueError):

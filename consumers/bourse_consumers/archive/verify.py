@@ -83,7 +83,7 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
         size, what = sizes.get(file.path), "file is missing"
         try:
             if size == file.size:
-                rows = table.arrow([file])
+                rows = table.read(file)
                 if rows.num_rows == file.rows:
                     good.append(rows)
                     continue
@@ -93,7 +93,7 @@ def readable(table: Table, files: list[File], report: Report) -> pa.Table:
         except Damaged as error:  # a store that failed proves nothing
             what = f"file is damaged: {error}"
         report.find(what, file.day, file.partitions, file.offsets, file=file.path)
-    return pa.concat_tables(good)
+    return pa.concat_tables(good, promote_options="permissive")
 
 
 def kept_for(cluster: Cluster, table: Table) -> partial[Kept]:
