@@ -22,7 +22,6 @@ from bourse_consumers.alerts.command import consume
 from bourse_consumers.api import Batch, Consumer, Emit, WholePoll
 from bourse_consumers.kafka_market import KafkaMarket
 from bourse_consumers.kafka_stream import KafkaStream
-from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import read
@@ -84,7 +83,7 @@ def alerts(cluster: Cluster, count: int, rules: str) -> dict[str, float | None]:
 
     consumer.process_poll = timed
     stream = KafkaMarket(cluster, group, consumer.emits)
-    runner = Runner(Market(consumer, stream.polls, "alerts"), stream, stream.decode, name="alerts")
+    runner = Runner(consumer, stream, name="alerts")
     runner.run()
     published = sum(1 for _ in read(cluster, ALERTS.full_name(cluster.prefix)))
     return {"seconds": time.perf_counter() - began, "peak_mb": peak_mb(), "alerts": published}
@@ -119,7 +118,7 @@ def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: st
     consumer.process, consumer.close = timed, closed  # type: ignore[method-assign]  # nothing else is changed
     group = f"bench-{uuid4().hex}"
     stream = KafkaStream(cluster, group, consumer.topics, consumer.emits)
-    runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name=kind)
+    runner = Runner(consumer, stream, name=kind)
     runner.run()
     print(json.dumps({"seconds": ended - began, "peak_mb": peak_mb()}))
 

@@ -18,14 +18,14 @@ A `MarketConsumer` gets whole polls in place of batches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from bourse_consumers.records import Offsets, Partition, Places, Record, Records
-from bourse_schemas.errors import BourseError
+from bourse_schemas.errors import BourseError, Undecodable
 from bourse_schemas.events import Event, PollMarker, TradeEvent
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from bourse_consumers.columns import Decoded
+    from bourse_consumers.columns import Columns, Decoded
+    from bourse_schemas.codec import Deserializer
 
 __all__ = [
     "Assignment",
@@ -56,6 +57,7 @@ __all__ = [
     "Resume",
     "Retry",
     "Start",
+    "Unreadable",
     "WholePoll",
 ]
 
@@ -144,6 +146,33 @@ class Emit(NamedTuple):
     event: Event
 
 
+class Decoders:
+    """Decodes records, by the full names of their topics. Any call may raise Unreachable."""
+
+    def __init__(self, by_topic: Mapping[str, Deserializer[Any]]) -> None:
+        self._by_topic, self._by_columns = by_topic, dict[str, "Columns"]()
+
+    def event(self, record: Record) -> Any:
+        """Return a record's event. Raises Undecodable."""
+        return self._by_topic[record.partition.topic](record.value)
+
+    def columns(self, places: Places) -> Decoded | None:
+        """Return records of one topic by columns, None if they have to be decoded one by one."""
+        return self._columns(places).read(places)
+
+    def unknown(self, places: Places) -> pa.Table | None:
+        """Return the fields of newer writers that this release does not know, None if there are none."""
+        return self._columns(places).unknown(places)
+
+    def _columns(self, places: Places) -> Columns:
+        from bourse_consumers.columns import Columns  # needs polars
+
+        topic = places.partitions[0].topic
+        if topic not in self._by_columns:
+            self._by_columns[topic] = Columns(self._by_topic[topic])
+        return self._by_columns[topic]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Records of one topic, in order per partition, all decodable.
@@ -163,7 +192,26 @@ class Batch:
     @cached_property
     def events(self) -> Sequence[Any]:
         """Return the records' events, in the records' order."""
-        return [self.decode(record) for record in self.records]
+        events, bad = [], []
+        for record in self.records:
+            try:
+                events.append(self.decode(record))
+            except Undecodable as error:
+                bad.append((record, str(error)))
+        if bad:
+            raise Unreadable(bad)
+        return events
+
+    def without(self, bad: Collection[Record]) -> Batch:
+        """Return the batch without some of its records."""
+        gone = {id(record) for record in bad}
+        kept = [n for n, record in enumerate(self.records) if id(record) not in gone]
+        if len(kept) + len(gone) != len(self.records):
+            raise RuntimeError("Reject names a record that is not in the batch")
+        rest = replace(self, records=[self.records[n] for n in kept])
+        if "events" in self.__dict__:
+            rest.__dict__["events"] = [self.events[n] for n in kept]
+        return rest
 
     def all_fields(self) -> pa.Table:
         """Return `table()`, with the fields of newer writers that this release does not know."""
@@ -198,12 +246,14 @@ class WholePoll:
 
     `replay` is set for polls that are already committed: they only rebuild state, and what is returned for them is
     dropped. If `complete` is false, events are missing for good: do not judge the poll, use its events, and judge the
-    next one as after a gap.
+    next one as after a gap. `undecodable` are bad records that were read before it, and why;
+    they become dead letters.
     """
 
     marker: PollMarker
     replay: bool = False
     complete: bool = True
+    undecodable: Sequence[tuple[Record, str]] = ()
     load_events: Callable[[], Sequence[TradeEvent]] = field(default=lambda: (), repr=False)
     load_frame: Callable[[], pl.DataFrame] | None = field(default=None, repr=False)
 
@@ -251,6 +301,14 @@ class Reject(BourseError):
     def __init__(self, record: Record, message: str) -> None:
         super().__init__(message)
         self.record = record
+
+
+class Unreadable(Undecodable):
+    """Records of the batch cannot be decoded, and why: what `Batch.events` raises, and the runner handles."""
+
+    def __init__(self, bad: Sequence[tuple[Record, str]]) -> None:
+        super().__init__(bad[0][1])
+        self.bad = bad
 
 
 class Reopen(BourseError):

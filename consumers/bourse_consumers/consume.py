@@ -121,7 +121,6 @@ def _serve(
     from bourse_consumers.api import MarketConsumer
     from bourse_consumers.kafka_market import KafkaMarket
     from bourse_consumers.kafka_stream import KafkaStream
-    from bourse_consumers.market import Market
     from bourse_consumers.runner import Runner, connect
 
     def make() -> KafkaStream | KafkaMarket:
@@ -129,8 +128,5 @@ def _serve(
             return KafkaMarket(cluster, group, consumer.emits)
         return KafkaStream(cluster, group, consumer.topics, consumer.emits, from_end=consumer.from_end)
 
-    stream = connect(make, name, stop, monitor)
-    if stream is not None:
-        ours = Market(consumer, stream.polls, name) if isinstance(stream, KafkaMarket) else consumer
-        how = {"columns": stream.columns, "unknown": stream.unknown, "stop": stop, "monitor": monitor, **limits}
-        Runner(ours, stream, stream.decode, name=name, **how).run()
+    if stream := connect(make, name, stop, monitor):
+        Runner(consumer, stream, name=name, stop=stop, monitor=monitor, **limits).run()

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from bourse_consumers.api import Assignment, Emit
-from bourse_consumers.columns import Columns
+from bourse_consumers.api import Assignment, Decoders, Emit
 from bourse_consumers.kafka_stream import KafkaBase
 from bourse_consumers.market import Polls
-from bourse_consumers.records import Offsets, Partition, Places, Record
+from bourse_consumers.records import Offsets, Partition
 from bourse_consumers.runner import Poll, StreamBroken
 from bourse_consumers.transactions import ASK_SECONDS
 from bourse_schemas.election import Election
@@ -42,27 +41,21 @@ FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRO
 class KafkaMarket(KafkaBase):
     """A member of a market consumer's group, active or on standby; see `bourse_consumers.runner.Stream`.
 
-    Its records are the markers of polls that are whole; `polls` has the polls.
+    Its records are the markers of polls that are whole.
     """
 
     def __init__(self, cluster: Cluster, group: str, emits: Sequence[Topic]) -> None:
         super().__init__(cluster, group, (TRADES, POLLS), emits, group)
         self._trades, polls = self._reads
         self._marks = Partition(polls, 0)
-        self.polls = Polls(self.decode, Columns(self._decoders[self._trades]).read)
+        self._polls = Polls(self._by_topic, self._marks)
+        self.decoders: Decoders = self._polls
         self._election = Election(cluster, f"{group}-election", OWED_SECONDS)
         self._reader: Client | None = None
         self._term: int | None = None
         self._changed = True
-        self._begin: int | None = None
         self._position: dict[Partition, int] = {}
-        self._ends: dict[Partition, int] = {}
         self._committed_at, self._commit_time, self._refreshed = 0, 0.0, time.monotonic()
-
-    def columns(self, places: Places) -> None:
-        """Return None: markers are decoded one by one."""
-
-    unknown = columns
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return a change of the active member, or the markers of the next whole polls."""
@@ -70,34 +63,40 @@ class KafkaMarket(KafkaBase):
         term = self._election.term(0.0 if self._changed or self._reader else timeout)
         if self._changed or term != self._term:
             self._deactivate()
-            assigned = Assignment({}) if term is None else self._activate()
             self._term, self._changed = term, False
-            return Poll(assigned=assigned)
+            return Poll(assigned=Assignment({}) if term is None else self._activate())
         if time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refresh()
         if self._reader is None:
             return Poll()
         self._transactions.poll()
-        if self._begin is not None:
-            self._go_to(self._reader, self._begin)
         poll = self._records(self._fetch(self._reader, timeout, CHUNK))
         self._position.update(poll.positions)
-        # If this fails, what was read is read again.
-        if self._marks in poll.positions:
-            self.polls.add_trades([record for record in poll.records if record.partition != self._marks])
-            self.polls.add_markers([record for record in poll.records if record.partition == self._marks])
-        else:  # usual while it catches up: the records need not be made
-            self.polls.add_trades(poll.records)
-        if ready := self.polls.ready(limit) or self._check():
+        self._polls.add(poll.records)  # if this fails, what was read is read again
+        if ready := self._polls.ready(limit) or self._polls.lost(time.monotonic(), self._position, self._trades_ends):
             return Poll(ready, {self._marks: ready[-1].offset + 1})
         if time.monotonic() - self._commit_time > RECOMMIT_SECONDS:
             self.commit((), {self._marks: self._committed_at})
         # Only transaction markers are beyond the last poll.
-        return Poll(positions={} if len(self.polls) else {self._marks: self._position.get(self._marks, 0)})
+        return Poll(positions={} if len(self._polls) else {self._marks: self._position[self._marks]})
 
     def seek(self, offsets: Offsets) -> None:
-        """Continue at this marker, and at the first event that may belong to its poll."""
-        self._begin = offsets[self._marks]
+        """Continue at this marker, and at the first event that may belong to its poll.
+
+        The ends of trades are asked for first: if no event is as late as the poll, its events come after these ends.
+        """
+        if self._reader is None:
+            return
+        trades = self._partitions()
+        bounds = {partition: self._watermarks(self._reader, partition) for partition in trades}
+        since = self._requested(offsets[self._marks])
+        found = {} if since is None else self._asked(trades, max(0, since - SLACK_MS))
+        self._polls.clear()
+        self._position = dict(offsets)
+        for partition, (first, end) in bounds.items():
+            at = found.get(partition, -1)
+            self._position[partition] = max(first, end if at < 0 else at)
+        self._assign(self._reader)
 
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Wait while this member stays active, or on standby."""
@@ -136,7 +135,7 @@ class KafkaMarket(KafkaBase):
         if self._reader is None:
             return 0
         _, end = self._watermarks(self._reader, self._marks)
-        return len(self.polls) + max(0, end - self._position.get(self._marks, self._committed_at))
+        return len(self._polls) + max(0, end - self._position.get(self._marks, self._committed_at))
 
     def close(self) -> None:
         """Leave the election, so that another member becomes active at once."""
@@ -150,7 +149,7 @@ class KafkaMarket(KafkaBase):
             self._reader = None
             self._log.info("standing by")
         self._transactions.close()
-        self.polls.clear()
+        self._polls.clear()
         self._position = {}
 
     def _activate(self) -> Assignment:
@@ -172,37 +171,18 @@ class KafkaMarket(KafkaBase):
             at = high
             self._transactions.commit((), [TopicPartition(*self._marks, at)], reader.consumer_group_metadata())
         self._committed_at, self._commit_time = at, time.monotonic()
-        begin = self._day_start({self._marks: at})
-        self._begin = at
-        self._log.info("active", committed=at, day_start=begin[self._marks])
-        return Assignment({self._marks: at}, lambda: begin, read=self._read)
+        self._log.info("active", committed=at)
+        return Assignment({self._marks: at}, lambda: self._day_start({self._marks: at}), read=self._read)
 
     def _committed_poll(self, reader: Client) -> int:
         return self._committed(reader, [self._marks])[self._marks]
-
-    def _go_to(self, reader: Client, begin: int) -> None:
-        """Assign all partitions: polls at this offset, trades at the first event that may belong to its poll.
-
-        The ends of trades are asked for first: if no event is as late as the poll, its events come after these ends.
-        """
-        trades = self._partitions()
-        bounds = {partition: self._watermarks(reader, partition) for partition in trades}
-        since = self._requested(begin)
-        found = {} if since is None else self._asked(trades, max(0, since - SLACK_MS))
-        self.polls.clear()
-        self._ends, self._position = {}, {self._marks: begin}
-        for partition, (first, end) in bounds.items():
-            at = found.get(partition, -1)
-            self._position[partition] = max(first, end if at < 0 else at)
-        self._assign(reader)
-        self._begin = None
 
     def _requested(self, begin: int) -> int | None:
         """Return when the first poll from an offset on was requested, in milliseconds; None if there is none yet."""
         start: dict[tuple[str, int], int] = {self._marks: begin}
         for record in read(self._cluster, self._marks.topic, start=start, timeout=ASK_SECONDS):
             try:
-                return int(self._decoders[self._marks.topic](record.value).requested_at.timestamp() * 1000)
+                return int(self._by_topic[self._marks.topic](record.value).requested_at.timestamp() * 1000)
             except Undecodable:
                 continue
         return None
@@ -235,20 +215,11 @@ class KafkaMarket(KafkaBase):
             Partition(self._trades, number) for number in range(self._cluster.require_topics(self._reads)[self._trades])
         ]
 
-    def _check(self) -> list[Record]:
-        """Return the next poll's marker if its events are missing for good: they are nowhere up to the topic's ends."""
-        if not len(self.polls):
-            return []
-        if self.polls.to_check(time.monotonic()):
-            self._refresh()
-            trades = [partition for partition in self._position if partition != self._marks]
-            try:
-                self._ends = self._asked(trades, LAST, pending=True)
-            except Unreachable as error:
-                self._log.warning("kafka", error=str(error))
-                return []
-            self.polls.checked()
-        if not self.polls.is_checked:
-            return []
-        reached = all(self._position[each] >= end or self.polls.is_past(each) for each, end in self._ends.items())
-        return [self.polls.give_up()] if reached else []
+    def _trades_ends(self) -> Offsets | None:
+        """Return where trades end, open transactions included; None if a broker does not answer."""
+        self._refresh()
+        try:
+            return self._asked([each for each in self._position if each != self._marks], LAST, pending=True)
+        except Unreachable as error:
+            self._log.warning("kafka", error=str(error))
+            return None

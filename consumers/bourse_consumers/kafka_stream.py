@@ -21,7 +21,7 @@ from confluent_kafka import OFFSET_END, KafkaError, KafkaException, Message, Top
 from confluent_kafka import Consumer as Client
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.api import Assignment, Emit
+from bourse_consumers.api import Assignment, Decoders, Emit
 from bourse_consumers.records import Offsets, Partition, Places, Record, Records
 from bourse_consumers.runner import Poll, StreamBroken
 from bourse_consumers.transactions import ASK_SECONDS, HANG_SECONDS, Transactions
@@ -56,15 +56,11 @@ class KafkaBase:
         self._reads = [topic.full_name(cluster.prefix) for topic in reads]
         cluster.require_topics(self._reads, [topic.full_name(cluster.prefix) for topic in publishes])
         self._registry = cluster.registry()
-        self._decoders: dict[str, Deserializer[Any]] = {
+        self._by_topic: dict[str, Deserializer[Any]] = {
             name: self._registry.deserializer(topic.event) for name, topic in zip(self._reads, reads, strict=True)
         }
         # The same for the life of the process: its next producer settles what the one before left open.
         self._transactions = Transactions(cluster, transactional_id, publishes)
-
-    def decode(self, record: Record) -> Any:
-        """Return the record's event. Raises Undecodable; Unreachable while the registry is."""
-        return self._decoders[record.partition.topic](record.value)
 
     def _fetch(self, client: Client, timeout: float, limit: int) -> list[Message]:
         """Return what comes within `timeout` seconds."""
@@ -74,36 +70,33 @@ class KafkaBase:
 
     def _records(self, messages: Sequence[Message]) -> Poll:
         """Return messages as records, and the positions after them; raise errors that do not pass by themselves."""
-        good = [message for message in messages if message.error() is None]
-        positions = self._ends_among(messages) if len(good) < len(messages) else {}
+        good: list[Any] = []
+        positions: dict[Partition, int] = {}
+        for message in messages:
+            error = message.error()
+            if error is None:
+                good.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                # The end is beyond the last record if a transaction marker follows it.
+                positions[_partition(message.topic(), message.partition())] = message.offset() or 0
+            else:
+                self._note(error, message.topic() or "")
         partitions = [_partition(message.topic(), message.partition()) for message in good]
-        offsets: list[Any] = [message.offset() for message in good]
-        timestamps = [message.timestamp()[1] for message in good]
-        values: list[Any] = [message.value() for message in good]
-        places = Places(partitions, offsets, timestamps, values)
+        offsets, values = ([getattr(message, name)() for message in good] for name in ("offset", "value"))
+        places = Places(partitions, offsets, [message.timestamp()[1] for message in good], values)
         for partition, at in places.ends().items():
             positions[partition] = max(at, positions.get(partition, 0))
         return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
 
-    def _ends_among(self, messages: Sequence[Message]) -> dict[Partition, int]:
-        """Return where partitions end; raise errors that do not pass by themselves."""
-        ends: dict[Partition, int] = {}
-        for message in messages:
-            error = message.error()
-            if error is None:
-                continue
-            if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
-                # The end is beyond the last record if a transaction marker follows it.
-                ends[_partition(message.topic(), message.partition())] = int(message.offset() or 0)
-            elif error.fatal():
-                raise KafkaException(error)
-            elif refusal := self._cluster.refusal(error, topic=message.topic() or "", group=self._group):
-                raise refusal
-            elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # the client's public name for it
-                raise StreamBroken(error.str())
-            else:
-                self._log.warning("kafka", error=error.str())
-        return ends
+    def _note(self, error: KafkaError, topic: str) -> None:
+        """Raise an error that does not pass by itself, log any other."""
+        if error.fatal():
+            raise KafkaException(error)
+        if refusal := self._cluster.refusal(error, topic=topic, group=self._group):
+            raise refusal
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # the client's public name for it
+            raise StreamBroken(error.str())
+        self._log.warning("kafka", error=error.str())
 
     def _watermarks(self, client: Client, partition: Partition) -> tuple[int, int]:
         """Return a partition's first offset and its end. Faster than an administration client, which has to connect."""
@@ -166,7 +159,7 @@ class KafkaStream(KafkaBase):
         self, cluster: Cluster, group: str, topics: Sequence[Topic], emits: Sequence[Topic], *, from_end: bool = False
     ) -> None:
         super().__init__(cluster, group, topics, emits, f"{group}-{uuid4()}")
-        self._columns: dict[str, Any] = {}
+        self.decoders = Decoders(self._by_topic)
         # A consumer that publishes only dead letters need not wait for a producer.
         self._emits, self._from_end = bool(emits), from_end
         self._client: Client = cluster.consumer(
@@ -189,31 +182,13 @@ class KafkaStream(KafkaBase):
         revoked = self._on_revoke
         self._client.subscribe(self._reads, on_assign=self._on_assign, on_revoke=revoked, on_lost=revoked)
 
-    def columns(self, places: Places) -> Any:
-        """Return records of one topic by columns, None if they have to be decoded one by one."""
-        return self._reader(places).read(places)
-
-    def unknown(self, places: Places) -> Any:
-        """Return the fields of newer writers that this release does not know, None if there are none."""
-        return self._reader(places).unknown(places)
-
-    def _reader(self, places: Places) -> Any:
-        from bourse_consumers.columns import Columns
-
-        topic = places.partitions[0].topic
-        if topic not in self._columns:
-            self._columns[topic] = Columns(self._decoders[topic])
-        return self._columns[topic]
-
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return an assignment, or the records that came within `timeout` seconds and the positions after them."""
         self._transactions.poll()
         messages = self._fetch(self._client, timeout, limit)
-        if self._changed:
-            # What came along with the assignment is fetched again from where the consumer begins.
-            assigned = self._assignment()
+        if self._changed:  # what came along is read again from where the consumer begins
             self._changed = False
-            return Poll(assigned=assigned)
+            return Poll(assigned=self._assignment())
         if self._uncommitted is not None:
             error, self._uncommitted = self._uncommitted, None
             raise self._broken(error)
@@ -222,15 +197,15 @@ class KafkaStream(KafkaBase):
         return poll
 
     def seek(self, offsets: Offsets) -> None:
-        """Continue at these offsets; partitions not named stay where they are."""
+        """Read all partitions of the assignment from these offsets."""
         for partition, at in offsets.items():
-            if at > self._ends.get(partition, at) and at > (end := self._watermarks(self._client, partition)[1]):
+            if at > self._ends[partition] and at > (end := self._watermarks(self._client, partition)[1]):
                 raise ConfigurationError(
                     f"{partition.topic}-{partition.number} ends at offset {end}, but its sink has stored up to {at}: "
                     "the topic was created again, or this is another cluster; store its data elsewhere"
                 )
-        self._next.update(offsets)
-        self._assign()
+        self._next = dict(offsets)
+        self._client.assign([TopicPartition(*partition, at) for partition, at in offsets.items()])
 
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Stay a member without fetching; return False as soon as the assignment changed or `stopped()`."""
@@ -238,7 +213,9 @@ class KafkaStream(KafkaBase):
         self._client.pause(held)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._changed and not stopped():
-            self._client.poll(min(left, 0.1))
+            message = self._client.poll(min(left, 0.1))
+            if message is not None and not self._changed and self._records([message]).records:
+                raise StreamBroken("a record came although its partition is paused")
         self._client.resume(held)  # also after a rebalance: a partition that comes back would stay paused
         return not self._changed and not stopped()
 
@@ -246,18 +223,13 @@ class KafkaStream(KafkaBase):
         """Publish emits and commit offsets, in one transaction if there is anything to publish."""
         if self._changed or self._client.memberid() != self._member:
             raise StreamBroken("the group gave our partitions away")
-        if emits:
-            positions = [TopicPartition(*partition, at) for partition, at in offsets.items()]
-            self._transactions.commit(emits, positions, self._membership)
-        else:
-            # A failure is raised by the next `poll`.
-            self._commit(offsets)
-
-    def _commit(self, offsets: Offsets) -> None:
         positions = [TopicPartition(*partition, at) for partition, at in offsets.items()]
-        # Waiting for the answer could take as long as the broker is unreachable; `close` waits, with a deadline.
         try:
-            if positions:
+            if emits:
+                self._transactions.commit(emits, positions, self._membership)
+            elif positions:
+                # Waiting for the answer could take as long as the broker is unreachable. The next `poll` raises a
+                # failure; `close` waits, with a deadline.
                 self._client.commit(offsets=positions, asynchronous=True)
         except KafkaException as error:
             raise self._broken(error.args[0]) from error
@@ -297,34 +269,30 @@ class KafkaStream(KafkaBase):
         self._assigned, self._changed, self._uncommitted = assigned, True, None
         self._transactions.suspect()
 
-    def _assign(self) -> None:
-        self._client.assign([TopicPartition(*partition, self._next[partition]) for partition in self._assigned])
-
     def _assignment(self) -> Assignment:
         if self._emits and self._assigned:
             # First, since it settles what the last producer left open: only then it is certain what is committed.
             self._transactions.prepare()
-        committed = self._committed(self._client, self._assigned)
+        begin = self._committed(self._client, self._assigned)
         first: dict[Partition, int] = {}
-        begin: dict[Partition, int] = {}
+        ends: dict[Partition, int] = {}
         fresh: list[Partition] = []
-        for partition, at in committed.items():
+        for partition, at in begin.items():
             first[partition], self._ends[partition] = self._watermarks(self._client, partition)
+            if first[partition] <= at <= self._ends[partition]:
+                continue
             about = {"topic": partition.topic, "partition": partition.number}
-            begin[partition] = at
             if at < 0 and self._from_end:
-                begin[partition] = self._ends[partition]
+                begin[partition] = ends[partition] = self._ends[partition]
                 self._log.info("beginning at the end", **about, offset=begin[partition])
-                self._commit({partition: begin[partition]})
-            elif not first[partition] <= at <= self._ends[partition]:
+            else:
                 begin[partition] = first[partition]
                 fresh.append(partition)
                 if at >= 0:
                     gone = "the topic no longer has the committed offset: beginning at its start"
                     self._log.warning(gone, **about, committed=at, start=first[partition])
-        self._next = dict(begin)
-        self._assign()
-        before = {partition: None if partition in fresh else at for partition, at in begin.items()}
+        self.commit((), ends)
+        before: dict[Partition, int | None] = {**begin, **dict.fromkeys(fresh)}
         ask: dict[str, Any] = {"read": self._read, "identity": self._cluster.identity}
         return Assignment(begin, lambda: self._day_start(before), first, fresh=fresh, **ask)
 

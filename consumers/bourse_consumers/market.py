@@ -1,24 +1,25 @@
 """Whole polls out of markers and events, and the consumer that hands them on: no broker in here.
 
-`Polls` collects what was read and returns polls in the markers' order as soon as they are complete. `Market` lets a
-`MarketConsumer` run on the ordinary runner: its records are the markers of the polls that are whole.
+`Polls` collects what was read and returns the markers of polls, in order, as soon as these are complete. To the runner
+they are records, and a marker's event is its whole poll. So `Market` runs a `MarketConsumer` on the ordinary runner.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bourse_cli.health import Monitor
+from bourse_cli.health import ConsumerMetrics
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import (
     Assignment,
     Batch,
     Consumer,
     Day,
+    Decoders,
     Emit,
     MarketConsumer,
     Rebuild,
@@ -26,16 +27,14 @@ from bourse_consumers.api import (
     Start,
     WholePoll,
 )
-from bourse_consumers.records import Partition, Places, Record
-from bourse_consumers.runner import dead_letter
+from bourse_consumers.records import Offsets, Partition, Places, Record, dead_letter
+from bourse_schemas.codec import Deserializer
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import PollMarker, Reason, TradeEvent
 from bourse_schemas.topics import DEAD_LETTERS, POLLS
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from bourse_consumers.columns import Decoded
 
 __all__ = ["Market", "Polls"]
 
@@ -51,120 +50,120 @@ class _Piece(NamedTuple):
     frame: pl.DataFrame
 
 
-class Polls:
+class Polls(Decoders):
     """Collects markers and trade events; the caller says what time it is.
 
     Records come in order per partition, but partitions come in any order: events of a poll may be read long after its
     marker, and after markers of later polls.
     """
 
-    def __init__(self, decode: Callable[[Record], Any], columns: Callable[[Places], Decoded | None]) -> None:
-        self._decode, self._columns = decode, columns
+    def __init__(self, by_topic: Mapping[str, Deserializer[Any]], marks: Partition) -> None:
+        super().__init__(by_topic)
+        self._marks = marks
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.letters: list[tuple[Record, str]] = []
         self._markers: deque[tuple[Record, PollMarker]] = deque()
-        self._pieces: dict[int, list[_Piece]] = {}
+        self._pieces: defaultdict[int, list[_Piece]] = defaultdict(list)
+        self._bad: list[tuple[Record, str]] = []
         self._newest: dict[Partition, int] = {}
         self._ready: dict[int, WholePoll] = {}
         self._taken, self._checked = 0, -1
+        self._ends: Offsets | None = None
         self._waiting_since: float | None = None
 
     def __len__(self) -> int:
         """Return how many markers wait for their events."""
         return len(self._markers)
 
-    def add_markers(self, records: Sequence[Record]) -> None:
-        """Add records of the polls topic. Raises Unreachable."""
-        self._markers.extend(self._decodable(records))
+    def event(self, record: Record) -> WholePoll:
+        """Return, once, the poll whose marker this record is."""
+        return self._ready.pop(record.offset)
 
-    def add_trades(self, records: Sequence[Record]) -> None:
-        """Add records of the trades topic. Raises Unreachable; then none was added."""
+    def add(self, records: Sequence[Record]) -> None:
+        """Add records of both topics. Raises Unreachable; then what was read has to be read again."""
+        trades, markers = records, list[Record]()
+        if self._marks in Places.of(records).partitions:  # otherwise the records need not be made
+            markers = [record for record in records if record.partition == self._marks]
+            trades = [record for record in records if record.partition != self._marks]
+        self._markers.extend(self._decodable(markers))
+        if trades:
+            self._add_trades(trades)
+
+    def _add_trades(self, records: Sequence[Record]) -> None:
         from bourse_consumers.columns import to_frame
 
-        found = self._columns(Places.of(records)) if records else None
+        found = self.columns(Places.of(records))
         if found is not None:
             frame = found.frame
         else:
             good = self._decodable(records)
             records, frame = [record for record, _ in good], to_frame([event for _, event in good], TradeEvent)
-        rows: dict[int, list[int]] = {}
+        rows = defaultdict[int, list[int]](list)
         sequences = frame["poll_sequence"].to_list()
         for row, (partition, sequence) in enumerate(zip(Places.of(records).partitions, sequences, strict=True)):
-            rows.setdefault(sequence, []).append(row)
+            rows[sequence].append(row)
             self._newest[partition] = max(sequence, self._newest.get(partition, 0))
         for sequence, mine in rows.items():
             if sequence > self._taken:
-                piece = _Piece(records, mine, frame if len(rows) == 1 else frame[mine])
-                self._pieces.setdefault(sequence, []).append(piece)
+                self._pieces[sequence].append(_Piece(records, mine, frame if len(rows) == 1 else frame[mine]))
 
     def _decodable(self, records: Sequence[Record]) -> list[tuple[Record, Any]]:
         """Return the records that can be decoded, with their events; the others become dead letters."""
         good = []
         for record in records:
             try:
-                good.append((record, self._decode(record)))
+                good.append((record, super().event(record)))
             except Undecodable as error:
-                self.letters.append((record, str(error)))
+                self._bad.append((record, str(error)))
         return good
 
     def ready(self, limit: int) -> list[Record]:
-        """Return the markers of the next polls that are complete, in order; `take` returns the polls."""
+        """Return the markers of the next polls that are complete."""
         found: list[Record] = []
         while self._markers and len(found) < limit and self._missing(self._markers[0][1]) <= 0:
             found.append(self._next(complete=True))
         return found
 
-    def give_up(self) -> Record:
-        """Return the marker of the next poll although events are missing."""
-        _, marker = self._markers[0]
-        get_logger().error("incomplete poll", poll_sequence=marker.poll_sequence, missing=self._missing(marker))
-        return self._next(complete=False)
+    def lost(self, now: float, positions: Offsets, ends: Callable[[], Offsets | None]) -> list[Record]:
+        """Return the next poll's marker if its events are missing for good: they are nowhere up to the topic's ends.
 
-    def to_check(self, now: float) -> bool:
-        """Return whether the next poll has waited so long for its events that the topic's ends have to be asked for.
-
-        Then the caller asks, and calls `checked`; polls whose markers were read before need no other check.
+        A poll that waits for long is checked: `ends` is asked where the trades end, once for all polls whose markers
+        were read before. `now` is in seconds, `positions` is how far the topics were read.
         """
+        if not self._markers:
+            return []
+        record, marker = self._markers[0]
         if self._waiting_since is None:
             self._waiting_since = now
-        return not self.is_checked and now - self._waiting_since >= CHECK_SECONDS
-
-    def checked(self) -> None:
-        """Note that the ends were asked for after all markers here were read."""
-        self._checked = self._markers[-1][0].offset
-
-    @property
-    def is_checked(self) -> bool:
-        """Return whether the ends were asked for after the next poll's marker was read."""
-        return self._markers[0][0].offset <= self._checked
-
-    def is_past(self, partition: Partition) -> bool:
-        """Return whether an event of a poll after the next one was read from a partition."""
-        return self._newest.get(partition, 0) > self._markers[0][1].poll_sequence
-
-    def take(self, offset: int, *, replay: bool) -> WholePoll:
-        """Return the poll whose marker has this offset."""
-        return replace(self._ready[offset], replay=replay)
-
-    def done(self, offset: int) -> None:
-        """Forget the polls up to this offset."""
-        self._ready = {at: poll for at, poll in self._ready.items() if at > offset}
+        if record.offset > self._checked and now - self._waiting_since >= CHECK_SECONDS:
+            self._ends = ends()
+            if self._ends is not None:
+                self._checked = self._markers[-1][0].offset
+        if self._ends is None or record.offset > self._checked:
+            return []
+        # A partition with an event of a later poll has no more of this one.
+        if any(
+            positions[at] < end and self._newest.get(at, 0) <= marker.poll_sequence for at, end in self._ends.items()
+        ):
+            return []
+        get_logger().error("incomplete poll", poll_sequence=marker.poll_sequence, missing=self._missing(marker))
+        return [self._next(complete=False)]
 
     def _missing(self, marker: PollMarker) -> int:
-        expected = marker.events
-        return expected - sum(len(piece.rows) for piece in self._pieces.get(marker.poll_sequence, ()))
+        return marker.events - sum(len(piece.rows) for piece in self._pieces.get(marker.poll_sequence, ()))
 
     def _next(self, *, complete: bool) -> Record:
         record, marker = self._markers.popleft()
-        pieces = self._pieces.pop(marker.poll_sequence, [])
         self._taken, self._waiting_since = marker.poll_sequence, None
-        self._pieces = {sequence: kept for sequence, kept in self._pieces.items() if sequence > marker.poll_sequence}
+        pieces = self._pieces.get(self._taken, [])
+        for sequence in [each for each in self._pieces if each <= self._taken]:
+            del self._pieces[sequence]
+        bad, self._bad = self._bad, []
 
         def events() -> Sequence[TradeEvent]:
-            return [self._decode(piece.records[row]) for piece in pieces for row in piece.rows]
+            return [super(Polls, self).event(piece.records[row]) for piece in pieces for row in piece.rows]
 
         def frame() -> pl.DataFrame:
             import polars as pl
@@ -173,7 +172,7 @@ class Polls:
 
             return pl.concat([piece.frame for piece in pieces]) if pieces else to_frame((), TradeEvent)
 
-        self._ready[record.offset] = WholePoll(marker, False, complete, events, frame)
+        self._ready[record.offset] = WholePoll(marker, False, complete, bad, events, frame)
         return record
 
 
@@ -183,17 +182,18 @@ class Market(Consumer):
     topics = (POLLS,)
     batch_size = 50  # polls in one transaction while catching up
 
-    def __init__(self, consumer: MarketConsumer, polls: Polls, name: str) -> None:
-        self._consumer, self._polls, self._name = consumer, polls, name
-        self.emits = consumer.emits
+    def __init__(self, consumer: MarketConsumer, name: str, metrics: ConsumerMetrics) -> None:
+        self._consumer, self._name, self._metrics = consumer, name, metrics
+        self.trouble, self.close = consumer.trouble, consumer.close  # type: ignore[method-assign]  # handed on
         self._active = False
-        self._next = self._replayed = 0
         self._emits: list[Emit] = []
+        self._bad: list[tuple[Record, str]] = []
+        # The offset of the last poll that was handed on.
+        self._done = -1
 
     def open(self, assigned: Assignment) -> Start:
         """Begin with the trading day under way; a member on standby has no partitions."""
-        self._consumer.monitor = self.monitor
-        self._active, self._next, self._replayed, self._emits = bool(assigned), 0, 0, []
+        self._active, self._done, self._emits, self._bad = bool(assigned), -1, [], []
         if not self._active:
             return Resume()
         self._consumer.open(Day(assigned.read))
@@ -201,34 +201,23 @@ class Market(Consumer):
 
     def process(self, batch: Batch) -> list[Emit]:
         """Hand on the polls of these markers."""
-        for record in batch.records:
-            if record.offset >= self._next:
-                poll = self._polls.take(record.offset, replay=batch.replay)
+        for record, each in zip(batch.records, batch.events, strict=True):
+            if record.offset > self._done:
+                poll = replace(each, replay=batch.replay)
                 self._emits += self._consumer.process_poll(poll) or ()
-                if not poll.complete and not poll.replay and isinstance(self.monitor, Monitor):
-                    self.monitor.consumer.incomplete.labels(self._name).inc()
-                self._next = record.offset + 1
-        self._polls.done(self._next - 1)
-        if batch.replay:
-            self._replayed, self._emits = batch.records[-1].timestamp, []
-            return []
-        for record, why in self._polls.letters:
-            # Those of polls that are only replayed were published when they were processed.
-            if not record.timestamp or record.timestamp > self._replayed:
-                letter = dead_letter(record, Reason.UNDECODABLE, why, self._name, datetime.now(UTC))
-                self._emits.append(Emit(DEAD_LETTERS, letter))
-        self._polls.letters.clear()
+                self._metrics.incomplete.labels(self._name).inc(not (poll.complete or poll.replay))
+                self._bad += poll.undecodable
+                if poll.replay:  # those of its time were published when it was processed
+                    self._bad = [(bad, why) for bad, why in self._bad if bad.timestamp > record.timestamp]
+                self._done = record.offset
         emits, self._emits = self._emits, []
+        if not batch.replay:
+            now = datetime.now(UTC)
+            letters = [dead_letter(bad, Reason.UNDECODABLE, why, self._name, now) for bad, why in self._bad]
+            emits += [Emit(DEAD_LETTERS, letter) for letter in letters]
+            self._bad = []
         return emits
 
     def idle(self, now: datetime) -> Sequence[Emit] | None:
         """Let an active consumer do what is due."""
         return self._consumer.idle(now) if self._active else None
-
-    def trouble(self) -> str | None:
-        """Return the consumer's trouble."""
-        return self._consumer.trouble()
-
-    def close(self) -> None:
-        """Close the consumer."""
-        self._consumer.close()

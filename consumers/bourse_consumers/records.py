@@ -1,12 +1,18 @@
-"""Records as they come from Kafka: where they are, when they are of, and their bytes."""
+"""Records as they come from Kafka: where they are, their bytes, and those that are bad."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
-__all__ = ["Offsets", "Partition", "Places", "Record", "Records"]
+from bourse_schemas.events import DeadLetter, Reason, Stage
+
+__all__ = ["Offsets", "Partition", "Places", "Record", "Records", "dead_letter"]
+
+# A dead letter must fit where its record did (1 MB): one budget for all its parts, of which headers get a share.
+PAYLOAD_BYTES, HEADER_BYTES, TEXT_BYTES = 750_000, 100_000, 10_000
 
 
 class Partition(NamedTuple):
@@ -75,3 +81,30 @@ class Records(Sequence[Record]):
     @cached_property
     def _made(self) -> list[Record]:
         return self._make()
+
+
+def dead_letter(record: Record, reason: Reason, message: str, consumer: str, now: datetime) -> DeadLetter:
+    """Return a record as a dead letter that fits where the record did; its message names what was left out."""
+    message, headers, left = message[:TEXT_BYTES], dict[str, bytes](), HEADER_BYTES
+    for name, value in record.headers.items():
+        if (left := left - len(name.encode()) - len(value)) >= 0:
+            headers[name] = value
+    if missing := len(record.headers) - len(headers):
+        message += f" ({missing} of {len(record.headers)} headers left out)"
+    payload = record.value or b""
+    if len(payload) > PAYLOAD_BYTES:
+        message += f" (the first {PAYLOAD_BYTES} of {len(payload)} bytes)"
+    return DeadLetter(
+        reason=reason,
+        message=message,
+        stage=Stage.CONSUME,
+        origin=record.origin,
+        consumer=consumer,
+        payload=payload[:PAYLOAD_BYTES],
+        original_topic=record.partition.topic,
+        original_key=record.key if record.key is None else record.key[:TEXT_BYTES],
+        original_partition=record.partition.number,
+        original_offset=record.offset,
+        original_headers=headers,
+        failed_at=now.replace(microsecond=0),
+    )

@@ -20,24 +20,14 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from bourse_consumers.api import Assignment, Consumer, Emit, MarketConsumer, Offsets, Partition, Places, Record
-from bourse_consumers.market import Market, Polls
+from bourse_consumers.api import Assignment, Consumer, Decoders, Emit, MarketConsumer, Offsets, Partition, Record
+from bourse_consumers.market import CHECK_SECONDS, Polls
 from bourse_consumers.runner import Poll, Runner, StreamBroken
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.events import TEHRAN, DeadLetter, Event, Op, Outcome, PollMarker, TradeEvent
 from bourse_schemas.topics import DEFAULT_PREFIX, POLLS, TOPICS, TRADES, Topic, event_id, topic_of
 
-__all__ = [
-    "ConsumerContract",
-    "Memory",
-    "MemoryMarket",
-    "MemoryStream",
-    "marker",
-    "run",
-    "runner",
-    "stream_of",
-    "trade",
-]
+__all__ = ["ConsumerContract", "Memory", "MemoryMarket", "MemoryStream", "marker", "run", "stream_of", "trade"]
 
 POLLS_0 = Partition(POLLS.full_name(), 0)
 # How often a consumer may ask to wait in a test.
@@ -131,6 +121,7 @@ class MemoryStream:
         self._memory, self._from_end = memory, from_end
         names = [topic.full_name() for topic in topics]
         self._partitions = [Partition(name, number) for name in names for number in range(memory.partitions)]
+        self.decoders = Decoders(DECODERS)
         self._next: dict[Partition, int] = {}
         self._changed = True
         self._generation = self.failing = 0
@@ -144,28 +135,29 @@ class MemoryStream:
             return Poll(assigned=self._assignment())
         records: list[Record] = []
         positions: dict[Partition, int] = {}
-        for partition in self._partitions:
-            for entry in self._memory.records.get(partition, [])[self._next[partition] :]:
+        for partition, at in self._next.items():
+            for entry in self._memory.records.get(partition, [])[at:]:
                 if entry is not None:
                     if len(records) == limit:
                         break
                     records.append(entry)
-                self._next[partition] += 1
-                positions[partition] = self._next[partition]
+                positions[partition] = positions.get(partition, at) + 1
+        self._next |= positions
         return Poll(records, positions)
 
     def _assignment(self) -> Assignment:
+        committed = self._memory.committed
         if self._from_end:
             for partition in self._partitions:
-                self._memory.committed.setdefault(partition, len(self._memory.records.get(partition, [])))
-        fresh = [partition for partition in self._partitions if partition not in self._memory.committed]
-        self._next = {partition: self._memory.committed.get(partition, 0) for partition in self._partitions}
+                committed.setdefault(partition, len(self._memory.records.get(partition, [])))
         start = dict.fromkeys(self._partitions, 0)
-        return Assignment(self._next, lambda: start, start, fresh=fresh, read=self._memory.read)
+        begin = {partition: committed.get(partition, 0) for partition in self._partitions}
+        fresh = [partition for partition in self._partitions if partition not in committed]
+        return Assignment(begin, lambda: start, start, fresh=fresh, read=self._memory.read)
 
     def seek(self, offsets: Offsets) -> None:
-        """Continue at these offsets."""
-        self._next.update(offsets)
+        """Read from these offsets."""
+        self._next = dict(offsets)
 
     def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
         """Note that it would wait."""
@@ -203,47 +195,25 @@ class MemoryMarket(MemoryStream):
     def __init__(self, memory: Memory) -> None:
         super().__init__(memory, [POLLS], from_end=True)
         self._partitions = [POLLS_0]
-        self._trades: dict[Partition, int] = {}
-        self.polls = Polls(memory.decode, _columns)
+        self._trades = [Partition(TRADES.full_name(), number) for number in range(memory.partitions)]
+        self.decoders: Polls = Polls(DECODERS, POLLS_0)
 
-    def _assignment(self) -> Assignment:
-        self.polls.clear()
-        self._trades = {}
-        return super()._assignment()
+    def seek(self, offsets: Offsets) -> None:
+        """Read polls from this offset, and all trades."""
+        self.decoders.clear()
+        self._next = {**offsets, **dict.fromkeys(self._trades, 0)}
 
     def poll(self, timeout: float, limit: int) -> Poll:
         """Return the assignment, then the markers of whole polls; what is missing now is missing for good."""
-        poll = super().poll(timeout, 1_000_000)
+        poll, polls = super().poll(timeout, 1_000_000), self.decoders
         if poll.assigned is not None:
             return poll
-        self.polls.add_markers(poll.records)
-        for partition, log in self._memory.records.items():
-            if partition.topic == TRADES.full_name():
-                came = log[self._trades.get(partition, 0) :]
-                self._trades[partition] = len(log)
-                self.polls.add_trades([record for record in came if record is not None])
-        ready = self.polls.ready(limit)
-        if not ready and len(self.polls):
-            ready = [self.polls.give_up()]
+        polls.add(poll.records)
+        ready = polls.ready(limit)
+        for now in () if ready else (0.0, CHECK_SECONDS):
+            ready = polls.lost(now, self._next, dict)
         at = ready[-1].offset + 1 if ready else self._next[POLLS_0]
-        return Poll(ready, {POLLS_0: at} if ready or not len(self.polls) else {})
-
-
-def _columns(places: Places) -> Any:
-    from bourse_consumers.columns import Columns
-
-    return Columns(DECODERS[TRADES.full_name()]).read(places)
-
-
-def runner(
-    consumer: Consumer | MarketConsumer, memory: Memory, *, batch_size: int = 1000, stream: MemoryStream | None = None
-) -> Runner:
-    """Return a runner of a consumer over what is in memory; `stream` is one that `stream_of` returned."""
-    stream = stream or stream_of(consumer, memory)
-    if isinstance(consumer, MarketConsumer):
-        assert isinstance(stream, MemoryMarket), "a market consumer needs a MemoryMarket"
-        consumer = Market(consumer, stream.polls, "test")
-    return Runner(consumer, stream, memory.decode, name="test", batch_size=batch_size)
+        return Poll(ready, {POLLS_0: at} if ready or not len(polls) else {})
 
 
 def stream_of(consumer: Consumer | MarketConsumer, memory: Memory) -> MemoryStream:
@@ -261,22 +231,23 @@ def run(
     batch_size: int = 1000,
     rounds: int | None = None,
     stream: MemoryStream | None = None,
-) -> None:
-    """Run a consumer over what is in memory, then stop it in good order.
+) -> Runner:
+    """Run a consumer over what is in memory, then stop it in good order; return its runner.
 
     With `rounds` it is dropped after that many rounds (an assignment or a batch each), as by kill -9.
     """
     stream = stream or stream_of(consumer, memory)
-    running = runner(consumer, memory, batch_size=batch_size, stream=stream)
+    runner = Runner(consumer, stream, name="test", batch_size=batch_size)
     for _ in count() if rounds is None else range(rounds):
         try:
-            if not running.step() and rounds is None:
+            if not runner.step() and rounds is None:
                 break
         except StreamBroken:
             stream.reset()
     if rounds is None:
-        running.stop()
-        running.run()
+        runner.stop()
+        runner.run()
+    return runner
 
 
 class ConsumerContract:
@@ -333,12 +304,7 @@ class ConsumerContract:
         """If the group's offsets are lost, a sink goes on at its own."""
 
         def lose(memory: Memory, make: Make, _: int) -> None:
-            first = runner(make(), memory)
-            while first.step():
-                pass
-            first.stop()
-            first.run()
-            if first.owns_offsets:
+            if run(make(), memory).owns_offsets:
                 memory.committed.clear()
 
         self._survives(tmp_path, "redelivered", lose, 1)
@@ -350,7 +316,7 @@ class ConsumerContract:
         """
 
         def double(memory: Memory, make: Make, rounds: int) -> None:
-            old, new = writers = [runner(make(), memory, batch_size=1) for _ in range(2)]
+            old, new = writers = [run(make(), memory, batch_size=1, rounds=0) for _ in range(2)]
             for _ in range(rounds):
                 old.step()
             new.step()
@@ -391,7 +357,7 @@ class ConsumerContract:
         return self.outcome(memory, folder)
 
     def _survives(
-        self, tmp_path: Path, what: str, disturb: Callable[[Memory, Make, int], None], times: int = 0
+        self, tmp_path: Path, what: str, disturb: Callable[[Memory, Make, int], object], times: int = 0
     ) -> None:
         """Assert that a successor makes the outcome what it is undisturbed, after however many rounds it happened."""
         expected = self._undisturbed(tmp_path / "expected")

@@ -55,6 +55,7 @@ class Transactions:
 
     def prepare(self) -> bool:
         """Have a producer that is not damaged; return whether it is new: then it settled what was left open."""
+        self.poll()  # a broker may have been lost since the last call
         if self._suspect:
             self.close()
         if self._producer is not None:

@@ -24,7 +24,6 @@ from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of, mill
 from bourse_consumers.alerts.rules_file import RuleFiles, compile_rule, load, strangers
 from bourse_consumers.alerts.trial import Trial, polls_of
 from bourse_consumers.api import Day, Reopen, WholePoll
-from bourse_consumers.market import Market as MarketRunner
 from bourse_consumers.mistakes import Mistake
 from bourse_consumers.records import Partition, Places
 from bourse_consumers.rows import to_table
@@ -718,9 +717,7 @@ def test_a_bad_change_keeps_the_rules_and_shows_in_log_readyz_and_metrics(
     stream = stream_of(consumer, memory)
     assert isinstance(stream, MemoryMarket)
     memory.append(event(1030), marker(1, 0, traded=1))
-    running = Runner(
-        MarketRunner(consumer, stream.polls, "alerts"), stream, memory.decode, name="alerts", monitor=monitor
-    )
+    running = Runner(consumer, stream, name="alerts", monitor=monitor)
 
     def stepped(held: Callable[[], object]) -> bool:
         running.step()

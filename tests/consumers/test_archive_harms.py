@@ -68,10 +68,8 @@ class Archive:
     def run(self) -> None:
         """Archive what comes next."""
         for topic in (TRADES, POLLS):
-            consumer, columns = DeltaArchive(str(self.folder), topic, commit_rows=8), COLUMNS[topic]
-            stream = stream_of(consumer, self.memory)
-            options: dict[str, Any] = {"columns": columns.read, "unknown": columns.unknown, "batch_size": 4}
-            runner = Runner(consumer, stream, self.memory.decode, name="test", **options)
+            consumer = DeltaArchive(str(self.folder), topic, commit_rows=8)
+            runner = Runner(consumer, stream_of(consumer, self.memory), name="test", batch_size=4)
             while runner.step():
                 pass
             runner.stop()

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from bourse_consumers.api import Batch, Consumer, Partition, Places, Record
+from bourse_consumers.api import Batch, Consumer, Decoders, Partition, Places, Record
 from bourse_consumers.columns import Columns
 from bourse_consumers.rows import to_table
 from bourse_consumers.runner import Runner
@@ -159,12 +159,9 @@ def test_the_bad_ones_are_exactly_the_dead_letters(payloads: list[bytes | None])
     memory = Memory()
     for value in payloads:
         memory.append_bytes(TradeEvent, value)  # type: ignore[arg-type]  # a tombstone may be there
-    consumer, decode = Collect(), Deserializer(TradeEvent, writer)
-    stream = MemoryStream(memory, [TRADES])
-    columns = Columns(decode)
-    runner = Runner(
-        consumer, stream, lambda record: decode(record.value), columns=columns.read, name="t", max_rejected_share=1
-    )
+    consumer, stream = Collect(), MemoryStream(memory, [TRADES])
+    stream.decoders = Decoders({TRADES.full_name(): Deserializer(TradeEvent, writer)})
+    runner = Runner(consumer, stream, name="t", max_rejected_share=1)
     while runner.step():
         pass
     expected, bad = one_by_one(memory.records[Partition("bourse.trades", 0)])  # type: ignore[arg-type]  # no markers

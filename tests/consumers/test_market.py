@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import pytest
 
 from bourse_cli.health import Monitor
-from bourse_consumers.api import Day, Emit, MarketConsumer, Partition, Record, Retry, WholePoll
+from bourse_consumers.api import Day, Emit, MarketConsumer, Offsets, Partition, Record, Retry, WholePoll
 from bourse_consumers.market import CHECK_SECONDS, Polls
-from bourse_consumers.testing import Memory, MemoryMarket, marker, run, runner, trade
+from bourse_consumers.runner import Runner
+from bourse_consumers.testing import DECODERS, Memory, MemoryMarket, marker, run, trade
 from bourse_schemas.events import DeadLetter, Event, TradeEvent
 from bourse_schemas.topics import TRADES, Topic
 
-POLLS_0 = Partition("bourse.polls", 0)
+POLLS_0, TRADES_0 = Partition("bourse.polls", 0), Partition("bourse.trades", 0)
 
 
 class Seen(MarketConsumer):
@@ -65,7 +66,7 @@ def test_a_group_without_committed_polls_only_rebuilds() -> None:
     """Nobody wants the alerts of what is over; the next poll is new."""
     memory, consumer = Memory(), Seen()
     memory.append(*polls(2))
-    running = runner(consumer, memory, stream=MemoryMarket(memory))
+    running = Runner(consumer, MemoryMarket(memory), name="test")
     while running.step():
         pass
     memory.append(*polls(1, first=3))
@@ -130,7 +131,7 @@ def test_whatever_the_order_of_partitions_polls_come_whole_and_in_order(seed: in
         for number, event in enumerate(events):
             memory.append(event, partition=number)
         memory.append(marker(*events))
-    collected = Polls(Memory.decode, lambda _: None)
+    collected = Polls(DECODERS, POLLS_0)
     queues = [
         records(memory, "bourse.polls"),
         *[[record for record in records(memory, "bourse.trades") if record.partition.number == n] for n in range(3)],
@@ -139,11 +140,10 @@ def test_whatever_the_order_of_partitions_polls_come_whole_and_in_order(seed: in
     while any(queues) or len(collected):
         queue = chance.choice([queue for queue in queues if queue] or [[]])
         came = [queue.pop(0) for _ in range(min(len(queue), chance.randint(1, 15)))]
-        (collected.add_markers if came and came[0].partition == POLLS_0 else collected.add_trades)(came)
+        collected.add(came)
         for record in collected.ready(chance.randint(1, 10)):
-            poll = collected.take(record.offset, replay=False)
+            poll = collected.event(record)
             found.append((poll.marker.poll_sequence, sorted(event.instrument for event in poll.events)))
-            collected.done(record.offset)
     assert found == [(number, [f"IRO1TEST000{each}" for each in range(3)]) for number in range(1, 41)]
     assert not collected._pieces
     assert not collected._ready
@@ -152,15 +152,22 @@ def test_whatever_the_order_of_partitions_polls_come_whole_and_in_order(seed: in
 def test_when_a_poll_has_to_be_checked() -> None:
     """After five seconds, once for all polls whose markers were read before; never because a later marker came."""
     memory = Memory()
-    events = polls(3)
-    memory.append(*[each for each in events if not isinstance(each, TradeEvent)])
-    collected = Polls(Memory.decode, lambda _: None)
-    collected.add_markers(records(memory, "bourse.polls"))
+    memory.append(*[each for each in polls(3) if not isinstance(each, TradeEvent)])
+    collected, position, asked = Polls(DECODERS, POLLS_0), {TRADES_0: 0}, list[float]()
+
+    def lost(now: float, end: int | None = 7) -> list[int]:
+        def ends() -> Offsets | None:
+            asked.append(now)
+            return None if end is None else {TRADES_0: end}
+
+        return [collected.event(each).marker.poll_sequence for each in collected.lost(now, position, ends)]
+
+    collected.add(records(memory, "bourse.polls"))
     assert collected.ready(10) == []
-    assert not collected.to_check(100.0)
-    assert not collected.to_check(100.0 + CHECK_SECONDS - 0.1)
-    assert collected.to_check(100.0 + CHECK_SECONDS)
-    assert not collected.is_checked
-    collected.checked()
-    collected.give_up()
-    assert collected.is_checked
+    assert [lost(100.0), lost(100.0 + CHECK_SECONDS - 0.1)] == [[], []]
+    assert asked == []
+    assert lost(110.0, None) == []  # a broker does not answer
+    assert [lost(111.0), lost(112.0)] == [[], []]  # not everything was read
+    position[TRADES_0] = 7
+    assert [lost(113.0), lost(113.0), lost(113.0), lost(999.0)] == [[1], [2], [3], []]
+    assert asked == [110.0, 111.0]

@@ -18,7 +18,7 @@ from bourse_consumers.notify.channels import Channel, Webhook
 from bourse_consumers.notify.consumer import Alertmanager
 from bourse_consumers.notify.words import example
 from bourse_consumers.runner import Runner
-from bourse_consumers.testing import Memory, runner, stream_of
+from bourse_consumers.testing import Memory, stream_of
 from bourse_sandbox.kafka import free_port
 from bourse_sandbox.processes import spawn
 from bourse_schemas.events import AlertState, DeadLetter, PriceAlert, ResolvedBy, Scope, Severity
@@ -67,7 +67,7 @@ class Place:
         channel.__dict__["sender"] = Webhook(f"{self.url}/api/v2/alerts")
         consumer = Alertmanager("robot", {"robot": channel})
         consumer.interval = 0.2
-        return runner(consumer, self.memory, stream=stream_of(consumer, self.memory))
+        return Runner(consumer, stream_of(consumer, self.memory), name="test")
 
     @contextmanager
     def alertmanager(self, number: int) -> Iterator[None]:
@@ -177,7 +177,7 @@ def test_a_renamed_symbol_ends_under_its_old_name(wait_for: Callable[..., Any]) 
         feed = alert("2", "feed-bad", None, scope=Scope.FEED)
         memory.append(first, over(structs.replace(first, symbol="NEW", severity=Severity.WARNING)), feed)
         consumer = Alertmanager("robot", {"robot": channel})
-        running = runner(consumer, memory, stream=stream_of(consumer, memory))
+        running = Runner(consumer, stream_of(consumer, memory), name="test")
         wait_for(lambda: (running.step(0), len(web.asked) >= 2)[1])
         ended, opened = web.bodies()[0]
         assert (ended["labels"]["symbol"], ended["labels"]["severity"]) == ("AAAA", "info")
@@ -193,7 +193,7 @@ def test_an_alertmanager_that_is_unreachable_is_waited_for() -> None:
     memory.committed[ALERTS_0] = 0
     memory.append(alert("1", "fast-move", "IRO1AAAA0001"))
     consumer = Alertmanager("robot", {"robot": channel})
-    running = runner(consumer, memory, stream=(stream := stream_of(consumer, memory)))
+    running = Runner(consumer, (stream := stream_of(consumer, memory)), name="test")
     with pytest.raises(AssertionError, match="has asked to wait"):
         running.run()
     assert memory.committed == {ALERTS_0: 0}
@@ -215,7 +215,7 @@ def test_an_alertmanager_that_fails_with_alerts_open_holds_up_no_new_alert(
         memory.append(alert("1", "first", "IRO1AAAA0001"))
         consumer = Alertmanager("robot", {"robot": channel}, give_up=timedelta(0))
         consumer.interval = 0.0
-        running = runner(consumer, memory, stream=(stream := stream_of(consumer, memory)))
+        running = Runner(consumer, (stream := stream_of(consumer, memory)), name="test")
 
         def asked_again(times: int = 2) -> None:
             most = len(asked) + times

@@ -44,7 +44,7 @@ class InMemory:
                 self.memory.append(value)
 
     def member(self, consumer: Consumer) -> Runner:
-        return Runner(consumer, MemoryStream(self.memory, consumer.topics), self.memory.decode, name="test")
+        return Runner(consumer, MemoryStream(self.memory, consumer.topics), name="test")
 
     def read(self, topic: Topic) -> list[Any]:
         return [emit.event for emit in self.memory.emitted if emit.topic is topic]
@@ -80,7 +80,7 @@ class OnKafka:
             self.last.close()
         self.last = KafkaStream(self.cluster, f"{self.cluster.prefix}-group", consumer.topics, consumer.emits)
         self.stack.callback(self.last.close)
-        return Runner(consumer, self.last, self.last.decode, name="test")
+        return Runner(consumer, self.last, name="test")
 
     def read(self, topic: Topic) -> list[Any]:
         decode = self.cluster.registry().deserializer(topic.event)

@@ -83,7 +83,7 @@ def keep(cluster: Cluster, to: Path, rows: int, **limits: Any) -> None:
     """Run the archive until it has taken over so many rows."""
     consumer = DeltaArchive(str(to), **limits)
     stream = KafkaStream(cluster, f"{cluster.prefix}-archive", consumer.topics, consumer.emits)
-    runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name="archive", batch_size=2_000)
+    runner = Runner(consumer, stream, name="archive", batch_size=2_000)
     while runner._rows < rows:
         try:
             runner.step()
@@ -127,7 +127,7 @@ def test_what_the_topic_deletes_is_noticed(cluster: Cluster, tmp_path: Path) -> 
     admin = cluster.admin()
     consumer = DeltaArchive(str(tmp_path))
     stream = KafkaStream(cluster, f"{cluster.prefix}-archive", consumer.topics, consumer.emits)
-    runner = Runner(consumer, stream, stream.decode, columns=stream.columns, name="archive", batch_size=100)
+    runner = Runner(consumer, stream, name="archive", batch_size=100)
     while not runner._rows:
         runner.step()
     consumer.close()

@@ -38,7 +38,6 @@ RUN = """
 import sys
 from bourse_consumers.kafka_market import KafkaMarket
 from bourse_consumers.kafka_stream import KafkaStream
-from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner, connect
 from bourse_cli.health import Monitor
 from bourse_schemas.watchdog import stop_on_signals
@@ -48,15 +47,16 @@ from tests.kafka.test_market import Counting
 
 servers, registry, prefix, kind = sys.argv[1:]
 cluster, stop, monitor = Cluster(servers, registry, prefix), stop_on_signals(), Monitor("test")
-if kind == "market":
-    made = Counting()
-    stream = connect(lambda: KafkaMarket(cluster, prefix + "-market", made.emits), "test", stop, monitor)
-    consumer = stream and Market(made, stream.polls, "test")
-else:
-    consumer = Copy()
-    stream = connect(lambda: KafkaStream(cluster, prefix + "-copy", Copy.topics, Copy.emits), "test", stop, monitor)
+consumer = Counting() if kind == "market" else Copy()
+group = f"{prefix}-{kind}"
+stream = connect(
+    lambda: KafkaMarket(cluster, group, consumer.emits)
+    if kind == "market"
+    else KafkaStream(cluster, group, consumer.topics, consumer.emits),
+    "test", stop, monitor
+)
 if stream:
-    Runner(consumer, stream, stream.decode, name="test", stop=stop, monitor=monitor).run()
+    Runner(consumer, stream, name="test", stop=stop, monitor=monitor).run()
 """
 
 
@@ -256,7 +256,7 @@ def test_an_event_that_is_too_large_ends_the_consumer_and_is_named(
     with pytest.raises(
         Exception, match=r"an event of 20\d+ bytes is larger than .*\.trades accepts \(key IRO1MADN0001\)"
     ):
-        Runner(consumer, stream, stream.decode, name="test").run()
+        Runner(consumer, stream, name="test").run()
 
 
 def test_a_record_whose_dead_letter_would_be_too_large_does_not_stop_it(
@@ -281,7 +281,7 @@ def test_a_record_whose_dead_letter_would_be_too_large_does_not_stop_it(
     Producing(cluster).polls(1, 1)
     consumer = Seeing()
     stream = KafkaStream(cluster, f"{prefix}-letters", consumer.topics, consumer.emits)
-    runner = Runner(consumer, stream, stream.decode, name="test")
+    runner = Runner(consumer, stream, name="test")
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:

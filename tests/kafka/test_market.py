@@ -20,7 +20,6 @@ from bourse_cli.health import Monitor
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.api import Day, Emit, MarketConsumer, WholePoll
 from bourse_consumers.kafka_market import KafkaMarket
-from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import marker, trade
 from bourse_sandbox.kafka import Kafka
@@ -106,7 +105,7 @@ def letter(message: str) -> Emit:
 def running(cluster: Cluster, consumer: MarketConsumer) -> Iterator[Runner]:
     """Run a member of the group in a thread until the block ends."""
     stream = KafkaMarket(cluster, f"{cluster.prefix}-{GROUP}", consumer.emits)
-    runner = Runner(Market(consumer, stream.polls, "test"), stream, stream.decode, name="test")
+    runner = Runner(consumer, stream, name="test")
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
@@ -240,7 +239,7 @@ def test_a_quiet_market_stays_ready_and_a_lost_topic_is_noticed(cluster: Cluster
         watched = replace(cluster, settings=settings, on_statistics=monitor.statistics)
         consumer = Counting()
         streams.append(stream := KafkaMarket(watched, f"{cluster.prefix}-{GROUP}", consumer.emits))
-        runner = Runner(Market(consumer, stream.polls, "test"), stream, stream.decode, name="test", monitor=monitor)
+        runner = Runner(consumer, stream, name="test", monitor=monitor)
         threading.Thread(target=run, args=(runner,), daemon=True).start()
     wait_for(lambda: all(monitor.reasons() == {} for monitor in monitors), 30)
     wait_for(lambda: sorted(stream._reader is None for stream in streams) == [False, True], 30)
@@ -264,7 +263,6 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from bourse_consumers.kafka_market import KafkaMarket
-from bourse_consumers.market import Market
 from bourse_consumers.runner import Runner
 from bourse_consumers.transactions import Transactions
 from bourse_schemas.kafka import Cluster
@@ -299,7 +297,7 @@ cluster = Cluster(servers, registry, prefix)
 consumer = Marking()
 stream = KafkaMarket(cluster, group, consumer.emits)
 stream._transactions.__class__ = Watched
-Runner(Market(consumer, stream.polls, "child"), stream, stream.decode, name="child").run()
+Runner(consumer, stream, name="child").run()
 """
 
 

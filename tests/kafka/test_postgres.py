@@ -65,7 +65,7 @@ def member(cluster: Cluster, dsn: str, group: str) -> Runner:
     """Return an archive in a group of its own; all groups write one table."""
     consumer = PostgresArchive(dsn, TRADES, apply_schema=True)
     stream = KafkaStream(cluster, f"{cluster.prefix}-{group}", consumer.topics, consumer.emits)
-    return Runner(consumer, stream, stream.decode, columns=stream.columns, name=group, batch_size=50)
+    return Runner(consumer, stream, name=group, batch_size=50)
 
 
 def count(dsn: str) -> int:

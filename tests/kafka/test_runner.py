@@ -98,7 +98,7 @@ def publish(cluster: Cluster, events: Sequence[TradeEvent], *, commit: bool = Tr
 def running(cluster: Cluster, consumer: Consumer, stream: KafkaStream | None = None) -> Iterator[Runner]:
     """Run a consumer in a thread until the block ends."""
     stream = stream or KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
-    runner = Runner(consumer, stream, stream.decode, name="test")
+    runner = Runner(consumer, stream, name="test")
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
@@ -407,7 +407,7 @@ def test_a_sink_that_is_ahead_of_its_topic_is_an_operators_mistake(cluster: Clus
     consumer = Ahead()
     stream = KafkaStream(cluster, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
     with pytest.raises(ConfigurationError, match="ends at"):
-        Runner(consumer, stream, stream.decode, name="test").run()
+        Runner(consumer, stream, name="test").run()
 
 
 CHILD = """
@@ -449,7 +449,7 @@ class Copy(Consumer):
 cluster = Cluster(servers, registry, prefix)
 stream = KafkaStream(cluster, group, Copy.topics, Copy.emits)
 stream._transactions = Watched(cluster, group + "-child", [TRADES, DEAD_LETTERS])
-Runner(Copy(), stream, stream.decode, name="child").run()
+Runner(Copy(), stream, name="child").run()
 """
 
 

@@ -16,7 +16,7 @@ from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Rebuild, Record, Reopen, Retry, Start
 from bourse_consumers.notify.channels import Channel, NotSent, Refused
 from bourse_consumers.notify.words import Writer, example
-from bourse_consumers.runner import dead_letter
+from bourse_consumers.records import dead_letter
 from bourse_schemas.events import AlertState, PriceAlert, Reason, ResolvedBy, Stage
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, Topic
 
