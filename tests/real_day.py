@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from bourse_cli.health import Monitor
@@ -98,8 +99,8 @@ class Feed:
 
 
 @contextmanager
-def serving(feed: Any, port: int = 0, **options: Any) -> Iterator[str]:
+def serving(feed: Any, port: int = 0, *, notice: Path | None = None, **options: Any) -> Iterator[str]:
     """Serve the board on this feed; gives its URL."""
-    publisher = Publisher(feed, has_font="font" in options)
-    with serve(application(publisher, Monitor("board"), **options), port=port) as server:
+    publisher = Publisher(feed, Monitor("board"), notice=notice)
+    with serve(application(publisher, **options), port=port) as server:
         yield server.url

@@ -104,6 +104,18 @@ class ArchiveMetrics:
         self.findings = gauge("archive_findings", "Findings of the last verification. Days with any are not merged.")
 
 
+class BoardMetrics:
+    """Metrics of the board."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counter, gauge, _ = _kinds(registry)
+        self.clients = gauge("board_clients", "Pages that receive frames. At --max-clients others are refused.")
+        self.refused = counter("board_refused_clients", "Pages refused for lack of room. They show old prices.")
+        self.frames = counter("board_frames", "Frames made. If it does not rise every 5 s, all pages are frozen.")
+        self.rebuilds = counter("board_rebuilds", "Topics found created again. Each time all pages load the day again.")
+        self.poll_age = gauge("board_poll_age_seconds", "Since the newest poll arrived. If high, all prices are old.")
+
+
 class KafkaMetrics:
     """Metrics of librdkafka's clients, from its statistics."""
 
@@ -125,6 +137,7 @@ class Monitor:
     consumer = cached_property(lambda self: ConsumerMetrics(self.registry))
     notify = cached_property(lambda self: NotifyMetrics(self.registry))
     archive = cached_property(lambda self: ArchiveMetrics(self.registry))
+    board = cached_property(lambda self: BoardMetrics(self.registry))
     kafka = cached_property(lambda self: KafkaMetrics(self.registry))
 
     def __init__(self, service: str) -> None:

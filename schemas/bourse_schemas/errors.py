@@ -33,6 +33,7 @@ __all__ = [
     "Undecodable",
     "UnknownSchema",
     "Unreachable",
+    "counted",
     "did_you_mean",
 ]
 
@@ -109,6 +110,11 @@ class PublishError(BourseError):
 
 class Fenced(PublishError):
     """Another instance with the same transactional id took over."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 event, 2,000 events."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

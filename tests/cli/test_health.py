@@ -40,7 +40,7 @@ def declared() -> dict[str, Declared]:
     """Return every metric by its name, as Prometheus reads it."""
     monitor = Monitor("test")
     found = {}
-    for group in (monitor.producer, monitor.consumer, monitor.notify, monitor.archive, monitor.kafka):
+    for group in (monitor.producer, monitor.consumer, monitor.notify, monitor.archive, monitor.board, monitor.kafka):
         for metric in vars(group).values():
             (family,) = metric.describe()
             name = family.name + "_total" * (family.type == "counter")

@@ -422,6 +422,27 @@ def test_states_of_the_feed_are_told_apart(visit: Callable[..., Page], url: str,
     expect(page.locator("#market")).to_be_visible()
 
 
+def test_a_notice_is_announced_and_can_be_closed(visit: Callable[..., Page], feed: Feed, tmp_path: Path) -> None:
+    """In both languages, in a live region; a closed one stays closed until the text is another one."""
+    file = tmp_path / "notice"
+    with serving(feed, notice=file) as url:
+        page = visit(url)
+        notice = page.locator("[role=status] #notice")
+        expect(notice).to_be_hidden()
+        file.write_text("سامانه ساعت ۱۶ به‌روز می‌شود\n<b>Update</b> at 16:00", "utf-8")
+        expect(notice).to_contain_text("سامانه ساعت ۱۶ به‌روز می‌شود")
+        page.click("#lang")
+        expect(notice.locator("span")).to_have_text("<b>Update</b> at 16:00")
+        page.click("#close")
+        expect(notice).to_be_hidden()
+        page.click("#lang")
+        expect(notice).to_be_hidden()
+        file.write_text("۲\n2", "utf-8")
+        expect(notice).to_be_visible()
+        file.unlink()
+        expect(notice).to_be_hidden()
+
+
 def test_hostile_names_are_text(visit: Callable[..., Page], url: str, feed: Feed) -> None:
     """Markup, direction controls, 10,000 characters: shown as text, and nothing moves."""
     day = feed.state.day

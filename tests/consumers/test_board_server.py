@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from bourse_cli.health import Monitor
 from bourse_consumers.board import server
 from bourse_consumers.board.state import State
+from bourse_sandbox.serving import serve
 from bourse_schemas.events import AlertState
 from tests.real_day import Feed, polls_of_day, serving
 from tests.samples import SYMBOL, alert, event, letter, marker
@@ -172,6 +178,55 @@ def test_clients_begin_again_when_the_state_is_another_one(url: str, feed: Feed)
         feed.play(0, 1)
         assert next(line for line in lines if line.startswith("event: ")) == "event: reset"
     assert len(snapshot(url)["rows"]) == len(polls_of_day()[0][1])
+
+
+def test_a_notice_comes_and_goes_and_is_in_the_last_frame(feed: Feed, tmp_path: Path) -> None:
+    """A client that is connected when the board ends gets it, and the end of the stream; a bad file is no notice."""
+    file, stop = tmp_path / "notice", threading.Event()
+    publisher = server.Publisher(feed, Monitor("board"), notice=file, stop=stop)  # type: ignore[arg-type]
+    with serve(server.application(publisher)) as served:
+        assert snapshot(served.url)["notice"] is None
+        after = snapshot(served.url)["id"]
+        with httpx2.stream("GET", f"{served.url}/api/events?after={after}", timeout=20) as answer:
+            frames = events(answer.iter_lines())
+            file.write_text("سلام\nHello\n", "utf-8")
+            assert next(frame for _, frame in frames if frame["notice"])["notice"] == {"fa": "سلام", "en": "Hello"}
+            assert snapshot(served.url)["notice"] == {"fa": "سلام", "en": "Hello"}
+            file.write_bytes(b"\xff\xfe")
+            assert next(frame for _, frame in frames if not frame["notice"])["notice"] is None
+            file.write_text("Bye", "utf-8")
+            stop.set()
+            assert [frame["notice"] for _, frame in frames][-1] == {"fa": "Bye", "en": "Bye"}
+
+
+def test_what_an_operator_needs_is_in_the_metrics(
+    url: str, feed: Feed, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    """Clients, refusals, frames, rebuilds and the age of the newest poll; docs/board.md explains each."""
+
+    def metric(name: str) -> float:
+        text = httpx2.get(f"{url}/metrics").text
+        return float(re.search(rf"^bourse_board_{name} (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    with ExitStack() as stack:
+        streams = [stack.enter_context(httpx2.stream("GET", f"{url}/api/events", timeout=10)) for _ in range(2)]
+        lines = [stream.iter_lines() for stream in streams]
+        assert [next(each) for each in lines] == ["event: reset"] * 2
+        assert httpx2.get(f"{url}/api/events").status_code == 503
+        assert [metric("clients"), metric("refused_clients_total")] == [2, 1]
+    wait_for(lambda: metric("clients") == 0)
+    frames = metric("frames_total")
+    assert metric("rebuilds_total") == 0
+    with feed.lock:
+        feed.state = State()
+    wait_for(lambda: metric("rebuilds_total") == 1 and metric("frames_total") > frames)
+    assert math.isnan(metric("poll_age_seconds"))
+    feed.play(0, 1)
+    assert 0 <= metric("poll_age_seconds") < 60
+    page = (Path(__file__).parents[2] / "docs" / "board.md").read_text("utf-8")
+    kinds = [family for each in vars(Monitor("board").board).values() for family in each.describe()]
+    rows = [f"| `{kind.name + '_total' * (kind.type == 'counter')}` | {kind.documentation} |" for kind in kinds]
+    assert re.findall(r"^\| `bourse_board_.*$", page, re.MULTILINE) == rows
 
 
 def test_more_clients_than_allowed_are_refused(url: str, wait_for: Callable[..., Any]) -> None:

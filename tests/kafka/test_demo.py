@@ -17,12 +17,14 @@ from typing import Any
 import httpx2
 import pytest
 from confluent_kafka.schema_registry import SchemaRegistryClient
+from playwright.sync_api import Page, expect
 
 from bourse_sandbox.faults import KINDS
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.processes import Child, spawn
 from bourse_sandbox.stack import NO_ALERTS, Stack
 from bourse_schemas.errors import BourseError
+from tests.consumers.test_board_page import browser, visit  # noqa: F401  # fixtures
 
 pytestmark = pytest.mark.kafka
 BOURSE = (sys.executable, "-m", "bourse_cli")
@@ -125,8 +127,15 @@ def test_without_jars_auto_falls_back_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kafka")
-def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """A check list, the board, a producer to kill, a proof at Ctrl-C, and commands that work from that folder."""
+def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(
+    tmp_path: Path,
+    wait_for: Callable[..., Any],
+    visit: Callable[..., Page],  # noqa: F811
+) -> None:
+    """A check list, the board, a producer to kill, a proof at Ctrl-C, and commands that work from that folder.
+
+    The page has the proof too when the demo has ended.
+    """
     out = tmp_path / "out"
     command = [*BOURSE, "demo", "--broker", "kafka", "--speed", "300"]
     with spawn(command, cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
@@ -135,18 +144,23 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_
             return out.read_text("utf-8") if out.is_file() else ""
 
         pid = wait_for(lambda: re.search(r"kill -9 (\d+)", shown()), 90)[1]
-        page = wait_for(lambda: re.search(r"board: (\S+)", shown()), 10)[1]
-        assert "<html" in httpx2.get(page).text
+        page = wait_for(lambda: re.search(r"moment: (\S+)", shown()), 10)[1]
+        tab = visit(page)
         assert [line.split()[1].rstrip(",:") for line in shown().splitlines() if line.startswith("  ✓")] == [
-            *("Kafka", "archive", "alerts", "board", "exchange", "producer"),
+            *("Kafka", "board", "archive", "alerts", "exchange", "producer"),
         ]
         os.kill(int(pid), signal.SIGKILL)
         wait_for(lambda: re.search("was killed[^\x00]* events of ", shown()), 60)
         wait_for(lambda: " FIRING " in shown(), 60)
         assert wait_for(lambda: httpx2.get(f"{page}api/snapshot").json()["gaps"], 20)
         wait_for(lambda: [*tmp_path.glob("data/*/archive/bourse.trades/_delta_log/*2.json")], 60)
+        expect(tab.locator("#notice")).to_be_hidden()
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0, shown() + (tmp_path / "err").read_text("utf-8")
+    proof = re.search("Proof: (.*)\\.", shown())
+    assert proof
+    tab.click("#lang")
+    expect(tab.locator("#notice span")).to_have_text(proof[1])
     text = shown()
     assert "Traceback" not in text + (tmp_path / "err").read_text("utf-8")
     for part in ("21 August 2019", "Nothing here is live", "Simulated:", "Ctrl-C", "lost 0, twice 0, unknown 0"):
@@ -166,14 +180,20 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(tmp_path: Path, wait_
         assert child.wait(20) == 0
 
 
-def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """Exit code 0, no error."""
+@pytest.mark.parametrize(("broker", "sign"), [("mock", "✓ Kafka"), ("kafka", "Ctrl-C ends it")])
+def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any], broker: str, sign: str) -> None:
+    """Exit code 0, no error; while Kafka starts too, and nothing of it is left."""
     out, err = tmp_path / "out", tmp_path / "err"
-    with spawn([*BOURSE, "demo", "--broker", "mock"], cwd=tmp_path, stdout=out, stderr=err) as demo:
-        wait_for(lambda: out.is_file() and "✓" in out.read_text("utf-8"), 40)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [*BOURSE, "demo", "--broker", broker]
+    with spawn(command, cwd=tmp_path, env=environment, stdout=out, stderr=err) as demo:
+        wait_for(lambda: out.is_file() and sign in out.read_text("utf-8"), 40)
+        if broker == "kafka":
+            wait_for(lambda: [*tmp_path.glob("bourse-kafka-*/kafka.log")], 40)
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0
     assert err.read_text("utf-8").strip() in {"", NO_ALERTS}
+    assert not [*tmp_path.glob("bourse-kafka-*")]
 
 
 @pytest.mark.parametrize(

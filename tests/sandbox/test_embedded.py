@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from starlette.routing import Route
 
 import bourse_sandbox.kafka
 from bourse_sandbox.jars import Artifact, KafkaUnavailable, fetch, read_lock
-from bourse_sandbox.kafka import Kafka, MockKafka
+from bourse_sandbox.kafka import BOOTSTRAP, Kafka, MockKafka, java
 from bourse_sandbox.processes import spawn
 from bourse_sandbox.serving import serve
 from bourse_schemas.errors import ConfigurationError
@@ -293,6 +294,28 @@ def test_a_broker_dies_with_its_killed_parent_and_the_next_takes_over(
         parent.kill()
     assert own_kafka(tmp_path).bootstrap_servers == address
     assert _gone(int(pid))
+
+
+@pytest.mark.kafka
+def test_what_a_broker_begins_with_is_what_kafka_itself_writes(own_kafka: Callable[..., Kafka], tmp_path: Path) -> None:
+    """`kafka-storage format` of the pinned version gives the same bytes, but for times and checksums."""
+    own_kafka(tmp_path).stop()  # skips where there is no Kafka
+    shutil.rmtree(tmp_path / "log")
+    jars = fetch(read_lock(Path(bourse_sandbox.kafka.__file__).with_name("jars.lock")), "Kafka")
+    classpath = os.pathsep.join(map(str, jars))
+    command: list[str | Path] = [java(), "-cp", classpath, "kafka.tools.StorageTool", "format", "-t", "x" * 22]
+    subprocess.run([*command, "-c", "server.properties"], cwd=tmp_path, check=True, capture_output=True)
+
+    def lasting(data: bytes) -> list[bytes]:
+        batches = []
+        while data:
+            end = 12 + int.from_bytes(data[8:12], "big")
+            batches.append(data[:17] + data[21:27] + data[43:end])  # without checksum, first and last time
+            data = data[end:]
+        return batches
+
+    theirs = (tmp_path / "log" / BOOTSTRAP.name).read_bytes()
+    assert lasting(BOOTSTRAP.read_bytes()) == lasting(theirs)
 
 
 @pytest.mark.kafka

@@ -31,6 +31,11 @@ __all__ = ["board"]
 @click.option("--font", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A font of your own, woff2.")
 @click.option("--max-clients", type=click.IntRange(1), default=200, show_default=True, help="Refuse more than N pages.")
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Also show this consumer group. Repeatable.")
+@click.option(
+    "--notice",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Show the text of this file: a line in Persian, then one in English. It may come, change and go meanwhile.",
+)
 @cluster_options
 @click.pass_context
 def board(
@@ -43,6 +48,7 @@ def board(
     font: Path | None,
     max_clients: int,
     groups: tuple[str, ...],
+    notice: Path | None,
 ) -> None:
     """Show the market, the feed and the alerts live on a page in the browser, from Kafka alone."""
     try:
@@ -67,8 +73,8 @@ def board(
     stop, monitor, feed = stop_on_signals(), Monitor("board"), Feed(cluster, groups)
     monitor.unready("starting", None)
     monitor.check("topics", feed.trouble)
-    publisher = Publisher(feed, has_font=font is not None)
-    app = application(publisher, monitor, hosts=(host, *hosts), root=root, font=font, max_clients=max_clients)
+    publisher = Publisher(feed, monitor, notice=notice, stop=stop)
+    app = application(publisher, hosts=(host, *hosts), root=root, font=font, max_clients=max_clients)
     config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1)
     web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, name="http", daemon=True)

@@ -9,6 +9,8 @@ import asyncio
 import csv
 import gzip
 import io
+import math
+import threading
 import time
 import zlib
 from collections import deque
@@ -85,13 +87,20 @@ def _alerts(state: State) -> list[dict[str, Any]]:
 class Publisher:
     """Turns the feed's state into frames, once a second at most."""
 
-    def __init__(self, feed: Feed, *, has_font: bool = False) -> None:
-        self.clients, self.has_font = 0, has_font
+    def __init__(
+        self, feed: Feed, monitor: Monitor, *, notice: Path | None = None, stop: threading.Event | None = None
+    ) -> None:
+        """Show the text of the file `notice` too; when `stop` is set, clients get one more frame and their end."""
+        self.clients, self.has_font, self.ended = 0, False, False
         self.feed, self.woken = feed, asyncio.Event()
+        self.monitor, self.metrics = monitor, monitor.board
+        self.metrics.clients.set_function(lambda: self.clients)
+        self.metrics.poll_age.set_function(lambda: time.monotonic() - (feed.state.marker_at or math.nan))
+        self._notice, self._stop = notice, stop or threading.Event()
         self.last = int(time.time() * 1000)  # an id that no frame of an earlier run has
         self.frames: deque[tuple[int, bytes, bytes]] = deque(maxlen=RING)
         self._state: State | None = None
-        self._shown: tuple[float, int, Any, int] = (0.0, -1, None, 0)
+        self._shown: tuple[float, Any, Any, int] = (0.0, None, None, 0)
         self._snapshot: tuple[Any, bytes] = (None, b"")
 
     def tick(self, now: float) -> None:
@@ -99,13 +108,15 @@ class Publisher:
         with self.feed.lock:
             state = self.feed.settled(now)
             if state is not self._state:
-                self._state, self._shown = state, (0.0, -1, None, 0)
+                self.metrics.rebuilds.inc(self._state is not None)
+                self._state, self._shown = state, (0.0, None, None, 0)
                 self.frames.clear()
                 self.last += 1  # nobody has this frame: each client begins again with a snapshot
-            at, version, episodes, poll = self._shown
-            if version == state.version and now - at < BEAT_SECONDS:
+            at, shown, episodes, poll = self._shown
+            content = state.version, self.notice()
+            if shown == content and now - at < BEAT_SECONDS:
                 return
-            frame = _head(state, now)
+            frame = _head(state, now) | {"notice": content[1]}
             rows = {candle.instrument: row(candle, ROW) for candle in state.today() if candle.instrument in state.dirty}
             frame["rows"], frame["gone"] = list(rows.values()), sorted(state.dirty - rows.keys())
             frame["polls"] = [_object(each, POLL) for each in state.markers if each.poll_sequence > poll][-STRIP:]
@@ -113,10 +124,19 @@ class Publisher:
                 frame["alerts"] = _alerts(state)
             state.dirty.clear()
             newest = state.marker.poll_sequence if state.marker else 0
-            self._shown = now, state.version, dict(state.episodes), newest
+            self._shown = now, content, dict(state.episodes), newest
         self.last += 1
         plain = b"id: %d\ndata: %s\n\n" % (self.last, msgspec.json.encode(frame))
         self.frames.append((self.last, plain, _deflate(plain)))
+        self.metrics.frames.inc()
+
+    def notice(self) -> dict[str, str] | None:
+        """Return the notice by language: the first line of its file is Persian, the last one English."""
+        try:
+            lines = self._notice.read_text("utf-8").splitlines() if self._notice else []
+        except (OSError, UnicodeDecodeError):
+            lines = []
+        return {"fa": lines[0], "en": lines[-1]} if lines else None
 
     def snapshot(self) -> bytes:
         """Return the whole state as JSON, compressed."""
@@ -125,6 +145,7 @@ class Publisher:
             if self._snapshot[0] != (key := (state, state.version, self.last)):
                 polls = list(state.markers)[-STRIP:]
                 body = {"id": self.last, **_head(state, time.monotonic()), "columns": ROW, "font": self.has_font}
+                body["notice"] = self.notice()
                 body["rows"] = [row(candle, ROW) for candle in state.today()]
                 body |= {"alerts": _alerts(state), "polls": [_object(each, POLL) for each in polls]}
                 self._snapshot = key, gzip.compress(msgspec.json.encode(body), 5)
@@ -161,18 +182,22 @@ class Publisher:
                     if number > after:
                         after = number
                         yield small if packed else plain
+                if self.ended:
+                    return
                 await woken.wait()
         finally:
             self.clients -= 1
 
-    async def run(self, monitor: Monitor) -> None:
-        """Make frames until cancelled."""
-        while True:
+    async def run(self) -> None:
+        """Make frames until `stop` is set, and a last one then."""
+        while not self.ended:
+            ending = self._stop.is_set()
             await asyncio.to_thread(self.tick, time.monotonic())
-            monitor.beat(10 * BEAT_SECONDS)
+            self.monitor.beat(10 * BEAT_SECONDS)
+            self.ended = ending
             woken, self.woken = self.woken, asyncio.Event()
             woken.set()
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.to_thread(self._stop.wait, TICK_SECONDS * (not ending))
 
 
 def _deflate(plain: bytes) -> bytes:
@@ -230,7 +255,6 @@ class _Guard:
 
 def application(
     publisher: Publisher,
-    monitor: Monitor,
     *,
     hosts: Iterable[str] = (),
     root: str = "",
@@ -238,6 +262,7 @@ def application(
     max_clients: int = 200,
 ) -> ASGIApp:
     """Return the ASGI application; it makes the publisher's frames while it runs."""
+    publisher.has_font = font is not None
 
     async def snapshot(request: Request) -> Response:
         body = await asyncio.to_thread(publisher.snapshot)
@@ -260,6 +285,7 @@ def application(
 
     async def events(request: Request) -> Response:
         if publisher.clients >= max_clients:
+            publisher.metrics.refused.inc()
             return PlainTextResponse("too many clients: see --max-clients\n", 503, {"Retry-After": "10"})
         after = request.headers.get("last-event-id") or request.query_params.get("after", "")
         packed = "gzip" in request.headers.get("accept-encoding", "")
@@ -268,12 +294,12 @@ def application(
         return StreamingResponse(frames, media_type="text/event-stream", headers=encoding)
 
     async def probe(request: Request) -> Response:
-        status, body, kind = monitor.answer(request.url.path)
+        status, body, kind = publisher.monitor.answer(request.url.path)
         return Response(body, status, {"Content-Type": kind})
 
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
-        frames = asyncio.create_task(publisher.run(monitor))
+        frames = asyncio.create_task(publisher.run())
         yield
         frames.cancel()
         with suppress(asyncio.CancelledError):

@@ -17,7 +17,7 @@ const chosen = {
   chip: "all", search: "", severity: "", mine: false, sound: false, notify: false,
 };
 const watched = new Set(stored("watched", []));
-let muted = stored("muted", { day: null, ids: [] });
+let closed = "", muted = stored("muted", { day: null, ids: [] });
 
 // What the server sent.
 const rows = new Map();
@@ -156,6 +156,7 @@ function headline() {
   document.body.classList.toggle("stale", !!text && !(p?.outcome === "SKIPPED"));
   $("#simulated").hidden = !p?.simulated;
   put($("#simulated"), t("simulated", units.shortDate(day, chosen.lang)));
+  put($("#notice span"), units.sentence(head.notice?.[chosen.lang])); $("#notice").hidden = !head.notice || head.notice.en === closed;
   put($("#poll"), p ? joined([clock(p.received_at ?? p.requested_at), outcome(p)]) : "–");
   $("#poll").dataset.outcome = p?.outcome ?? "";
   const age = p?.latest_traded_at ? ((p.received_at ?? p.requested_at) - p.latest_traded_at) / 1000 + (p.simulated ? 0 : (head.poll_age ?? 0) + lately()) : null;
@@ -489,7 +490,7 @@ function speak() {
   $$("#kind button").forEach(b => b.setAttribute("aria-pressed", b.dataset.kind === chosen.kind));
   $(".legend").replaceChildren(...[-4, -2, 0, 2, 4].map(p => { const e = el("i", digits((p > 0 ? "+" : p < 0 ? "\u2212" : "") + Math.abs(p))); e.style.background = shade(p); return e; }));
   $("#tree canvas").setAttribute("aria-label", t("map")); $("#scroll").setAttribute("aria-label", t("instruments"));
-  $("#star").setAttribute("aria-label", t("watchList"));
+  $("#star").setAttribute("aria-label", t("watchList")); $("#close").setAttribute("aria-label", t("close"));
   layout();
   if (current) { arrange(); quote(); redraw(); provenance(); map(); movers(); showAlerts(); ops(); }
   headline();
@@ -515,6 +516,7 @@ document.addEventListener("click", async e => {
   else if (b.id === "unit") choose("unit", chosen.unit === "rial" ? "toman" : "rial");
   else if (b.id === "basis") choose("basis", chosen.basis === "last" ? "closing" : "last");
   else if (b.id === "lamp") location.hash = location.hash === "#/ops" ? "#/" + (selected?.id ?? "") : "#/ops";
+  else if (b.id === "close") { closed = head.notice.en; headline(); }
   else if (b.id === "back") location.hash = "#/" + (selected?.id ?? "");
   else if (b.id === "star" && selected) star(selected.id);
   else if (b.id === "share") { try { await navigator.clipboard.writeText(location.href); } catch { prompt("", location.href); } put(b, t("copied")); setTimeout(() => put(b, t("share")), 1500); }

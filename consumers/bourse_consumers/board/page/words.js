@@ -43,5 +43,5 @@ export const WORDS = {
   groups: ["مصرف‌کننده‌ها", "Consumers"], lag: ["عقب‌ماندگی", "Lag"], stopped: ["متوقف", "stopped"], running: ["در کار", "running"],
   deadLetters: ["رکوردهای کنارگذاشته", "Dead letters"], undecodable: ["رمزگشایی‌نشده", "Undecodable"], incomplete: ["پرسش‌های ناتمام", "Incomplete polls"],
   polls: ["پرسش‌ها", "Polls"], outcome: ["نتیجه", "Outcome"], rows: ["سطرها", "Rows"], error: ["خطا", "Error"], market: ["بازار", "Market"],
-  page: ["این صفحه", "This page"], paint: ["زمان ترسیم", "Paint time"], frames: ["قاب‌ها", "Frames"], back: ["بازگشت به تابلو", "Back to the board"], published: ["منتشر شد", "published"],
+  page: ["این صفحه", "This page"], paint: ["زمان ترسیم", "Paint time"], frames: ["قاب‌ها", "Frames"], close: ["بستن", "Close"], back: ["بازگشت به تابلو", "Back to the board"], published: ["منتشر شد", "published"],
 };
