@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
@@ -15,10 +12,9 @@ import click
 
 from bourse_cli.options import cluster_options
 from bourse_consumers.archive.command import NAMES, TO, TOPIC, one_table, tables
-from bourse_schemas.errors import ConfigurationError, PublishError
+from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TOPICS
 
 __all__ = ["archive"]
 
@@ -33,11 +29,6 @@ DAY: dict[str, Any] = {
 @click.group
 def archive() -> None:
     """Verify, optimize and read an archive."""
-
-
-def progress(steps: Iterable[Any], label: str) -> AbstractContextManager[Iterable[Any]]:
-    """Return the steps, counted on standard error if that is a terminal."""
-    return click.progressbar(steps, label=label, file=sys.stderr, hidden=not sys.stderr.isatty())
 
 
 ONE = click.option("--topic", type=NAMES, help="Only this topic. [default: all that are there]")
@@ -63,18 +54,13 @@ def verify(
 
     if to.startswith(("postgresql://", "postgres://")):
         from bourse_consumers.postgres.command import require_no_password
-        from bourse_consumers.postgres.proof import archived_there
         from bourse_consumers.postgres.proof import verify as check_tables
 
         require_no_password(to, "--to")
-        wanted = [each for each in TOPICS if each.name == topic] or archived_there(to, schema)
-        reports = []
-        for each in wanted:
-            kept = None if alone else partial(kept_by, cluster, each, each.full_name(cluster.prefix))
-            reports.append(check_tables(to, each, schema=schema, prefix=cluster.prefix, kept=kept))
+        kept = None if alone else partial(kept_by, cluster)
+        reports = check_tables(to, topic, schema=schema, prefix=cluster.prefix, kept=kept)
     else:
-        found = tables(to, topic)
-        reports = [check(each, None if alone else kept_for(cluster, each)) for each in found]
+        reports = [check(each, None if alone else kept_for(cluster, each)) for each in tables(to, topic)]
     for report in reports:
         show(report, as_json=as_json)
     ctx.exit(any(report.findings for report in reports))
@@ -92,7 +78,6 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
     Archivers and readers may run meanwhile. Exit 1 if findings are left.
     """
     from bourse_consumers.archive.repair import repair as write_again
-    from bourse_consumers.archive.storage import StoreError
     from bourse_consumers.archive.verify import kept_for, show
     from bourse_consumers.archive.verify import verify as check
 
@@ -102,10 +87,7 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
         report = check(table, kept)
         show(report)
         if from_topic and report.damaged:
-            try:
-                repaired, lost = write_again(table, report, kept())
-            except StoreError as error:
-                raise PublishError(f"nothing is changed: {error}; run it again") from error
+            repaired, lost = write_again(table, report, kept())
             click.echo(f"{table.name}: written again: {', '.join(map(str, sorted(repaired))) or 'nothing'}")
             if lost:
                 click.echo(f"{table.name}: not whole on the topic any more: {', '.join(map(str, sorted(lost)))}")
@@ -131,30 +113,25 @@ def optimize(
     """
     from bourse_consumers.archive.maintenance import optimize as merge
     from bourse_consumers.archive.maintenance import unoptimized
-    from bourse_consumers.archive.storage import StoreError
+    from bourse_consumers.archive.verify import progress
 
     today = datetime.now(TEHRAN).date()
-    before, verified, bad = min(before or today, today), set[date](), set[date]()
-    done: dict[str, Any] = {"verified_day": None, "days": 0, "files_before": 0, "files": 0, "findings": []}
+    done: list[tuple[date, int, int, list[Any]]] = []
     for table in tables(to, topic):
-        try:
-            with progress(unoptimized(table, before, day), table.name) as days:
-                for each, had, has, findings in merge(table, days):
-                    for name, count in (("days", 1), ("files_before", had), ("files", has)):
-                        done[name] += count
-                    done["findings"] += findings
-                    (bad if findings else verified).add(each)
-        except StoreError as error:
-            raise PublishError(f"stopped, nothing is lost: {error}; run it again") from error
-    first_bad = min(bad, default=date.max)  # no later day may hide it
-    done["verified_day"] = max((each for each in verified if each < first_bad), default=None)
+        with progress(unoptimized(table, min(before or today, today), day), table.name) as days:
+            done += merge(table, days)
+    findings = [finding for *_, found in done for finding in found]
+    first_bad = min((each for each, *_, found in done if found), default=date.max)  # no later day may hide it
+    verified = max((each for each, *_ in done if each < first_bad), default=None)
+    had, has = sum(each[1] for each in done), sum(each[2] for each in done)
     if as_json:
-        click.echo(json.dumps(done, default=str))
+        about = {"verified_day": verified, "days": len(done), "files_before": had, "files": has}
+        click.echo(json.dumps({**about, "findings": findings}, default=str))
     else:
-        for finding in done["findings"]:
+        for finding in findings:
             click.echo(f"FINDING {', '.join(f'{name} {value}' for name, value in finding.items())}")
-        click.echo(f"{done['days']} days: {done['files_before']} → {done['files']} files")
-    ctx.exit(1 if done["findings"] else 0)
+        click.echo(f"{len(done)} days: {had} → {has} files")
+    ctx.exit(1 if findings else 0)
 
 
 @archive.command
@@ -164,14 +141,10 @@ def optimize(
 def forget(*, to: str, topic: str, before: date) -> None:
     """Remove old days from the table. Their files are deleted when it is optimized, seven days later."""
     from bourse_consumers.archive.maintenance import forget as remove
-    from bourse_consumers.archive.storage import StoreError
 
     if before > datetime.now(TEHRAN).date():
         raise ConfigurationError(f"--before {before}: this day is in the future")
-    try:
-        files = remove(one_table(to, topic), before)
-    except StoreError as error:
-        raise PublishError(f"not removed: {error}; run it again") from error
+    files = remove(one_table(to, topic), before)
     click.echo(f"{len({file.day for file in files})} days removed, {sum(file.rows for file in files):,} rows")
 
 
@@ -188,6 +161,8 @@ def export(*, to: str, topic: str, day: date, instruments: tuple[str, ...], file
     that a spreadsheet would calculate begins with '.
     """
     import polars as pl
+
+    from bourse_consumers.archive.verify import progress
 
     if file.suffix not in {".csv", ".parquet"}:
         raise ConfigurationError(f"{file}: the name ends with neither .csv nor .parquet")

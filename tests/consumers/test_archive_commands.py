@@ -134,7 +134,7 @@ def test_the_archiver_optimizes_in_a_child_process(
     child = writer._optimizer._child
     assert child is not None
     writer.close()
-    assert child.returncode is not None
+    assert child[0].returncode is not None
     assert memory.records
 
 

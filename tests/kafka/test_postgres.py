@@ -92,6 +92,5 @@ def test_a_writer_that_was_outrun_takes_over_from_the_faster(
     wait_for(step(slow, 160), 30)
     slow.stop()
     slow.run()
-    kept = partial(kept_by, cluster, TRADES, TRADES.full_name(cluster.prefix))
-    report = verify(dsn, TRADES, schema="bourse", prefix=cluster.prefix, kept=kept)
+    (report,) = verify(dsn, "trades", schema="bourse", prefix=cluster.prefix, kept=partial(kept_by, cluster))
     assert (report.rows, report.compared, report.findings) == (160, 160, [])

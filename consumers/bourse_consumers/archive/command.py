@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bourse_cli.options import declared_topic
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import TOPICS
 
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
     from bourse_consumers.archive.table import Table
 
-__all__ = ["NAMES", "TO", "TOPIC", "consume_archive", "one_table", "tables"]
+__all__ = ["ACCEPT_LOSS", "NAMES", "TO", "TOPIC", "consume_archive", "one_table", "tables"]
 
 NAMES = click.Choice([topic.name for topic in TOPICS if topic.cleanup == "delete"])
 TO = click.option("--to", required=True, metavar="FOLDER|s3://…", help="Where the tables are, one for each topic.")
+# A stop has to fit within 4.5 s: a turn, the last commit, and leaving the group.
+PATIENCE = 1.5
 TOPIC = click.option("--topic", type=NAMES, default="trades", show_default=True, help="Which topic.")
+ACCEPT_LOSS = click.option(
+    "--accept-loss", is_flag=True, help="Go on if the topic has deleted what the archive lacks; records the hole."
+)
 
 
 @click.command
@@ -33,9 +39,7 @@ TOPIC = click.option("--topic", type=NAMES, default="trades", show_default=True,
 @click.option(
     "--commit-rows", type=click.IntRange(1), default=50_000, show_default=True, help="Commit earlier at N rows."
 )
-@click.option(
-    "--accept-loss", is_flag=True, help="Go on if the topic has deleted what the archive lacks; records the hole."
-)
+@ACCEPT_LOSS
 @click.option("--optimize/--no-optimize", default=True, help="Merge the files of closed days, or do not.")
 def consume_archive(to: str, topic: str, **options: Any) -> Consumer:
     """Write every event of a topic to a Delta table, exactly once."""
@@ -45,7 +49,7 @@ def consume_archive(to: str, topic: str, **options: Any) -> Consumer:
 
     # Arrow's own allocator keeps for itself what it once had.
     pa.set_memory_pool(pa.system_memory_pool())
-    return DeltaArchive(to, next(each for each in TOPICS if each.name == topic), **options)
+    return DeltaArchive(to, declared_topic(topic, ""), patience=PATIENCE, **options)
 
 
 def tables(to: str, topic: str | None) -> list[Table]:

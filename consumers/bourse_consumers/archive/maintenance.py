@@ -49,7 +49,7 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
         files = table.files(day)
         report = Report(table.name)
         rows = readable(table, files, report)
-        prove(Stored(table.ends(), table.holes(), [rows]), report)
+        prove(Stored(table.ends(), table.about["holes"], [rows]), report)
         if not report.findings:
             adds = [
                 add
@@ -86,23 +86,26 @@ class Optimizer:
         command = f"-m bourse_cli archive optimize --json --topic {topic} --to"
         self._command = [sys.executable, *command.split(), to]
         self._due = time.monotonic() + FIRST_SECONDS
-        self._child: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
+        # The child, and the file with what it prints: a pipe would stop it when it is full.
+        self._child: tuple[subprocess.Popen[bytes], IO[bytes]] | None = None
 
     def step(self, monitor: Health | None) -> None:
         """Start the child if it is due; if it has ended, export what it found."""
         if self._child is None and time.monotonic() >= self._due:
             self._due = time.monotonic() + PAUSE_SECONDS
-            self._output = TemporaryFile()  # noqa: SIM115  # a pipe would stop the child when it is full
-            self._child = subprocess.Popen(self._command, stdout=self._output)
-        elif self._child is not None and self._child.poll() is not None:
-            code, output = self._child.returncode, self._end()
+            file = TemporaryFile()  # noqa: SIM115  # closed when the child has ended
+            self._child = subprocess.Popen(self._command, stdout=file), file
+        elif self._child is not None and (code := self._child[0].poll()) is not None:
+            with self._child[1] as output:
+                output.seek(0)
+                text = output.read().decode(errors="replace")
+            self._child = None
             try:
-                found = json.loads(output)
+                found = json.loads(text)
             except ValueError:
                 found = None
             if code or found is None:
-                get_logger().warning("closed days are not optimized", exit_code=code, output=output[:1000])
+                get_logger().warning("closed days are not optimized", exit_code=code, output=text[:1000])
             if isinstance(monitor, Monitor) and found is not None:
                 monitor.archive.findings.set(len(found["findings"]))
                 if found["verified_day"]:
@@ -112,15 +115,7 @@ class Optimizer:
     def stop(self) -> None:
         """End the child; what it has not committed has no effect."""
         if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            self._end()
-
-    def _end(self) -> str:
-        """Return what the child has printed, and forget the child."""
-        output, self._child, self._output = self._output, None, None
-        if output is None:
-            return ""
-        with output:
-            output.seek(0)
-            return output.read().decode(errors="replace")
+            child, output = self._child
+            child.kill()
+            child.wait()
+            output.close()

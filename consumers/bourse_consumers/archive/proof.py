@@ -17,10 +17,9 @@ import pyarrow as pa
 
 from bourse_consumers.rows import plain_json
 
-__all__ = ["COUNTED", "UNCOMPARED", "Kept", "Markers", "Report", "Stored", "prove"]
+__all__ = ["COUNTED", "Kept", "Markers", "Report", "Stored", "prove"]
 
 COUNTED = {"OPENED": "opened", "TRADED": "traded", "REVISED": "revised", "CANCELLED": "cancelled"}
-UNCOMPARED = "NOT CHECKED: whether each poll has its rows"
 TOTALS = ("volume", "value", "trade_count")
 ENDLESS = 2**63 - 1
 PARTITION, OFFSET, POLL = pl.col("_partition"), pl.col("_offset"), pl.col("poll_sequence")
@@ -31,12 +30,23 @@ Ends = Mapping[int, tuple[int, int]]
 Hole = tuple[int, int, int]
 
 
+class Markers(NamedTuple):
+    """The counts of all archived polls, and whether these begin at the first offset of their topic."""
+
+    counts: pl.DataFrame
+    from_start: bool
+
+
 class Stored(NamedTuple):
-    """What an archive has of a topic: all rows of a day in one part, in the order of days."""
+    """What an archive has of a topic: all rows of a day in one part, in the order of days.
+
+    `markers` are those of its polls, or why there are none; they were read before the topic.
+    """
 
     ends: Ends
     holes: list[Hole]
     parts: Iterable[pa.Table]
+    markers: Markers | str = ""
 
 
 class Kept(NamedTuple):
@@ -44,13 +54,6 @@ class Kept(NamedTuple):
 
     ends: Ends
     rows: Callable[[int, int, int], Iterator[pa.Table]]
-
-
-class Markers(NamedTuple):
-    """The counts of all archived polls, and whether these begin at the first offset of their topic."""
-
-    counts: pl.DataFrame
-    from_start: bool
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Report:
             self.find(f"{what}: {count}", day, (number, number), (first, last))
 
 
-def prove(stored: Stored, report: Report, kept: Kept | None = None, markers: Markers | None = None) -> None:
+def prove(stored: Stored, report: Report, kept: Kept | None = None) -> None:
     """Check everything that can be checked, and report it."""
     report.partitions, report.lost = dict(stored.ends), sum(end - start for _, start, end in stored.holes)
     proof = _Proof(stored, report)
@@ -97,8 +100,10 @@ def prove(stored: Stored, report: Report, kept: Kept | None = None, markers: Mar
     complete = {number for number in kept.ends if proof.compare(number, kept) == 0} if kept else set()
     if not report.rows and report.behind:
         report.find(f"archive empty, rows on the topic: {report.behind}")
-    if markers is not None and proof.counts:
-        proof.polls(markers, complete)
+    if isinstance(stored.markers, Markers):
+        proof.polls(stored.markers, complete)
+    elif stored.markers:
+        report.notes.append(f"NOT CHECKED: whether each poll has its rows: {stored.markers}")
 
 
 def _frame(rows: pa.Table) -> pl.DataFrame:
@@ -219,6 +224,8 @@ class _Proof:
 
     def polls(self, markers: Markers, complete: set[int]) -> None:
         """Check that polls have the rows that their markers count, as far as polls and partitions are archived."""
+        if not self.counts:
+            return
         due, names = markers.counts.unique(), list(COUNTED.values())
         ends = self.places.group_by("_partition").agg(POLL.max()).iter_rows()
         known: Any = due["poll_sequence"]

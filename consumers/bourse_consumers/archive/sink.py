@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -21,6 +24,9 @@ from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import TRADES, Topic
 
 __all__ = ["DeltaArchive"]
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,7 +45,8 @@ class DeltaArchive(Consumer):
     """Writes every event of a topic to a Delta table, exactly once.
 
     A thread writes and commits one chunk while the next one is filled. Taking a batch over never fails: what came of
-    the writing is raised before, so a batch that is delivered again was not taken over.
+    the writing is raised before, so a batch that is delivered again was not taken over. A store that does not answer
+    within `patience` seconds is waited for in the next turn: a stop in between gives up what is not committed.
     """
 
     batch_size = 3000
@@ -53,6 +60,7 @@ class DeltaArchive(Consumer):
         commit_rows: int = 50_000,
         accept_loss: bool = False,
         optimize: bool = False,
+        patience: float | None = None,
     ) -> None:
         if topic.cleanup == "compact":
             raise ConfigurationError(
@@ -63,13 +71,15 @@ class DeltaArchive(Consumer):
         self._to = to
         self._commit_seconds, self._commit_rows, self._accept_loss = commit_seconds, commit_rows, accept_loss
         self._optimizer = Optimizer(to, topic.name) if optimize else None
+        # How long to wait for the store before a turn ends, so that a stop is noticed.
+        self._patience = patience
         self._table: Table | None = None
         # What the table has stored per partition, None if nothing, and the next offset to read.
         self._stored: dict[Partition, int | None] = {}
         self._next: dict[Partition, int] = {}
         self._chunk: _Chunk | None = None
         self._full: _Chunk | None = None
-        self._writer = ThreadPoolExecutor(1)
+        self._opening: tuple[Assignment, Future[Table]] | None = None
         self._writing: Future[None] | None = None
         self._failed = False
         self._required = False
@@ -80,30 +90,24 @@ class DeltaArchive(Consumer):
 
     def open(self, assigned: Assignment) -> Own:
         """Begin at the offsets that the table has stored; what was buffered is read again."""
-        if self._writing is not None:
-            wait([self._writing])
-        self._chunk = self._full = self._writing = None
-        self._stored, self._next = {}, {}
-        if not assigned:
-            return Own({})
+        if self._opening is None or self._opening[0] is not assigned:
+            self._wait(self._writing)
+            self._chunk = self._full = self._writing = None
+            self._stored, self._next = {}, {}
+            if not assigned:
+                return Own({})
+            self._opening = assigned, _start(self._opened, assigned)
+        task = self._opening[1]
+        self._wait(task)
+        self._opening = None
         try:
-            self._require()
-            table = self._table = self._opened(assigned, next(iter(assigned)).topic)
-            first = table.about["first"]
-            begin = {}
-            for partition in assigned:
-                oldest = assigned.first.get(partition, 0)
-                begin[partition] = at = table.stored(partition) or first.get(f"{partition.number}", oldest)
-                if at < oldest:
-                    self._note_loss(table, partition, at, oldest)
-                    begin[partition] = oldest
-            table.describe(first={key: at for p, at in begin.items() if (key := f"{p.number}") not in first})
-            table.sync()
+            table = self._table = task.result()
         except (StoreError, Unreachable) as error:
             raise Retry(str(error)) from error
-        self._next = begin
-        self._stored = {partition: table.stored(partition) for partition in begin}
-        return Own(dict(begin))
+        self._stored = {partition: table.stored(partition) for partition in assigned}
+        first = table.about["first"]
+        self._next = {each: at or first[f"{each.number}"] for each, at in self._stored.items()}
+        return Own(dict(self._next))
 
     def _require(self) -> None:
         """Check the store once."""
@@ -111,12 +115,23 @@ class DeltaArchive(Consumer):
             Storage(self._to).require()
             self._required = True
 
-    def _opened(self, assigned: Assignment, topic: str) -> Table:
-        """Open or create the topic's table, and refuse the table of another topic."""
+    def _opened(self, assigned: Assignment) -> Table:
+        """Open or create the topic's table, refuse that of another topic, and note where partitions begin."""
+        self._require()
+        topic = next(iter(assigned)).topic
         cluster, topic_id = assigned.identity(topic)
         uri = f"{self._to.rstrip('/')}/{topic}"
         table = Table.open(uri, recover=True) or Table.create(uri, topic, cluster, topic_id)
         table.require_from(topic, cluster, topic_id)
+        first = table.about["first"]
+        for partition in assigned:
+            number, oldest = f"{partition.number}", assigned.first.get(partition, 0)
+            at = table.stored(partition) or first.get(number, oldest)
+            first.setdefault(number, at)
+            if at < oldest:
+                self._note_loss(table, partition, at, oldest)
+        table.describe(first=first)
+        table.sync()
         return table
 
     def _note_loss(self, table: Table, partition: Partition, start: int, end: int) -> None:
@@ -160,14 +175,21 @@ class DeltaArchive(Consumer):
         if self._optimizer is not None:
             self._optimizer.stop()
         self._submit(everything=True)
-        self._collect(everything=True)
+        try:
+            self._collect(everything=True)
+        finally:
+            atexit.register(_leave, [self._writing, self._opening and self._opening[1]])
+
+    def _wait(self, task: Future[Any] | None) -> None:
+        if task is not None and not wait([task], self._patience).done:
+            raise Retry(f"the store has not answered within {self._patience} s")
 
     def _submit(self, *, everything: bool = False) -> None:
         """Give the writer the chunk that is due, or the one that failed."""
         if self._full is None and self._chunk is not None and (everything or self._is_due(self._chunk)):
             self._full, self._chunk = self._chunk, None
         if self._full is not None and self._writing is None:
-            self._writing = self._writer.submit(self._write, self._full)
+            self._writing = _start(self._write, self._full)
 
     def _collect(self, *, everything: bool = False) -> None:
         """Raise what the writing came to; wait for it if it failed last time, or if the next chunk is due."""
@@ -177,13 +199,13 @@ class DeltaArchive(Consumer):
             or self._writing.done()
             or (self._chunk is not None and self._is_due(self._chunk))
         ):
-            writing, self._writing = self._writing, None
+            self._wait(self._writing)
             try:
-                writing.result()
+                self._writing.result()
             except StoreError as error:
-                self._failed = True
+                self._writing, self._failed = None, True
                 raise Retry(f"cannot write: {error}") from error
-            self._full, self._failed = None, False
+            self._full, self._writing, self._failed = None, None, False
             self._submit(everything=everything)
 
     def _is_due(self, chunk: _Chunk) -> bool:
@@ -212,3 +234,26 @@ class DeltaArchive(Consumer):
         for partition in moved:
             if table.stored(partition) != self._stored[partition]:
                 raise Reopen(f"{partition.topic}-{partition.number} was written by another archiver")
+
+
+def _start(work: Callable[..., T], *args: Any) -> Future[T]:
+    """Do something in a thread of its own, which does not hold up the end of the process."""
+    task: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            task.set_result(work(*args))
+        except BaseException as error:  # the other thread raises it
+            task.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return task
+
+
+def _leave(tasks: Sequence[Future[Any] | None]) -> None:
+    """End the process at once if a store has not answered: what it has not committed is read again.
+
+    A thread that comes back from Rust or C++ while Python ends would abort the process.
+    """
+    if any(task is not None and not task.done() for task in tasks):
+        os._exit(0)

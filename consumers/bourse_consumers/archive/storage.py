@@ -37,7 +37,7 @@ class Damaged(StoreError):
 
 
 @contextmanager
-def store_errors(kind: type[StoreError] = StoreError) -> Iterator[None]:
+def store_errors(kind: type[StoreError] = StoreError, what: str = "") -> Iterator[None]:
     """Raise the errors of delta-rs, obstore, Arrow and the file system as StoreError, or as this kind of it."""
     try:
         yield
@@ -45,7 +45,7 @@ def store_errors(kind: type[StoreError] = StoreError) -> Iterator[None]:
         text = " ".join(NOISE.sub("", str(error)).partition("Debug source")[0].split())
         code = re.search(r"<Code>(\w+)</Code>", str(error))
         message = SECRET.sub(r"\1\2…", f"{code[1]}: {text}" if code else text)
-        raise (StoreError if isinstance(error, MemoryError) else kind)(message[:300]) from error
+        raise (StoreError if isinstance(error, MemoryError) else kind)((what + message)[:300]) from error
 
 
 def sync(path: Path) -> None:
@@ -119,16 +119,12 @@ class Storage:
                 sync(self.folder)
 
     def get(self, path: str) -> memoryview:
-        """Return a file's content."""
+        """Return a file's content. Raises Damaged if it is not there."""
         with store_errors():
-            return memoryview(obstore.get(self._store, path).bytes())
-
-    def sizes(self, prefix: str | None = None) -> dict[str, int]:
-        """Return the files under a prefix and their sizes."""
-        if self._store is None:
-            return {}
-        with store_errors():
-            return {entry["path"]: entry["size"] for page in obstore.list(self._store, prefix) for entry in page}
+            try:
+                return memoryview(obstore.get(self._store, path).bytes())
+            except FileNotFoundError as error:
+                raise Damaged("file is missing") from error
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it."""

@@ -32,14 +32,14 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from bourse_cli.logs import get_logger
+from bourse_cli.options import declared_topic
 from bourse_consumers.archive.storage import Damaged, Storage, StoreError, store_errors, sync
 from bourse_consumers.records import Partition
 from bourse_consumers.rows import WHERE, arrow_schema
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
-from bourse_schemas.topics import TOPICS, Topic
 
-__all__ = ["File", "Table", "declared"]
+__all__ = ["File", "Table"]
 
 MAINTENANCE, ABOUT = "bourse.maintenance", "bourse.archive"
 FIXED = ("topic", "cluster", "topic_id")
@@ -67,11 +67,6 @@ class File(NamedTuple):
 NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another cluster)"
 
 
-def declared(name: str) -> Topic:
-    """Return the topic as declared by a full name such as `bourse.trades`."""
-    return next(topic for topic in TOPICS if topic.name == name.rpartition(".")[2])
-
-
 class Table:
     """An opened table. Its methods raise StoreError; `delta` is the snapshot that was loaded last."""
 
@@ -79,7 +74,7 @@ class Table:
         self.storage, self.delta, self._torn = storage, delta, torn
         self._synced = delta.version() - RECENT
         about = self.about
-        self.topic = declared(about["topic"])
+        self.topic = declared_topic(about["topic"], None)
         self.name: str = about["topic"]
         self.day_column: str = delta.metadata().partition_columns[0]
 
@@ -108,7 +103,7 @@ class Table:
     @classmethod
     def create(cls, uri: str, topic: str, cluster: str = "", topic_id: str = "") -> Table:
         """Create the table of a topic, by its full name; a table that another member has created meanwhile is taken."""
-        storage, kind = Storage(uri), declared(topic)
+        storage, kind = Storage(uri), declared_topic(topic, None)
         day = pa.field("_day" if kind.name in DAY_OF else "trading_day", pa.date32())
         schema = [*arrow_schema(kind.event), *WHERE, day]
         about = {"topic": topic, "cluster": cluster, "topic_id": topic_id}
@@ -168,10 +163,6 @@ class Table:
         first = {int(number): at for number, at in self.about["first"].items()}
         return {number: (at, self.stored(f"{self.name}-{number}") or at) for number, at in first.items()}
 
-    def holes(self) -> list[tuple[int, int, int]]:
-        """Return the accepted holes: partition, start and end."""
-        return [(number, start, end) for number, start, end in self.about["holes"]]
-
     def files(self, day: date | None = None) -> list[File]:
         """Return the active files, those of one day if it is given, in the order of days and paths."""
         actions = pl.DataFrame(self.delta.get_add_actions(flatten=True)).to_dicts()
@@ -197,13 +188,17 @@ class Table:
         return rows.sort_by([(name, "ascending") for name in ORDER]).select(columns or names)
 
     def read(self, file: File, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the rows of a file, as they are stored; raise Damaged if its bytes are not those that were written."""
-        fields, content = pa.schema(self.delta.schema().to_arrow()), pa.py_buffer(self.storage.get(file.path))
-        with store_errors(Damaged):
-            parquet = pq.ParquetFile(content, page_checksum_verification=True)
+        """Return the rows of a file, as they are stored. Raises Damaged if they are not those that were written."""
+        fields, content = pa.schema(self.delta.schema().to_arrow()), self.storage.get(file.path)
+        if len(content) != file.size:
+            raise Damaged(f"file has {len(content)} bytes, not {file.size}")
+        with store_errors(Damaged, "file is damaged: "):
+            parquet = pq.ParquetFile(pa.py_buffer(content), page_checksum_verification=True)
             rows = parquet.read([name for name in parquet.schema_arrow.names if columns is None or name in columns])
             # Others write string views.
             rows = rows.cast(pa.schema([fields.field(name) for name in rows.column_names])).replace_schema_metadata()
+        if rows.num_rows != file.rows:
+            raise Damaged(f"file has {rows.num_rows} rows, not {file.rows}")
         if columns is None or self.day_column in columns:
             day = pl.repeat(file.day, rows.num_rows, eager=True).to_arrow()
             rows = rows.append_column(self.day_column, day)

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from typing import Any
 
 import click
 import polars as pl
 import pyarrow as pa
 
 from bourse_consumers.api import Batch, Partition, Places, Record, Records
-from bourse_consumers.archive.proof import COUNTED, UNCOMPARED, Kept, Markers, Report, Stored, prove
+from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
 from bourse_consumers.archive.storage import Damaged
 from bourse_consumers.archive.table import File, Table
 from bourse_consumers.columns import Columns
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import FIRST, LAST, offsets, read_values
-from bourse_schemas.topics import Topic
+from bourse_schemas.topics import TRADES, Topic
 
-__all__ = ["kept_by", "kept_for", "readable", "show", "verify"]
+__all__ = ["kept_by", "kept_for", "progress", "readable", "show", "verify"]
 
 CHUNK = 20_000
 Done = Callable[[int], None]
@@ -36,63 +37,46 @@ Done = Callable[[int], None]
 
 def verify(table: Table, kept: Callable[[Done], Kept] | None = None) -> Report:
     """Check a table; `kept` returns what the topic has. Polls are counted if their table is next to it."""
-    files, report = table.files(), Report(table.name)
-    report.files = len(files)
-    markers = _markers(table, report) if table.topic.name == "trades" else None
-    with click.progressbar(length=1, label=table.name, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        # The topic has all rows of the polls that were read before it.
-        bar.length, there = sum(file.rows for file in files), None
+    files, report = table.files(), Report(table.name, files=len(table.files()))
+    markers = _markers(table) if table.topic is TRADES else ""
+    with progress(range(sum(file.rows for file in files)), table.name) as bar:
+        there = None
         if kept:
             ends, rows = kept(bar.update)
             bar.length += sum(end - start for start, end in ends.values())
             there = Kept(ends, lambda *span: map(table.with_day, rows(*span)))
-        prove(Stored(table.ends(), table.holes(), _parts(table, files, report, bar.update)), report, there, markers)
+        days = (list(same) for _, same in groupby(files, attrgetter("day")))
+        parts = (readable(table, same, report, bar.update) for same in days)
+        prove(Stored(table.ends(), table.about["holes"], parts, markers), report, there)
     return report
 
 
-def _markers(table: Table, report: Report) -> Markers | None:
+def progress(steps: Iterable[Any], label: str) -> Any:
+    """Return the steps as a context, counted on standard error if that is a terminal."""
+    return click.progressbar(steps, label=label, file=sys.stderr, hidden=not sys.stderr.isatty())
+
+
+def _markers(table: Table) -> Markers | str:
     uri = f"{table.storage.uri.removesuffix('trades')}polls"
     polls = Table.open(uri)
     if polls is None:
-        report.notes.append(f"{UNCOMPARED}: there is no table {uri}")
-        return None
+        return f"there is no table {uri}"
     damage = Report(polls.name)
-    rows = readable(polls, polls.files(), damage)
-    counts = pl.DataFrame(rows.select(["poll_sequence", *COUNTED.values()]))
-    whole = Markers(counts, from_start=all(first == 0 for first, _ in polls.ends().values()))
+    counts = readable(polls, polls.files(), damage).select(["poll_sequence", *COUNTED.values()])
     if damage.findings:
-        report.notes.append(f"{UNCOMPARED}: {uri} has findings")
-        return None
-    return whole
+        return f"{uri} has findings"
+    return Markers(pl.DataFrame(counts), from_start=all(first == 0 for first, _ in polls.ends().values()))
 
 
-def _parts(table: Table, files: list[File], report: Report, done: Done) -> Iterator[pa.Table]:
-    for _, same in groupby(files, attrgetter("day")):
-        rows = readable(table, list(same), report)
-        yield rows
-        done(rows.num_rows)
-
-
-def readable(table: Table, files: list[File], report: Report) -> pa.Table:
+def readable(table: Table, files: list[File], report: Report, done: Done = lambda _: None) -> pa.Table:
     """Return the rows of those files that are as the log has them; report the others."""
-    sizes: dict[str, int] = {}
-    for folder in {file.path.partition("/")[0] for file in files}:
-        sizes |= table.storage.sizes(folder)
     good = [table.arrow([])]
     for file in files:
-        size, what = sizes.get(file.path), "file is missing"
         try:
-            if size == file.size:
-                rows = table.read(file)
-                if rows.num_rows == file.rows:
-                    good.append(rows)
-                    continue
-                what = f"file has {rows.num_rows} rows, not {file.rows}"
-            elif size is not None:
-                what = f"file has {size} bytes, not {file.size}"
+            good.append(table.read(file))
         except Damaged as error:  # a store that failed proves nothing
-            what = f"file is damaged: {error}"
-        report.find(what, file.day, file.partitions, file.offsets, file=file.path)
+            report.find(str(error), file.day, file.partitions, file.offsets, file=file.path)
+        done(file.rows)
     return pa.concat_tables(good, promote_options="permissive")
 
 

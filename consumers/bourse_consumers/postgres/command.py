@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from bourse_cli.options import declared_topic
+from bourse_consumers.archive.command import ACCEPT_LOSS, TOPIC
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.topics import TOPICS
 
 if TYPE_CHECKING:
     from bourse_consumers.api import Consumer
 
 __all__ = ["archive_postgres", "require_no_password"]
 
-ARCHIVED = {topic.name: topic for topic in TOPICS if topic.cleanup != "compact"}
-
 
 @click.command
 @click.option("--dsn", envvar="BOURSE_DSN", required=True, metavar="postgresql://…", help="Address of the database.")
-@click.option("--topic", type=click.Choice(list(ARCHIVED)), default="trades", show_default=True, help="What to keep.")
+@TOPIC
 @click.option("--schema", default="bourse", show_default=True, help="Schema of the tables.")
 @click.option("--apply-schema", is_flag=True, help="Create the tables, or add the columns of this release.")
-@click.option("--accept-loss", is_flag=True, help="Go on after records that the topic has deleted; record the hole.")
+@ACCEPT_LOSS
 @click.pass_context
-def archive_postgres(
-    ctx: click.Context, dsn: str, topic: str, schema: str, *, apply_schema: bool, accept_loss: bool
-) -> Consumer:
+def archive_postgres(ctx: click.Context, /, dsn: str, topic: str, **options: Any) -> Consumer:
     """Write every event of a topic to PostgreSQL, exactly once.
 
     Set a password in BOURSE_DSN, PGPASSFILE or PGPASSWORD.
@@ -36,7 +33,7 @@ def archive_postgres(
 
     if ctx.get_parameter_source("dsn") is ParameterSource.COMMANDLINE:
         require_no_password(dsn, "--dsn")
-    return PostgresArchive(dsn, ARCHIVED[topic], schema=schema, apply_schema=apply_schema, accept_loss=accept_loss)
+    return PostgresArchive(dsn, declared_topic(topic, ""), **options)
 
 
 def require_no_password(dsn: str, option: str) -> None:

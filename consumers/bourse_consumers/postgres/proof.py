@@ -9,60 +9,60 @@ import psycopg
 import pyarrow as pa
 from psycopg import sql
 
-from bourse_consumers.archive.proof import COUNTED, UNCOMPARED, Kept, Markers, Report, Stored, prove
+from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
 from bourse_consumers.postgres.sink import connect, reason
 from bourse_consumers.postgres.tables import Connection, Tables
 from bourse_consumers.rows import WHERE, arrow_schema, as_json
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.topics import POLLS, TOPICS, TRADES, Topic
 
-__all__ = ["archived_there", "verify"]
+__all__ = ["verify"]
 
 CHUNK = 20_000
 
 
-def verify(dsn: str, topic: Topic, *, schema: str, prefix: str, kept: Callable[[], Kept] | None) -> Report:
-    """Check a topic's table against the topic, if it is given, and against the table of polls, if there is one."""
-    tables, name, report = Tables(topic, schema), topic.full_name(prefix), Report(topic.full_name(prefix))
-    holes = sql.SQL("SELECT partition, start, next FROM {} WHERE topic = %s").format(tables.holes)
+def verify(
+    dsn: str, topic: str | None, *, schema: str, prefix: str, kept: Callable[[Topic, str], Kept] | None
+) -> list[Report]:
+    """Check a topic's table, or all that there are, against the topics, if `kept` is given, and against the polls."""
+    reports = []
     try:
-        # All of it as of one moment: a writer may be at work.
-        with connect(dsn) as connection, connection.transaction():
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            connection.execute("SET LOCAL statement_timeout = 0")
-            tables.require(connection)
-            lost = connection.execute(holes, [name]).fetchall()
-            stored = Stored(tables.ends(connection, name), lost, _parts(connection, tables))
-            markers = _markers(connection, Tables(POLLS, schema), prefix)
-            # The topic has all rows of the polls read before it.
-            prove(stored, report, kept and kept(), markers)
-            if topic is TRADES and markers is None:
-                report.notes.append(f"{UNCOMPARED}: the schema {schema} has no table of polls")
+        with connect(dsn) as connection:
+            for each in TOPICS:
+                tables = Tables(each, schema)
+                if each.cleanup == "delete" and (each.name == topic or (not topic and tables.exist(connection))):
+                    reports.append(_verify(connection, tables, each.full_name(prefix), Tables(POLLS, schema), kept))
     except psycopg.Error as error:
         raise ConfigurationError(f"--to: {reason(error)}") from error
+    if not reports:
+        raise ConfigurationError(f"--to: the schema {schema} has no table of a topic: use another --schema")
+    return reports
+
+
+def _verify(
+    connection: Connection, tables: Tables, name: str, polls: Tables, kept: Callable[[Topic, str], Kept] | None
+) -> Report:
+    report, holes = Report(name), sql.SQL("SELECT partition, start, next FROM {} WHERE topic = %s").format(tables.holes)
+    # All of it as of one moment: a writer may be at work.
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        connection.execute("SET LOCAL statement_timeout = 0")
+        tables.require(connection)
+        lost, ends = connection.execute(holes, [name]).fetchall(), tables.ends(connection, name)
+        markers: Markers | str = ""
+        if tables.topic is TRADES:
+            markers = _markers(connection, polls, f"{name.removesuffix(TRADES.name)}{POLLS.name}")
+        prove(Stored(ends, lost, _parts(connection, tables), markers), report, kept and kept(tables.topic, name))
     return report
 
 
-def archived_there(dsn: str, schema: str) -> list[Topic]:
-    """Return the topics that have a table; raise ConfigurationError if there is none."""
-    try:
-        with connect(dsn) as connection:
-            found = [topic for topic in TOPICS if topic.cleanup == "delete" and Tables(topic, schema).exist(connection)]
-    except psycopg.Error as error:
-        raise ConfigurationError(f"--to: {reason(error)}") from error
-    if not found:
-        raise ConfigurationError(f"--to: the schema {schema} has no table of a topic: use another --schema")
-    return found
-
-
-def _markers(connection: Connection, polls: Tables, prefix: str) -> Markers | None:
+def _markers(connection: Connection, polls: Tables, topic: str) -> Markers | str:
     if not polls.exist(connection):
-        return None
+        return "there is no table of polls"
     names = ["poll_sequence", *COUNTED.values()]
     query = sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(map(sql.Identifier, names)), polls.rows)
     found = pl.DataFrame(connection.execute(query).fetchall(), dict.fromkeys(names, pl.Int64), orient="row")
-    first = [first for first, _ in polls.ends(connection, POLLS.full_name(prefix)).values()]
-    return Markers(found, from_start=first == [0])
+    return Markers(found, from_start=[first for first, _ in polls.ends(connection, topic).values()] == [0])
 
 
 def _parts(connection: Connection, tables: Tables) -> Iterator[pa.Table]:

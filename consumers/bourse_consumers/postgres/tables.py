@@ -18,7 +18,6 @@ __all__ = ["Connection", "Tables"]
 
 Connection = psycopg.Connection[Any]
 
-VERSION = 1
 # Maps and lists are JSON.
 TYPES = {pa.string(): "text", pa.int64(): "bigint", pa.int32(): "integer", pa.float64(): "double precision"} | {
     pa.bool_(): "boolean",
@@ -31,8 +30,6 @@ BY_MONTH, BY_DAY = ("instrument", "trading_day", "sequence"), " PARTITION BY RAN
 LOCK = 0x62_6F_75_72_73_65  # of all who create tables
 BOOKS = """
 CREATE SCHEMA IF NOT EXISTS {schema};
-CREATE TABLE IF NOT EXISTS {meta} (name text PRIMARY KEY, value text NOT NULL);
-INSERT INTO {meta} VALUES ('version', {version}) ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS {offsets}
     (topic text, partition integer, first bigint NOT NULL, next bigint NOT NULL, PRIMARY KEY (topic, partition));
 CREATE TABLE IF NOT EXISTS {holes} (topic text, partition integer, start bigint, next bigint NOT NULL,
@@ -45,18 +42,6 @@ CREATE OR REPLACE VIEW {last_candle} AS SELECT DISTINCT ON (instrument) instrume
 CREATE OR REPLACE VIEW {daily_bars} AS SELECT DISTINCT ON (instrument, trading_day) instrument, symbol, trading_day,
     open_price AS open, high_price AS high, low_price AS low, last_price AS last, closing_price AS close, volume, value,
     trade_count FROM {rows} ORDER BY instrument, trading_day, sequence DESC;
-"""
-# Only the owner of a table may attach a partition.
-RIGHTS = """
-SELECT missing FROM (VALUES
-    ('INSERT on ' || %(rows)s, has_table_privilege(%(rows)s, 'INSERT')),
-    ('INSERT on ' || %(holes)s, has_table_privilege(%(holes)s, 'INSERT')),
-    ('SELECT, INSERT and UPDATE on ' || %(offsets)s, has_table_privilege(%(offsets)s, 'SELECT')
-        AND has_table_privilege(%(offsets)s, 'INSERT') AND has_table_privilege(%(offsets)s, 'UPDATE')),
-    ('the ownership of ' || %(rows)s, (SELECT NOT %(months)s OR pg_has_role(relowner, 'USAGE') FROM pg_class
-        WHERE oid = to_regclass(%(rows)s))),
-    ('CREATE in the schema', NOT %(months)s OR has_schema_privilege(%(schema)s, 'CREATE'))
-) AS checks (missing, ok) WHERE NOT ok
 """
 
 
@@ -71,7 +56,7 @@ class Tables:
         self._optional = {field.name for field in arrow_schema(topic.event) if field.nullable}
         self.months = set(BY_MONTH) <= self.columns.keys()
         self.rows = self.named(topic.name.replace("-", "_"))
-        self.offsets, self.holes, self._meta = map(self.named, ("offsets", "holes", "meta"))
+        self.offsets, self.holes = map(self.named, ("offsets", "holes"))
 
     def named(self, name: str) -> sql.Identifier:
         """Return a table of the schema."""
@@ -86,7 +71,7 @@ class Tables:
         """
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
         names = {"schema": sql.Identifier(self._schema), "offsets": self.offsets, "holes": self.holes}
-        connection.execute(sql.SQL(BOOKS).format(meta=self._meta, version=sql.Literal(f"{VERSION}"), **names))
+        connection.execute(sql.SQL(BOOKS).format(**names))
         kinds = {
             name: sql.SQL(kind + " NOT NULL" * (name not in self._optional)) for name, kind in self.columns.items()
         }
@@ -118,27 +103,12 @@ class Tables:
         found, name = self._found(connection), self.topic.name
         if not found:
             raise ConfigurationError(f"the schema {self._schema} has no table of {name}: add --apply-schema")
-        if self._version(connection) > VERSION:
-            raise ConfigurationError(f"the schema {self._schema} is of a newer version: upgrade bourse-stream")
         if missing := self.columns.keys() - found.keys():
             advice = "add --apply-schema" if missing <= self._optional else "it is another table: use another --schema"
             raise ConfigurationError(f"{name} lacks {', '.join(sorted(missing))}: {advice}")
         for column, kind in self.columns.items():
             if found[column] != kind:
                 raise ConfigurationError(f"{name}: {column} is {found[column]}, not {kind}: use another --schema")
-
-    def _version(self, connection: Connection) -> int:
-        if connection.execute("SELECT to_regclass(%s)", [self._meta.as_string(connection)]).fetchone() == (None,):
-            return VERSION
-        found = connection.execute(sql.SQL("SELECT value FROM {} WHERE name = 'version'").format(self._meta))
-        return max((int(value) for (value,) in found.fetchall()), default=VERSION)
-
-    def require_rights(self, connection: Connection) -> None:
-        """Raise ConfigurationError if this user may not do what a writer does."""
-        names = {name: getattr(self, name).as_string(connection) for name in ("rows", "offsets", "holes")}
-        known = names | {"months": self.months, "schema": self._schema}
-        for (missing,) in connection.execute(RIGHTS, known).fetchall():
-            raise ConfigurationError(f"--dsn: this user lacks {missing}: grant it, or use another user")
 
     # --- written and read ---------------------------------------------------------------------------------------------
 
