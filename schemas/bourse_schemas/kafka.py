@@ -163,9 +163,7 @@ class Cluster:
 
         prefix = len(REGISTRY_KEYS)
         own = {key[prefix:]: value for key, value in self.settings.items() if key.startswith(REGISTRY_KEYS)}
-        if self.registry_proxy is not None:
-            own.setdefault("proxy", self.registry_proxy)
-        return Registry(self.registry_url, own)
+        return Registry(self.registry_url, own, self.registry_proxy)
 
     def metadata(self, timeout: float = METADATA_SECONDS, *, every_broker: bool = False) -> ClusterMetadata:
         """Return the cluster's brokers and topics; topics that this user may not see are missing.

@@ -1,17 +1,18 @@
-"""The schema registry, through Confluent's client: services look ids up and never register."""
+"""The schema registry, through Confluent's REST interface: services look ids up and never register."""
 
 from __future__ import annotations
 
 import json
-import os
+import ssl
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from confluent_kafka.schema_registry import ConfigCompatibilityLevel, Schema, SchemaRegistryClient, ServerConfig
-from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError
+import httpx2
+import msgspec
+from socksio.exceptions import SOCKSError
 
 from bourse_schemas.codec import Deserializer, Serializer, avro_schema
 from bourse_schemas.compatibility import gate, refusal
@@ -21,51 +22,81 @@ from bourse_schemas.topics import TOPICS, Topic
 
 E = TypeVar("E", bound=Event)
 R = TypeVar("R")
-P = ParamSpec("P")
 
-COMPATIBILITY = ConfigCompatibilityLevel.FULL_TRANSITIVE
-TIMEOUT_SECONDS = 4  # tried twice, and still an answer within ten seconds
+COMPATIBILITY = "FULL_TRANSITIVE"
+TIMEOUT_SECONDS = 4.0
 UNKNOWN_SECONDS = 30.0
-NUMBERS = ("timeout", "cache.", "max.retries", "retries.")  # how the names of numeric settings begin
+# The settings, named as in Confluent's clients.
+CLIENT_CERTIFICATE = ("ssl.certificate.location", "ssl.key.location", "ssl.key.password")
+SETTINGS = ("basic.auth.user.info", "bearer.auth.token", "ssl.ca.location", *CLIENT_CERTIFICATE)
+
+
+class _Answer(msgspec.Struct):
+    id: int = 0
+    schema: str = ""
+    level: str | None = msgspec.field(name="compatibilityLevel", default=None)
+    error_code: int = 0
+    message: str = ""
+
+
+class _Missing(Exception):
+    """The registry has no such subject, version or id."""
 
 
 class Registry:
-    """A schema registry.
+    """A schema registry; `proxy` is the URL of the proxy that leads to it.
 
     Every method raises Unreachable when the registry does not answer and ConfigurationError when it refuses us.
     """
 
-    def __init__(self, url: str, settings: Mapping[str, str] | None = None) -> None:
-        self.url = url
+    def __init__(self, url: str, settings: Mapping[str, str] | None = None, proxy: str | None = None) -> None:
+        self.url, own = url, dict(settings or {})
+        user, colon, password = own.get("basic.auth.user.info", "").partition(":")
+        self._user = user if colon else "this client"
+        headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
+        if token := own.get("bearer.auth.token"):
+            headers["Authorization"] = f"Bearer {token}"
         try:
-            own = {key: int(value) if key.startswith(NUMBERS) else value for key, value in (settings or {}).items()}
-            with _no_proxy_variables():
-                self._client = SchemaRegistryClient(
-                    {"timeout": TIMEOUT_SECONDS, "max.retries": 1, "retries.wait.ms": 100, **own, "url": url}
-                )
-        except (ValueError, TypeError, OSError) as error:
+            if unknown := own.keys() - set(SETTINGS):
+                raise ValueError(f"{min(unknown)} is unknown; settings are {', '.join(SETTINGS)}")
+            if user and not colon:
+                raise ValueError("basic.auth.user.info is not USER:PASSWORD")
+            if httpx2.URL(url).scheme not in {"http", "https"}:
+                raise ValueError("the address does not begin with http:// or https://")
+            tls = ssl.create_default_context(cafile=own.get("ssl.ca.location"))
+            if own.keys() & set(CLIENT_CERTIFICATE):
+                certificate, key, key_password = map(own.get, CLIENT_CERTIFICATE)
+                tls.load_cert_chain(certificate or "", key, key_password)
+            transport = httpx2.HTTPTransport(verify=tls, proxy=proxy, retries=1)
+            auth = (user, password) if colon else None
+            client = httpx2.Client(
+                base_url=url, transport=transport, auth=auth, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False
+            )
+        except (ValueError, OSError, httpx2.InvalidURL) as error:
             raise ConfigurationError(
                 f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
             ) from error
+        self._client = client
+        self._schemas: dict[int, dict[str, Any]] = {}
         # Until when an id that the registry does not know is not asked for again: such records come by the thousand.
         self._unknown: dict[int, float] = {}
-        self._user = str(own.get("basic.auth.user.info", "")).partition(":")[0] or "this client"
-        weakref.finalize(self, self._client.close)
+        weakref.finalize(self, client.close)
 
     def serializer(self, topic: Topic, prefix: str) -> Serializer[Any]:
         """Return the serializer of a topic; a subject or schema that is not registered is a ConfigurationError."""
         subject = topic.subject(prefix)
+        released = self._released(subject)
         try:
-            found = self._ask(f"read subject {subject}", self._client.lookup_schema, subject, _schema(topic.event))
-        except SchemaRegistryError as error:
-            what = "is not registered" if error.error_code == 40401 else "has no version equal to this release's schema"
+            found = self._ask(f"read subject {subject}", _Answer, "POST", f"subjects/{subject}", _body(topic))
+        except _Missing as error:
+            what = "has no version equal to this release's schema" if released else "is not registered"
             raise ConfigurationError(
                 f"subject {subject} {what} at {self.url}: run `bourse schemas register --registry-url {self.url} "
                 f"--topic-prefix {prefix}`"
             ) from error
-        if faults := gate(avro_schema(topic.event), self._released(subject)):
+        if faults := gate(avro_schema(topic.event), released):
             raise ConfigurationError(f"subject {subject} at {self.url}: {refusal(faults)}")
-        return Serializer(topic, cast("int", found.schema_id), prefix)
+        return Serializer(topic, found.id, prefix)
 
     def deserializer(self, event: type[E]) -> Deserializer[E]:
         """Return a deserializer that looks the writers' schemas up here."""
@@ -74,17 +105,19 @@ class Registry:
     def schema(self, schema_id: int) -> dict[str, Any]:
         """Return a writer's schema by id; an id unknown to the registry is an UnknownSchema."""
         unknown = f"schema id {schema_id} is unknown to the registry at {self.url}"
+        if schema_id in self._schemas:
+            return self._schemas[schema_id]
         if time.monotonic() < self._unknown.get(schema_id, 0.0):
             raise UnknownSchema(unknown)
         try:
-            text = self._ask(f"read schema id {schema_id}", self._client.get_schema, schema_id).schema_str
-        except SchemaRegistryError as error:
+            text = self._ask(f"read schema id {schema_id}", _Answer, "GET", f"schemas/ids/{schema_id}").schema
+        except _Missing as error:
             self._unknown[schema_id] = time.monotonic() + UNKNOWN_SECONDS
             raise UnknownSchema(unknown) from error
         with suppress(ValueError):
-            schema = json.loads(text or "")
+            schema = json.loads(text)
             if isinstance(schema, dict):
-                return schema
+                return self._schemas.setdefault(schema_id, schema)
         raise Undecodable(f"schema id {schema_id} is not an Avro record")
 
     def register(self, topic: Topic, prefix: str) -> int:
@@ -95,9 +128,9 @@ class Registry:
         subject = topic.subject(prefix)
         if faults := gate(avro_schema(topic.event), self._released(subject)):
             raise SchemaIncompatible(f"{subject}: {refusal(faults)}")
-        level = ServerConfig(compatibility=COMPATIBILITY)
-        self._ask(f"set the compatibility of subject {subject}", self._client.set_config, subject, level)
-        return self._ask(f"write subject {subject}", self._client.register_schema, subject, _schema(topic.event))
+        level = {"compatibility": COMPATIBILITY}
+        self._ask(f"set the compatibility of subject {subject}", _Answer, "PUT", f"config/{subject}", level)
+        return self._ask(f"write subject {subject}", _Answer, "POST", f"subjects/{subject}/versions", _body(topic)).id
 
     def register_all(self, prefix: str) -> dict[str, int]:
         """Register every topic's schema; return the ids by subject."""
@@ -112,57 +145,48 @@ class Registry:
         if faults := gate(avro_schema(topic.event), released):
             return f"{subject}: {refusal(faults)}"
         try:
-            level = self._ask(f"read subject {subject}", self._client.get_config, subject).compatibility_level
-        except SchemaRegistryError:
+            level = self._ask(f"read subject {subject}", _Answer, "GET", f"config/{subject}").level
+        except _Missing:
             level = None
-        if level is None or str(getattr(level, "value", level)) != COMPATIBILITY.value:
-            return f"{subject}: compatibility is {level}, not {COMPATIBILITY.value}"
-        return None
+        return None if level == COMPATIBILITY else f"{subject}: compatibility is {level}, not {COMPATIBILITY}"
 
     def _released(self, subject: str) -> dict[int, Any]:
         """Return the schemas of a subject by version; nothing if it does not exist."""
-        right = f"read subject {subject}"
+        right, path = f"read subject {subject}", f"subjects/{subject}/versions"
         try:
-            versions = self._ask(right, lambda: list(self._client.get_versions(subject)))
-        except SchemaRegistryError:
+            versions = self._ask(right, list[int], "GET", path)
+        except _Missing:
             return {}
-        found = {number: self._ask(right, self._client.get_version, subject, number) for number in versions}
-        return {number: self._ask(right, json.loads, each.schema.schema_str or "") for number, each in found.items()}
-
-    def _ask(self, right: str, question: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Return the answer to a question; `right` is what the user must be allowed to do.
-
-        A SchemaRegistryError means that the registry has no such subject, version or id.
-        """
-        import httpx2
-        from socksio.exceptions import SOCKSError  # what Confluent's client calls with
-
+        texts = {number: self._ask(right, _Answer, "GET", f"{path}/{number}").schema for number in versions}
         try:
-            return question(*args, **kwargs)
-        except (httpx2.InvalidURL, ValueError, AttributeError, TypeError, KeyError) as error:
-            # The client does not expect an answer that is not the API's.
-            raise ConfigurationError(f"{self.url} is not a schema registry: is --registry-url right?") from error
-        except OAuthTokenError as error:
-            raise ConfigurationError(f"no token for the schema registry at {self.url}: {error}") from error
+            return {number: json.loads(text) for number, text in texts.items()}
+        except ValueError as error:
+            raise ConfigurationError(f"subject {subject} at {self.url} is not Avro") from error
+
+    def _ask(self, right: str, kind: type[R], method: str, path: str, body: Mapping[str, str] | None = None) -> R:
+        """Return the answer to a call; `right` is what the user must be allowed to do. Raises _Missing."""
+        try:
+            answer = self._client.request(method, path, json=body)
         except (httpx2.HTTPError, SOCKSError) as error:
             raise self._unreachable(error) from error
-        except SchemaRegistryError as error:
-            status = error.http_status_code
-            text = f"(HTTP {status}): {error.error_message or ''}".partition("\n")[0][:200]
-            if status in {401, 403}:
-                raise ConfigurationError(
-                    f"the schema registry at {self.url} refuses {self._user} to {right} (HTTP {status}): "
-                    "see -X schema.registry.basic.auth.user.info=@FILE and the rights of this user"
-                ) from error
-            if status >= 500 or status == 429:
-                raise Unreachable(f"the schema registry at {self.url} fails {text}") from error
-            if status == 409:
-                raise SchemaIncompatible(f"cannot {right}: {error.error_message}") from error
-            if not 40400 <= (error.error_code or 0) < 40500:
-                raise ConfigurationError(
-                    f"{self.url} does not answer like a schema registry {text}: is --registry-url right?"
-                ) from error
-            raise
+        status, reported = answer.status_code, _Answer()
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            if status == 200:
+                return msgspec.json.decode(answer.content, type=kind)
+            reported = msgspec.json.decode(answer.content, type=_Answer)
+        text = f"(HTTP {status}): {reported.message}".partition("\n")[0][:200]
+        if status in {401, 403}:
+            raise ConfigurationError(
+                f"the schema registry at {self.url} refuses {self._user} to {right} (HTTP {status}): "
+                "see -X schema.registry.basic.auth.user.info=@FILE and the rights of this user"
+            )
+        if status >= 500 or status == 429:
+            raise Unreachable(f"the schema registry at {self.url} fails {text}")
+        if status == 409:
+            raise SchemaIncompatible(f"cannot {right}: {reported.message}")
+        if 40400 <= reported.error_code < 40500:
+            raise _Missing(text)
+        raise ConfigurationError(f"{self.url} does not answer like a schema registry {text}: is --registry-url right?")
 
     def _unreachable(self, error: Exception) -> ConfigurationError:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
@@ -178,16 +202,5 @@ class Registry:
         )
 
 
-@contextmanager
-def _no_proxy_variables() -> Iterator[None]:
-    """Hide the proxy variables: without a proxy Confluent's client would read them again, and fail on some values."""
-    names = {f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")}
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in names}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _schema(event: type[Event]) -> Schema:
-    return Schema(json.dumps(avro_schema(event), ensure_ascii=False), "AVRO")
+def _body(topic: Topic) -> dict[str, str]:
+    return {"schema": json.dumps(avro_schema(topic.event), ensure_ascii=False)}

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from confluent_kafka.schema_registry.error import SchemaRegistryError
-
 from bourse_consumers.board.state import Group, Located, State
 from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.events import TradeEvent
@@ -45,7 +43,7 @@ class Feed:
     def require(self) -> None:
         """Raise ConfigurationError if brokers or registry do not answer, or topics are missing."""
         self._cluster.require_topics(list(self._topics))
-        with suppress(Undecodable, SchemaRegistryError):
+        with suppress(Undecodable):
             self._registry.schema(0)  # no schema has this id, but the answer shows that the registry is reachable
 
     def __enter__(self) -> Self:
@@ -127,7 +125,7 @@ class Feed:
                 event = self._decode[record.place[0]](record.value)
             except Undecodable:
                 return None
-            except (Unreachable, SchemaRegistryError) as error:
+            except Unreachable as error:
                 failed = True
                 self._trouble("registry", str(error))
                 self._stop.wait(RETRY_SECONDS)
