@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 PRACTICE_HOLD_SECONDS = 2.0
 STOP_SECONDS = 3.5
 FOLDER = click.Path(file_okay=False, path_type=Path)
-SHARE = click.FloatRange(0, 1)
+SHARE, FROM_0, FROM_1 = click.FloatRange(0, 1), click.FloatRange(min=0), click.FloatRange(min=1)
+SCHEDULES, CLOCKS = click.Choice(["session", "always"]), click.Choice(["system", "response"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +40,24 @@ class ProduceOptions:
     """How to poll, and what to do with what comes."""
 
     rights: bool = option(
-        "Poll subscription rights too: a second call, charged.", None, False, flag="--rights/--no-rights"
+        "Poll subscription rights too: a second call, charged.", default=False, flag="--rights/--no-rights"
     )
     poll_seconds: float = option("Seconds from poll to poll.", click.FloatRange(0, 3600), 60.0)
-    schedule: str = option(
-        "When to poll: in the exchange's sessions, or always.", click.Choice(["session", "always"]), "session"
-    )
-    clock: str = option(
-        "Source of the time: our clock, or the responses' Date header (for a day of the past or a simulated one).",
-        click.Choice(["system", "response"]),
-        "system",
-    )
-    frozen_seconds: float = option(
-        "An open market that does not move for this time is FROZEN.", click.FloatRange(min=1), 180.0
-    )
-    partial_share: float = option(
-        "A response with less than this share of the rows of the one before it is PARTIAL.", SHARE, 0.5
-    )
-    max_rejected_share: float = option("A response with a larger share of unusable rows is not published.", SHARE, 0.2)
-    quota_seconds: float = option(
-        "Pause after the exchange reports that the paid calls are used up.", click.FloatRange(min=0), 3600.0
-    )
+    schedule: str = option("Poll in the exchange's sessions, or always.", SCHEDULES, "session")
+    clock: str = option("Take the time from our clock, or from the responses (a day of the past).", CLOCKS, "system")
+    frozen_seconds: float = option("An open market that does not move for this time is FROZEN.", FROM_1, 180.0)
+    partial_share: float = option("With less than this share of the last response's rows one is PARTIAL.", SHARE, 0.5)
+    max_rejected_share: float = option("A response with a larger share of bad rows is not published.", SHARE, 0.2)
+    quota_seconds: float = option("Pause after the exchange reports that the paid calls are used up.", FROM_0, 3600.0)
     max_calls_per_day: int | None = option(
         "Charged calls a day (Tehran), restarts included; one poll is kept for the day's end. [default: no limit]",
         click.IntRange(min=1),
     )
-    capture: Path | None = option(
-        "Keep every response in this folder, byte for byte; see `bourse replay`.", FOLDER, envvar="BOURSE_CAPTURE"
-    )
+    capture: Path | None = option("Keep every response in this folder, byte for byte; see `bourse replay`.", FOLDER)
     once: bool = option("Poll once; exit 0 if it was published or unchanged, else 1, or 2 if refused.", is_flag=True)
-    dry_run: bool = option(
-        "Poll once, print what would be published, write nothing. The call is charged.", is_flag=True
-    )
+    dry_run: bool = option("Poll once (charged), print what would be published, write nothing.", is_flag=True)
     remove_candle: str | None = option(
-        "Remove a record from the candles, and do nothing else: a delisted instrument, or what is not a candle.",
-        metavar="PARTITION/KEY",
+        "Only remove a record from the candles: a delisted instrument, or not a candle.", metavar="PARTITION/KEY"
     )
 
 

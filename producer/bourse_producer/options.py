@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(dir_okay=False, path_type=Path)
 SECONDS = click.FloatRange(min=0.1)
+ENVIRONMENTS = click.Choice(["production", "sandbox"])
+SERVICES = click.Choice(["trades-realtime", "realTimeTrades"])
 
 
 def option(text: str, kind: Any = None, default: Any = None, *, flag: str | None = None, **details: Any) -> Any:
@@ -36,8 +38,11 @@ def option(text: str, kind: Any = None, default: Any = None, *, flag: str | None
     return field(metadata={"flag": flag, "details": shown | details})
 
 
-def options_of(parameter: str, kind: type[Any]) -> Callable[[F], F]:
-    """Add an option for each field of a dataclass; the command gets an instance of it as `parameter`."""
+def options_of(parameter: str, kind: type[Any], *, shared: bool = False) -> Callable[[F], F]:
+    """Add an option for each field of a dataclass; the command gets an instance of it as `parameter`.
+
+    If the options are `shared` by several commands, each has a variable that all of them read: BOURSE_ADDRESS.
+    """
 
     def add(command: F) -> F:
         @wraps(command)
@@ -47,7 +52,8 @@ def options_of(parameter: str, kind: type[Any]) -> Callable[[F], F]:
 
         for each in reversed(fields(kind)):
             flag = each.metadata["flag"] or "--" + each.name.replace("_", "-")
-            with_options = click.option(flag, each.name, **each.metadata["details"])(with_options)
+            variable = f"BOURSE_{each.name.upper()}" if shared else None
+            with_options = click.option(flag, each.name, envvar=variable, **each.metadata["details"])(with_options)
         return with_options  # type: ignore[return-value]  # click's decorators keep the callable
 
     return add
@@ -57,34 +63,16 @@ def options_of(parameter: str, kind: type[Any]) -> Callable[[F], F]:
 class ExchangeOptions:
     """The exchange and the account as the operator named them."""
 
-    address: str | None = option(
-        "The exchange's address, instead of --environment.", metavar="URL", envvar="BOURSE_ADDRESS"
-    )
-    environment: str = option(
-        "Which of Finnotech's two addresses to use.", click.Choice(["production", "sandbox"]), "production"
-    )
-    profile: str = option(
-        "Which of the exchange's services: the documented one, or its successor.",
-        click.Choice(["trades-realtime", "realTimeTrades"]),
-        "trades-realtime",
-    )
-    client_id: str | None = option("Client id of the account at the exchange.", envvar="BOURSE_CLIENT_ID")
-    client_secret_file: Path | None = option(
-        "File with the client secret, instead of BOURSE_CLIENT_SECRET.", FILE, envvar="BOURSE_CLIENT_SECRET_FILE"
-    )
-    nid_file: Path | None = option(
-        "File with the national id of 10 digits, instead of BOURSE_NID.", FILE, envvar="BOURSE_NID_FILE"
-    )
-    proxy: str | None = option(
-        "Proxy for the calls to the exchange, without a password.", metavar="URL", envvar="BOURSE_PROXY"
-    )
-    proxy_file: Path | None = option(
-        "File with the proxy's URL, which may hold a password.", FILE, envvar="BOURSE_PROXY_FILE"
-    )
+    address: str | None = option("The exchange's address, instead of --environment.", metavar="URL")
+    environment: str = option("Which of Finnotech's two addresses to use.", ENVIRONMENTS, "production")
+    profile: str = option("The exchange's documented service, or its successor.", SERVICES, "trades-realtime")
+    client_id: str | None = option("Client id of the account at the exchange.")
+    client_secret_file: Path | None = option("File with the client secret, instead of BOURSE_CLIENT_SECRET.", FILE)
+    nid_file: Path | None = option("File with the national id of 10 digits, instead of BOURSE_NID.", FILE)
+    proxy: str | None = option("Proxy for the calls to the exchange, without a password.", metavar="URL")
+    proxy_file: Path | None = option("File with the proxy's URL, which may hold a password.", FILE)
     connect_timeout_seconds: float = option("How long a connection may take.", SECONDS, 10.0)
-    read_timeout_seconds: float = option(
-        "How long the exchange may be silent. Its gateway itself waits 40 s.", SECONDS, 45.0
-    )
+    read_timeout_seconds: float = option("How long the exchange may be silent; its gateway waits 40 s.", SECONDS, 45.0)
 
     @property
     def service(self) -> Profile:
@@ -147,4 +135,4 @@ def _secret(what: str, variable: str, option: str, file: Path | None) -> str:
 
 
 # The command gets `exchange: ExchangeOptions`.
-exchange_options = options_of("exchange", ExchangeOptions)
+exchange_options = options_of("exchange", ExchangeOptions, shared=True)
