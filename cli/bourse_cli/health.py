@@ -98,9 +98,7 @@ class ArchiveMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         _, gauge, _ = _kinds(registry)
-        self.verified_day = gauge(
-            "archive_verified_day", "Start of the last verified closed day. If it stays old, days have findings."
-        )
+        self.verified_day = gauge("archive_verified_day", "Start of the last verified day. If old, days have findings.")
         self.findings = gauge("archive_findings", "Findings of the last verification. Days with any are not merged.")
 
 

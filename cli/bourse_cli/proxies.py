@@ -71,9 +71,7 @@ def _proxy_url(origin: str, value: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigurationError(
-            f"{origin} is not a proxy address such as http://127.0.0.1:3128 (schemes: {', '.join(SCHEMES)})"
-        )
+        raise ConfigurationError(f"{origin} is not a proxy address such as http://HOST:3128 ({', '.join(SCHEMES)})")
     return url
 
 

@@ -80,10 +80,8 @@ class LazyGroup(click.Group):
         for point in entry_points(self.entry_point_group, tuple(sys.path)):
             other = found.setdefault(point.name, point)
             if other.value != point.value:
-                raise ConfigurationError(
-                    f"two installed packages provide {self.entry_point_group} {point.name!r}: {other} and {point}; "
-                    "uninstall one"
-                )
+                both = f"{other} and {point} provide {self.entry_point_group} {point.name!r}"
+                raise ConfigurationError(f"two installed packages, {both}: uninstall one")
         return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:

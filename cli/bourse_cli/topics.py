@@ -19,11 +19,8 @@ from bourse_schemas.topics import ALERTS, POLLS, TOPICS, Topic
 
 TIMEOUT_SECONDS = 8.0
 USUAL_REPLICAS = 3
-# Topics that have exactly one partition, and why.
-SINGLE = {
-    POLLS.name: "the order of polls and the election of the leader",
-    ALERTS.name: "the order of alerts",
-}
+# Topics that have exactly one partition, and what needs it.
+SINGLE = {POLLS.name: "the order of polls and the leader's election", ALERTS.name: "the order of alerts"}
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -162,8 +159,7 @@ def plan_topics(
         if name not in found:
             if not plan.replicas and brokers < USUAL_REPLICAS:
                 raise ConfigurationError(
-                    f"the cluster has {brokers} broker{'s' * (brokers != 1)}: pass --replication-factor "
-                    f"(at most {brokers})"
+                    f"the cluster has too few brokers: pass --replication-factor (at most {brokers})"
                 )
             plans.append(replace(plan, replicas=plan.replicas or USUAL_REPLICAS))
             continue
@@ -172,10 +168,8 @@ def plan_topics(
         if has > wants:
             advice = f"put `partitions = {has}` under [topic.{plan.topic.name}] in {config_name()}"
             if what := SINGLE.get(plan.topic.name):
-                advice = f"{what} needs exactly one: delete the topic"
-            raise ConfigurationError(
-                f"{name} has {has} partitions and {wants} are declared: partitions cannot be removed; {advice}"
-            )
+                advice = f"{what} needs it: delete the topic"
+            raise ConfigurationError(f"{name} has {has} partitions, which cannot be reduced to {wants}: {advice}")
         # min.insync.replicas depends on the replicas that the topic has: they are not altered here.
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
@@ -199,7 +193,7 @@ def _read_overrides(tables: Any) -> dict[str, Override]:
             ) from error
         if name in SINGLE and overrides[name].partitions not in {None, 1}:
             raise ConfigurationError(
-                f"{config_name()}: partitions of [topic.{name}] must be 1: {SINGLE[name]} depends on it"
+                f"{config_name()}: partitions of [topic.{name}] must be 1: {SINGLE[name]} needs it"
             )
     return overrides
 

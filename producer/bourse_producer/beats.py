@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from typing import NamedTuple
+from typing import Any
 
 from bourse_producer.calendar import Calendar
 from bourse_schemas.events import TEHRAN, Phase
@@ -21,14 +21,6 @@ MAX_SKIPPED = 1000
 TICK_SECONDS = 0.05
 # A leader that owes a poll leaves after three beats, four minutes at most; a lawful poll, two calls of 55 s, must fit.
 OWED_BEATS, MIN_OWED_SECONDS, MAX_OWED_SECONDS = 3, 130.0, 240.0
-
-
-class Moment(NamedTuple):
-    """What the calendar knows of an instant; `next_poll_at` is when the poll after it takes place."""
-
-    phase: Phase
-    session_day: date | None
-    next_poll_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +55,11 @@ class Beats:
         interval = self.interval(now)
         return bool(interval) and not self.simulated and _beat(last, interval) == _beat(now, interval)
 
-    def moment(self, now: datetime, beat: datetime, final_day: date | None) -> Moment:
-        """Return what the calendar knows of `now`; `beat` is the next one."""
+    def moment(self, now: datetime, beat: datetime, final_day: date | None) -> dict[str, Any]:
+        """Return what a marker holds of `now` by the calendar; `beat` is the next one."""
         next_poll_at = beat if self._in_session(beat, final_day) else self.calendar.next_session(beat)
-        return Moment(self.calendar.phase(now), self.calendar.session_day(now), next_poll_at)
+        phase, day = self.calendar.phase(now), self.calendar.session_day(now)
+        return {"phase": phase, "session_day": day, "next_poll_at": next_poll_at}
 
     def missed(self, since: datetime, now: datetime) -> list[datetime]:
         """Return the beats of `now`'s open session between the poll that began at `since` and this one."""
@@ -74,10 +67,8 @@ class Beats:
             return []
         numbers = range(_beat(since, self.poll_seconds) + 1, _beat(now, self.poll_seconds))[-MAX_SKIPPED:]
         beats = (datetime.fromtimestamp(number * self.poll_seconds, UTC) for number in numbers)
-        day = self.calendar.session_day(now)
-        return [
-            beat for beat in beats if self.calendar.phase(beat) is Phase.OPEN and self.calendar.session_day(beat) == day
-        ]
+        wanted = Phase.OPEN, self.calendar.session_day(now)
+        return [beat for beat in beats if (self.calendar.phase(beat), self.calendar.session_day(beat)) == wanted]
 
     def gap(
         self, last_good_at: datetime | None, now: datetime, missed: Sequence[datetime], final_day: date | None

@@ -19,43 +19,36 @@ SHOWN_DAYS = 14
 
 
 class CalendarFile:
-    """The calendar of a file with closures and extra openings, read again whenever the file changes.
+    """The calendar of a file with closures and extra openings, read again whenever it is asked for.
 
     An invalid new file is logged once and ignored.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._stamp: tuple[int, int] | None = None
-        self._calendar = Calendar()
-        if path is not None:
-            self._stamp, self._calendar = _stamp(path), self._read(path)
+        self._path, self._fault = path, ""
+        self._calendar = Calendar() if path is None else _read(path)
 
     def calendar(self) -> Calendar:
         """Return the present calendar."""
-        if self._path is not None and (stamp := _stamp(self._path)) != self._stamp:
-            self._stamp = stamp
-            try:
-                self._calendar = self._read(self._path)
-                get_logger().info("calendar changed", file=str(self._path))
-            except ConfigurationError as error:
-                get_logger().error("calendar file ignored", error=str(error))
-        return self._calendar
-
-    @staticmethod
-    def _read(path: Path) -> Calendar:
+        if self._path is None:
+            return self._calendar
         try:
-            return parse_calendar(read_text(path, "--calendar"))
-        except ValueError as error:
-            raise ConfigurationError(f"--calendar {path}: {error}") from error
+            found, fault = _read(self._path), ""
+        except ConfigurationError as error:
+            found, fault = self._calendar, str(error)
+        if fault not in {"", self._fault}:
+            get_logger().error("calendar file ignored", error=fault)
+        elif found != self._calendar:
+            get_logger().info("calendar changed", file=str(self._path))
+        self._calendar, self._fault = found, fault
+        return found
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _read(path: Path) -> Calendar:
     try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
+        return parse_calendar(read_text(path, "--calendar"))
+    except ValueError as error:
+        raise ConfigurationError(f"--calendar {path}: {error}") from error
 
 
 # Adds `--calendar FILE`; the command gets `calendar_file: CalendarFile`.

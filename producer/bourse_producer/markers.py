@@ -116,8 +116,8 @@ def mark(
     found = []
     for beat in timing.missed:
         moment = beats.moment(beat, beat + timedelta(seconds=beats.poll_seconds), history.final_day)
-        found.append(moment._asdict() | {"outcome": Outcome.SKIPPED, "requested_at": beat})
-        found[-1] |= {"error_kind": "internal", "error_message": timing.why}
+        error = {"error_kind": "internal", "error_message": timing.why}
+        found.append(moment | {"outcome": Outcome.SKIPPED, "requested_at": beat} | error)
     found.append(_fields(poll, derived, history, timing))
     usual: dict[str, Any] = {"source": source, "simulated": beats.simulated, "feed_state": FeedState.UNKNOWN, **ZEROS}
     judged = []
@@ -139,7 +139,7 @@ def _fields(poll: Poll, derived: Derived, history: History, timing: Timing) -> d
     requested_at = min(poll.requested_at, now)
     error = next(iter(errors.values()), None)
     named = "; ".join(f"{'rights' if is_right else 'shares'}: {error}" for is_right, error in errors.items())
-    fields = moment._asdict() | {
+    fields = moment | {
         "outcome": Outcome.SKIPPED if poll.held else Outcome.FAILED,
         "requested_at": requested_at,
         "poll_id": poll.track_ids.get(False),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import msgspec
@@ -19,8 +19,7 @@ from bourse_producer.beats import Beats
 from bourse_producer.calendar import Calendar
 from bourse_producer.capture import Head, read_capture
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.markers import History, Timing, mark
-from bourse_producer.markers import Poll as InHand
+from bourse_producer.markers import History, Poll, Timing, mark
 from bourse_producer.responses import PROFILES, Answer, Derived, Reading, derive
 from bourse_schemas.errors import ConfigurationError, ExchangeError
 from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
@@ -30,18 +29,6 @@ from bourse_schemas.topics import POLLS, TRADES, Topic
 SHOWN = 10
 # Responses that wait for their poll: a poll that is published again comes after its responses.
 KEPT_RESPONSES = 100
-
-
-class Poll(NamedTuple):
-    """A poll as captured: its sequence and what it was made of."""
-
-    sequence: int
-    answers: Sequence[Answer]
-
-    @property
-    def ids(self) -> set[str]:
-        """Return its track ids."""
-        return {reading.track_id for _, reading in self.answers}
 
 
 class Replay:
@@ -64,25 +51,24 @@ class Replay:
     def capture(self, paths: Sequence[Path]) -> None:
         """Take the files of a capture, oldest first."""
         bodies: dict[str, bytes] = {}
-        pending: Poll | None = None
+        pending: Sequence[Answer] = ()
         for head, body in (record for path in paths for record in read_capture(path, self.notes)):
             if head.kind == "response":
                 bodies[head.track_id] = body
                 if len(bodies) > KEPT_RESPONSES:
                     del bodies[next(iter(bodies))]
                 continue
-            if pending is not None and self._was_published(pending, head):
+            if pending and self._was_published(pending, head):
                 self._publish(pending)
-            pending = None
+            pending = ()
             if head.kind == "poll":
-                answers = [(bodies.get(reading.track_id, b""), reading) for reading in head.readings]
-                pending = Poll(head.poll_sequence, answers)
+                pending = [(bodies.get(reading.track_id, b""), reading) for reading in head.readings]
             elif head.kind == "state":
                 candles = {each.instrument: each for each in msgspec.json.decode(body, type=list[Candle])}
                 if self._begun and candles != self._known:
                     self.notes[f"before poll {head.poll_sequence + 1} more is known than was captured"] += 1
                 self._known, self._begun = candles, True
-        if pending is not None and self._was_published(pending):
+        if pending and self._was_published(pending):
             self._publish(pending)
 
     def day(self, path: Path) -> None:
@@ -98,42 +84,43 @@ class Replay:
                     whole = sorted(rows.values(), key=lambda row: row["CoID"])
                     body = msgspec.json.encode({"trackId": "replay", "result": whole, "state": "DONE"})
                     reading = Reading(number, at, at, calendar.session_day(at), is_right=False, track_id="replay")
-                    self._publish(Poll(number, [(body, reading)]), marked=False)
+                    self._publish([(body, reading)], marked=False)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not a captured day, or it is damaged: {error}") from error
 
-    def _was_published(self, poll: Poll, following: Head | None = None) -> bool:
+    def _was_published(self, answers: Sequence[Answer], following: Head | None = None) -> bool:
         """Return whether a poll was published, by the topic or by the record that follows it in the capture."""
+        ids = {reading.track_id for _, reading in answers}
         if self._committed is not None:
-            return bool(poll.ids & self._committed)
+            return bool(ids & self._committed)
         if following is not None and following.poll_ids is not None:
-            return bool(poll.ids & set(following.poll_ids))
+            return bool(ids & set(following.poll_ids))
         # Without a restore between them the sequence goes on only after a commit.
-        return following is None or following.kind == "state" or following.poll_sequence > poll.sequence
+        return following is None or following.kind == "state" or following.poll_sequence > answers[0][1].poll_sequence
 
-    def _publish(self, poll: Poll, *, marked: bool = True) -> None:
+    def _publish(self, answers: Sequence[Answer], *, marked: bool = True) -> None:
         """Derive a poll's events and marker as the service did, and take its candles for known."""
         try:
-            derived = derive(self._known, poll.answers)
+            derived = derive(self._known, answers)
         except ExchangeError as error:
-            raise ConfigurationError(f"poll {poll.sequence} cannot be derived again: {error}") from error
+            raise ConfigurationError(f"poll {answers[0][1].poll_sequence} cannot be derived again: {error}") from error
         changes = derived.changes
         self._known.update((candle.instrument, candle) for candle in changes.candles)
         self.events += changes.events
-        self.polls.add(poll.sequence)
+        self.polls.add(answers[0][1].poll_sequence)
         if marked:
-            self._mark(poll, derived)
+            self._mark(answers, derived)
 
-    def _mark(self, poll: Poll, derived: Derived) -> None:
+    def _mark(self, answers: Sequence[Answer], derived: Derived) -> None:
         """Derive a poll's marker, as of a producer with the default interval that asked when the answers arrived."""
-        readings = [reading for _, reading in poll.answers]
+        readings = [reading for _, reading in answers]
         at, last = (pick(reading.received_at for reading in readings) for pick in (min, max))
         ids: dict[bool, str | None] = {reading.is_right: reading.track_id for reading in readings}
-        hand = InHand(0, at, 0.0, list(poll.answers), ids)
+        poll = Poll(0, at, 0.0, list(answers), ids)
         timing = Timing(self._beats, last, last + timedelta(seconds=self._beats.interval(last)))
-        history = replace(self._history, poll_sequence=poll.sequence - 1)
+        history = replace(self._history, poll_sequence=readings[0].poll_sequence - 1)
         source = PROFILES[readings[0].profile].source
-        markers, self._history = mark(hand, derived, history, timing, source)
+        markers, self._history = mark(poll, derived, history, timing, source)
         self.markers += markers
 
 

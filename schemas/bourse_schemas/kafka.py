@@ -75,14 +75,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if "@" in self.registry_url:
-            raise ConfigurationError(
-                "--registry-url contains credentials: put USER:PASSWORD into a file and pass "
-                "-X schema.registry.basic.auth.user.info=@FILE"
-            )
+            remedy = "put them into a file and pass -X schema.registry.basic.auth.user.info=@FILE"
+            raise ConfigurationError(f"--registry-url contains credentials: {remedy}")
         if not PREFIX.fullmatch(self.prefix):
-            raise ConfigurationError(
-                f"--topic-prefix {self.prefix!r} is not legal in a topic name: use 1 to 200 of a-z A-Z 0-9 . _ -"
-            )
+            raise ConfigurationError(f"--topic-prefix {self.prefix!r}: use 1 to 200 of a-z A-Z 0-9 . _ -")
 
     @property
     def user(self) -> str:
@@ -252,9 +248,7 @@ class Cluster:
         limit = settings.get("max.message.bytes")
         batch = int(self.settings.get("message.max.bytes", BATCH_BYTES))
         if batch < RECORD_BYTES:
-            raise ConfigurationError(
-                f"-X message.max.bytes={batch} is too small: our records need {RECORD_BYTES}; leave it out"
-            )
+            raise ConfigurationError(f"-X message.max.bytes={batch} is too small: our records need {RECORD_BYTES}")
         if limit is not None and int(limit) < batch:
             raise ConfigurationError(
                 f"{name} refuses our largest batch, {batch} bytes: its max.message.bytes is {limit}; raise it, "
@@ -290,9 +284,7 @@ class Cluster:
 
     def not_allowed(self, what: str) -> ConfigurationError:
         """Return the error for a missing right, such as `READ on topic bourse.trades`."""
-        return ConfigurationError(
-            f"Kafka does not allow {self.user}: {what}; `bourse acls` prints the rights that each service needs"
-        )
+        return ConfigurationError(f"Kafka does not allow {self.user}: {what}; `bourse acls` prints a service's rights")
 
     def _connect(
         self, timeout: float = METADATA_SECONDS, *, every_broker: bool = False
@@ -308,10 +300,8 @@ class Cluster:
         except KafkaException as error:
             admin.poll(0)  # calls back with what the client reported meanwhile
             if failures.refusal:
-                raise ConfigurationError(
-                    f"Kafka at {self.bootstrap_servers} refuses {self.user}: {failures.refusal}; "
-                    "see -X sasl… and -X ssl…"
-                ) from error
+                refusal = f"Kafka at {self.bootstrap_servers} refuses {self.user}: {failures.refusal}"
+                raise ConfigurationError(f"{refusal}; see -X sasl… and -X ssl…") from error
             reason = next(reversed(failures.reasons.values()), error.args[0].str())
             raise Unreachable(
                 f"Kafka at {self.bootstrap_servers} does not answer ({reason}): "

@@ -209,10 +209,8 @@ class _Reader:
             (name, number), end = next(iter(self.behind.items()))
             at = self._at[name, number]
             reason = "its broker is unreachable" + self._open_transaction(name, number) * self.pending
-            raise Unreachable(
-                f"{name}-{number}: no progress from offset {at} to {end} within {self.timeout:.0f} s: "
-                f"{self.trouble or reason}"
-            )
+            stuck = f"{name}-{number}: no progress from offset {at} to {end} within {self.timeout:.0f} s"
+            raise Unreachable(f"{stuck}: {self.trouble or reason}")
         return good
 
     def _open_transaction(self, name: str, number: int) -> str:

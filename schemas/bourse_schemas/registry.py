@@ -68,13 +68,11 @@ class Registry:
                 certificate, key, key_password = map(own.get, CLIENT_CERTIFICATE)
                 tls.load_cert_chain(certificate or "", key, key_password)
             transport = httpx2.HTTPTransport(verify=tls, proxy=proxy, retries=1)
-            auth = (user, password) if colon else None
-            client = httpx2.Client(
-                base_url=url, transport=transport, auth=auth, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False
-            )
+            how: dict[str, Any] = {"auth": (user, password) if colon else None, "headers": headers}
+            client = httpx2.Client(base_url=url, transport=transport, timeout=TIMEOUT_SECONDS, trust_env=False, **how)
         except (ValueError, OSError, httpx2.InvalidURL) as error:
             raise ConfigurationError(
-                f"the schema registry's settings are refused: {error}; see --registry-url and -X schema.registry.…"
+                f"the schema registry's settings are refused: {error}; see --registry-url"
             ) from error
         self._client = client
         self._schemas: dict[int, dict[str, Any]] = {}
@@ -196,10 +194,8 @@ class Registry:
                 "see -X schema.registry.ssl.ca.location=FILE, and whether the port expects https"
             )
         hint = "; the port may expect https" * (self.url.startswith("http:") and "Protocol" in type(error).__name__)
-        return Unreachable(
-            f"the schema registry at {self.url} does not answer ({reason}): "
-            f"is it running, and is --registry-url right?{hint}"
-        )
+        question = f"is it running, and is --registry-url right?{hint}"
+        return Unreachable(f"the schema registry at {self.url} does not answer ({reason}): {question}")
 
 
 def _body(topic: Topic) -> dict[str, str]:

@@ -140,7 +140,7 @@ def test_apply_never_takes_partitions_or_topics_away(bourse: Run, cluster: Clust
 def test_one_broker_does_not_choose_the_number_of_replicas(bourse: Run, cluster: Cluster) -> None:
     """It must be said; more than there are brokers, and settings that are none, are the cluster's to refuse."""
     for arguments, says in (
-        ([], "the cluster has 1 broker: pass --replication-factor"),
+        ([], "the cluster has too few brokers: pass --replication-factor (at most 1)"),
         (["--replication-factor", "3"], "the cluster refuses"),
     ):
         code, out, err = bourse("topics", "apply", *arguments)

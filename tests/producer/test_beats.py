@@ -76,9 +76,9 @@ def test_the_next_poll_is_a_beat_at_which_polls_are_due(now: datetime) -> None:
     """A reader waits for no poll through the night."""
     final_day = ALL_DAYS.session_day(now)
     moment = BEATS.moment(now, now + timedelta(minutes=1), final_day)
-    assert moment.next_poll_at > now
-    assert BEATS.due(moment.next_poll_at, final_day)
-    assert moment.session_day == final_day
+    assert moment["next_poll_at"] > now
+    assert BEATS.due(moment["next_poll_at"], final_day)
+    assert moment["session_day"] == final_day
 
 
 def test_no_distance_between_simulated_times_means_anything() -> None:

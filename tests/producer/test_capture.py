@@ -156,6 +156,17 @@ def test_the_same_events_again(tmp_path: Path) -> None:
     assert len(files(tmp_path)) > 3
 
 
+def test_a_poll_without_an_answer_changes_nothing(tmp_path: Path) -> None:
+    """A failed call leaves a poll with no readings."""
+    service = Service(Capture(tmp_path))
+    service.poll(1)
+    service.capture.poll(2, [], service.known)
+    service.markers.append(marker(2, "failed"))
+    service.poll(3)
+    assert derived(files(tmp_path)).events == service.events
+    assert len(service.events) == 2
+
+
 def test_the_topic_tells_which_polls_were_published(tmp_path: Path) -> None:
     """The last poll of a capture counts, unless its track id is not on the topic."""
     service = Service(Capture(tmp_path))
