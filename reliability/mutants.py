@@ -97,7 +97,7 @@ MUTANTS = [
         "fenced, and keeps the partition",
         "            self._leadership.resign()\n",
         "            pass\n",
-        f"{UNIT}/test_service.py::test_a_fenced_leader_stands_again",
+        f"{UNIT}/test_service.py::test_a_fenced_leader_joins_the_election_again",
     ),
     Mutant(
         "missed beats leave no marker",

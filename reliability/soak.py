@@ -49,10 +49,10 @@ def main() -> int:
         mark = len(lines)
         again = start()
         _resident(again, log, _polls(lines) + 1)
-        ready = next(line for line in _lines(log)[mark:] if line["event"] == "ready")
+        ready = next(line for line in _lines(log)[mark:] if line["event"] == "leadership acquired")
         again.terminate()
     growth = round(100 * (last / first - 1), 1)
-    counts = [line for line in lines if line["event"] == "poll"]
+    counts = [line for line in lines if line["event"] == "poll published"]
     result = {
         "polls": len(counts),
         "events": sum(line.get(op, 0) for line in counts for op in ("opened", "traded", "revised", "cancelled")),
@@ -86,7 +86,7 @@ def _megabytes(child: Child) -> float:
 
 
 def _polls(lines: list[dict[str, Any]]) -> int:
-    return sum(line["event"] == "poll" for line in lines)
+    return sum(line["event"] == "poll published" for line in lines)
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:

@@ -128,11 +128,11 @@ class LazyGroup(click.Group):
             return own
         try:
             command = point.load()
+            if isinstance(command, click.Command):
+                return command
+            raise TypeError(f"{point.value} is not a click command")
         except Exception as error:  # a foreign module may raise anything; the others must still work
             return _broken(cmd_name, point, error)
-        if not isinstance(command, click.Command):
-            return _broken(cmd_name, point, TypeError(f"{point.value} is not a click command"))
-        return command
 
 
 def _broken(name: str, point: EntryPoint, error: Exception) -> click.Command:

@@ -20,8 +20,6 @@ from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DAY_MS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import deadline
 
-__all__ = ["NoRoom", "Publisher", "State", "committed_state"]
-
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 # Offsets of the polls topic, of which a marker's transaction takes two: days at a beat of a minute. If they do not hold
@@ -134,10 +132,7 @@ class Publisher:
         self._trades, self._candles, self._polls, self._letters = serializers
         writes = [topic.full_name(cluster.prefix) for topic in topics]
         cluster.require_topics(writes[1:3], writes)
-        settings = cluster.topic_settings(writes)
-        for each in settings.items():
-            cluster.require_size(*each)
-        self._settings = settings.get(writes[0], {})
+        self._settings = cluster.require_sizes(writes).get(writes[0], {})
         self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
 

@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import fastavro
 import msgspec
+from fastavro.read import SchemaResolutionError
 
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Candle, Change, Event, TradeEvent
@@ -272,14 +273,7 @@ class Deserializer(Generic[E]):
         stream.seek(FRAME.size)
         try:
             fields = fastavro.schemaless_reader(stream, parsed, None if parsed is ours else ours)
-        except (
-            EOFError,
-            ValueError,
-            LookupError,
-            TypeError,
-            OverflowError,
-            fastavro.read.SchemaResolutionError,
-        ) as error:
+        except (EOFError, ValueError, LookupError, TypeError, OverflowError, SchemaResolutionError) as error:
             raise Undecodable(f"not a {self.event.__name__} by schema id {schema_id}: {error!r}") from error
         if stream.tell() != len(payload):
             raise Undecodable(f"{len(payload) - stream.tell()} bytes after the record")

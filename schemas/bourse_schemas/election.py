@@ -21,8 +21,6 @@ from bourse_schemas.watchdog import deadline
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, TopicPartition
 
-__all__ = ["Election"]
-
 # The least a broker allows (group.min.session.timeout.ms): a dead leader is noticed after this time.
 SESSION_MS, HEARTBEAT_MS = 6_000, 1_500
 POLL_SECONDS = 0.1

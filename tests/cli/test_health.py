@@ -69,7 +69,7 @@ def samples(get: Callable[[str], httpx2.Response]) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_ready_is_said_when_no_reason_is_left(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
+def test_a_service_is_ready_when_no_reason_is_left(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """Each subject has one reason, a line each; only the service itself takes it back."""
     assert (get("/readyz").status_code, get("/readyz").text) == (503, "starting\n")
     monitor.unready("starting", None)
@@ -95,7 +95,7 @@ def test_what_is_computed_at_the_request(monitor: Monitor, get: Callable[[str], 
 def test_alive_until_no_sign_of_life_came_in_time(
     monitor: Monitor, get: Callable[[str], httpx2.Response], wait_for: Callable[..., Any]
 ) -> None:
-    """Whoever is not ready is alive all the same; whoever promised a sign and gave none is not."""
+    """A service that is not ready is alive all the same; one that promised a sign and gave none is not."""
     assert get("/livez").status_code == 200
     monitor.beat(0.05)
     dead = wait_for(lambda: (answer := get("/livez")).status_code == 503 and answer)
@@ -153,8 +153,8 @@ def broker(nodeid: int, state: str) -> dict[str, Any]:
     return {"nodeid": nodeid, "state": state, "txerrs": 1, "rxerrs": 2, "rtt": {"avg": 1500}}
 
 
-def test_a_broker_that_is_gone_is_told(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
-    """librdkafka forgets a broker it cannot reach, and says so by leaving it out."""
+def test_a_broker_that_is_gone_is_reported(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
+    """librdkafka forgets a broker it cannot reach, and leaves it out."""
     monitor.unready("starting", None)
     monitor.statistics(statistics("consumer", {"a/1": broker(1, "UP"), "GroupCoordinator": broker(-1, "UP")}))
     found = samples(get)
@@ -192,7 +192,7 @@ def test_a_port_that_is_taken_is_an_operators_mistake(monitor: Monitor) -> None:
         pass
 
 
-def test_it_listens_on_loopback_unless_told_otherwise(monitor: Monitor) -> None:
+def test_it_listens_on_loopback_by_default(monitor: Monitor) -> None:
     """Nothing is reachable from another machine by default, and nothing listens without the option."""
     for address in ("0", ":0", "127.0.0.1:0"):
         with monitor.serve(address) as url:
@@ -206,7 +206,7 @@ def test_it_listens_on_loopback_unless_told_otherwise(monitor: Monitor) -> None:
         assert url is None
 
 
-def test_a_caller_that_says_nothing_holds_up_nobody(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
+def test_a_silent_caller_delays_nobody(monitor: Monitor, get: Callable[[str], httpx2.Response]) -> None:
     """Each caller has a thread of its own, and the end waits for none of them."""
     with monitor.serve("0") as url:
         host, _, port = str(url).removeprefix("http://").partition(":")
@@ -233,17 +233,17 @@ def test_the_option_comes_from_the_command_line_or_the_environment() -> None:
         assert CliRunner().invoke(command, args, env=environment).output == f"{expected}\n"
 
 
-def test_a_cluster_tells_its_statistics_only_where_it_is_asked_to() -> None:
-    """Two clusters are the same, whoever listens."""
+def test_a_cluster_reports_its_statistics_only_if_it_is_asked_to() -> None:
+    """Two clusters are equal, whatever they report to."""
     cluster = Cluster("x:1", "http://x:2")
-    told = replace(cluster, on_statistics=print)
-    assert cluster == told
-    assert "print" not in repr(told)
-    assert (cluster._statistics(), told._statistics()["stats_cb"]) == ({}, print)
+    reporting = replace(cluster, on_statistics=print)
+    assert cluster == reporting
+    assert "print" not in repr(reporting)
+    assert (cluster._statistics(), reporting._statistics()["stats_cb"]) == ({}, print)
 
 
 def test_alarms_are_of_metrics_there_are() -> None:
-    """Every name in every expression is one that a service tells, with labels that it has."""
+    """Every name in every expression is one that a service reports, with labels that it has."""
     known = {name: set(metric.labels) for name, metric in METRICS.items()}
     used = set()
     for rule in RULES:
@@ -259,7 +259,7 @@ def test_alarms_are_of_metrics_there_are() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule["alert"] for rule in RULES])
-def test_an_alarm_says_how_bad_what_and_what_to_do(rule: dict[str, Any]) -> None:
+def test_an_alarm_has_severity_cause_and_remedy(rule: dict[str, Any]) -> None:
     """Someone is woken by it."""
     assert rule["labels"]["severity"] in {"page", "ticket"}
     assert set(rule["annotations"]) == {"summary", "description", "action"}

@@ -206,7 +206,7 @@ def test_a_flag_beats_the_environment_and_that_the_file(
         ('kafka_settings = ["sasl.password=hidden"]', "sasl.password is a secret"),
     ],
 )
-def test_a_wrong_configuration_file_is_said_in_a_line(
+def test_a_wrong_configuration_file_is_reported_in_a_line(
     bourse: Run, shown: list[tuple[Cluster, str]], tmp_path: Path, text: str, says: str
 ) -> None:
     """Exit 2, no traceback, nothing run."""
@@ -528,10 +528,10 @@ def test_a_secret_on_the_command_line_is_refused(bourse: Run, shown: list[tuple[
         ("sasl.password=@binary", "binary is not UTF-8 text"),
     ],
 )
-def test_a_setting_that_is_none(
+def test_an_unknown_setting(
     bourse: Run, shown: list[tuple[Cluster, str]], tmp_path: Path, setting: str, says: str
 ) -> None:
-    """Said with the option's name."""
+    """The error has the option's name."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     code, _, err = bourse("where", "-X", setting)
     assert (code, shown) == (2, [])
@@ -540,7 +540,7 @@ def test_a_setting_that_is_none(
 
 
 def test_credentials_in_the_registrys_address_are_refused(bourse: Run, shown: list[tuple[Cluster, str]]) -> None:
-    """It stands in logs and errors."""
+    """It would be in logs and errors."""
     code, _, err = bourse("where", "--registry-url", "http://me:hush-hush@127.0.0.1:1")
     assert (code, shown, err.count("\n")) == (2, [], 1)
     assert "hush-hush" not in err
@@ -576,7 +576,7 @@ def test_a_setting_that_the_client_refuses(setting: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "says"),
     [
-        (ConfigurationError("mend it"), 2, "Error: mend it\n"),
+        (ConfigurationError("fix it"), 2, "Error: fix it\n"),
         (BourseError("failed"), 1, "Error: failed\n"),
         (click.ClickException("clicked"), 1, "Error: clicked\n"),
         (KeyboardInterrupt(), 3, "\n"),
@@ -584,7 +584,7 @@ def test_a_setting_that_the_client_refuses(setting: str) -> None:
     ],
 )
 def test_exit_codes(bourse: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, says: str) -> None:
-    """0 done, 1 failed, 2 for the operator to mend, 3 stopped before it was done."""
+    """0 done, 1 failed, 2 for the operator to fix, 3 stopped before it was done."""
 
     @click.command
     def fail() -> None:

@@ -138,7 +138,7 @@ def test_apply_never_takes_partitions_or_topics_away(bourse: Run, cluster: Clust
 
 
 def test_one_broker_does_not_choose_the_number_of_replicas(bourse: Run, cluster: Cluster) -> None:
-    """It must be said; more than there are brokers, and settings that are none, are the cluster's to refuse."""
+    """It must be given; more than there are brokers, and unknown settings, are the cluster's to refuse."""
     for arguments, says in (
         ([], "the cluster has too few brokers: pass --replication-factor (at most 1)"),
         (["--replication-factor", "3"], "the cluster refuses"),
@@ -252,7 +252,7 @@ def test_a_subject_with_another_schema(bourse: Run, registry_url: str, prefix: s
     assert "Released schemas are frozen" in out
 
 
-def test_a_weaker_compatibility_is_found_and_mended(bourse: Run, registry_url: str, prefix: str) -> None:
+def test_a_weaker_compatibility_is_found_and_fixed(bourse: Run, registry_url: str, prefix: str) -> None:
     """Somebody set it by hand."""
     where = ("--registry-url", registry_url)
     assert bourse("schemas", "register", *where)[0] == 0

@@ -54,8 +54,8 @@ def test_one_leads_and_stays_in_office(members: Callable[[], Election], wait_for
     assert len(leaders(others)) == 1
 
 
-def test_who_resigns_stands_again(members: Callable[[], Election], wait_for: WaitFor) -> None:
-    """A fenced leader gives its term up; alone it gets a new one, among others whoever the group chooses does."""
+def test_a_leader_that_resigns_joins_again(members: Callable[[], Election], wait_for: WaitFor) -> None:
+    """A fenced leader gives its term up; alone it gets a new one, among others the one that the group chooses does."""
     first = members()
     assert first.term(10) == 1
     first.resign()

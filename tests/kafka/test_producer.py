@@ -1,4 +1,4 @@
-"""The producer on real Kafka: exact days, one transaction a poll, restarts, deaths, and what a consumer is told."""
+"""The producer on real Kafka: exact days, one transaction a poll, restarts, deaths, and what a consumer sees."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def murmur2(key: bytes) -> int:
     return state ^ state >> 15
 
 
-def test_records_are_what_the_contract_says(cluster: Cluster) -> None:
+def test_records_are_as_in_the_contract(cluster: Cluster) -> None:
     """Keys, partitions, timestamps and headers of events, candles and markers."""
     # Kafka's own test vectors for its murmur2.
     assert [murmur2(key) for key in (b"21", b"foobar", b"a-little-bit-long-string")] == [
@@ -745,7 +745,7 @@ def test_a_candle_whose_schema_the_registry_lost_is_not_to_be_removed(cluster: C
         broken._close()
 
 
-def test_polls_without_changes_are_told_from_polls_that_failed(cluster: Cluster) -> None:
+def test_polls_without_changes_differ_from_polls_that_failed(cluster: Cluster) -> None:
     """Each poll leaves one marker, whatever it brought."""
     practice = practice_exchange("real", "poll")
     server = practice.serve()

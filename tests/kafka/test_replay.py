@@ -68,7 +68,7 @@ def test_a_captured_run_is_what_the_topics_hold(cluster: Cluster, tmp_path: Path
         child.send(signal.SIGTERM)
         assert child.wait(10) == 0, log.read_text()
     values = [record.value for record in read(cluster, TRADES.full_name(cluster.prefix))]
-    code, counts, said = replayed(cluster, folder)
+    code, counts, notes = replayed(cluster, folder)
     assert counts == {
         "derived": len(values),
         "found": len(values),
@@ -76,7 +76,7 @@ def test_a_captured_run_is_what_the_topics_hold(cluster: Cluster, tmp_path: Path
         "different": 0,
         "missing": 0,
         "extra": 0,
-    }, said
+    }, notes
     assert code == 0
     # A topic that holds something else is found out, event by event and field by field.
     registry = cluster.registry()
@@ -88,6 +88,6 @@ def test_a_captured_run_is_what_the_topics_hold(cluster: Cluster, tmp_path: Path
     producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
     producer.commit_transaction()
     producer.close()
-    code, counts, said = replayed(cluster, folder)
+    code, counts, notes = replayed(cluster, folder)
     assert (code, counts["extra"], counts["equal"]) == (1, 1, len(values))
-    assert f"{event.event_id}: on the topic, and not derived again" in said
+    assert f"{event.event_id}: on the topic, and not derived again" in notes

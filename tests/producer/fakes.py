@@ -42,7 +42,7 @@ def row(code: str = "IRO1MADN0001", clock: str = "09:30:00", volume: object = 10
 
 
 class FakeClock(Clock):
-    """A clock that stands still until time passes, and that ends its waits at `stop_at`."""
+    """A clock that stops until time passes, and that ends its waits at `stop_at`."""
 
     def __init__(self, now: datetime, *, simulated: bool = False) -> None:
         super().__init__()

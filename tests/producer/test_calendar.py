@@ -85,7 +85,7 @@ def test_next_session_over_evenings_weekends_and_holidays() -> None:
     st.integers(0, 15 * 365 * 86_400).map(lambda seconds: datetime(2015, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
 )
 def test_phase_and_next_session_agree(now: datetime) -> None:
-    """The next session begins a pre-open, and no session lies before it but the one under way."""
+    """The next session begins a pre-open, and no session is before it but the one under way."""
     begins = Calendar().next_session(now)
     assert begins > now
     assert Calendar().phase(begins) is Phase.PRE_OPEN

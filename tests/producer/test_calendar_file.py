@@ -69,7 +69,7 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_changed_file_counts_at_once_and_a_bad_one_not_at_all(tmp_path: Path) -> None:
-    """Without a restart; the old calendar stays where the new file cannot be used, which is said once."""
+    """Without a restart; the old calendar stays if the new file cannot be used, which is logged once."""
     file = tmp_path / "calendar.toml"
     file.write_text("")
     kept = CalendarFile(file)

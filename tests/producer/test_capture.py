@@ -36,7 +36,7 @@ def body(volume: int, track_id: str = "t") -> bytes:
 
 
 def received(text: bytes, track_id: str) -> Reply:
-    """Return an answer as the exchange's client tells it."""
+    """Return an answer as the exchange's client returns it."""
     headers = {"content-type": "application/json"}
     return Reply(track_id, text, OPENS, OPENS + timedelta(seconds=1), None, headers=headers)
 
@@ -167,7 +167,7 @@ def test_a_poll_without_an_answer_changes_nothing(tmp_path: Path) -> None:
     assert len(service.events) == 2
 
 
-def test_the_topic_tells_which_polls_were_published(tmp_path: Path) -> None:
+def test_the_topic_shows_which_polls_were_published(tmp_path: Path) -> None:
     """The last poll of a capture counts, unless its track id is not on the topic."""
     service = Service(Capture(tmp_path))
     ids = [service.poll(1), service.poll(2, commit=False)]
@@ -176,7 +176,7 @@ def test_the_topic_tells_which_polls_were_published(tmp_path: Path) -> None:
 
 
 def test_a_torn_end_costs_one_poll(tmp_path: Path) -> None:
-    """As a crash leaves it: wherever the file is cut, what was whole before is derived, and a note tells."""
+    """As a crash leaves it: wherever the file is cut, what was whole before is derived, and there is a note."""
     service = Service(Capture(tmp_path))
     service.poll(1)
     (file,) = files(tmp_path)
@@ -191,9 +191,7 @@ def test_a_torn_end_costs_one_poll(tmp_path: Path) -> None:
         assert found.notes or len(found.events) == 2
 
 
-def test_a_full_disk_stops_nothing_and_the_next_file_stands_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stops_nothing_and_the_next_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is logged once and counted each time; once there is room, a new file begins with a state."""
     errors: list[None] = []
     service = Service(Capture(tmp_path, on_error=lambda: errors.append(None)))

@@ -84,16 +84,16 @@ MISTAKES: list[tuple[Sequence[str], dict[str, str | None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "variables", "said"), MISTAKES, ids=[said for _, _, said in MISTAKES])
-def test_mistakes(options: list[str], variables: dict[str, str | None], said: str, tmp_path: Path) -> None:
-    """Each is told in words, at once, and nothing of a secret with it."""
+@pytest.mark.parametrize(("options", "variables", "message"), MISTAKES, ids=[message for _, _, message in MISTAKES])
+def test_mistakes(options: list[str], variables: dict[str, str | None], message: str, tmp_path: Path) -> None:
+    """Each is reported at once, without a secret."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_bytes(b"")
     with serve_registry() as registry:
         Cluster(NOBODY, registry.url).registry().register_all("bourse")
         variables = {"BOURSE_REGISTRY_URL": registry.url, **variables}
         run = produce(variables, "--once", *options, cwd=tmp_path)
-    assert (run.returncode, said in errors(run)) == (2, True), run.stderr
+    assert (run.returncode, message in errors(run)) == (2, True), run.stderr
     assert len([line for line in errors(run).splitlines() if not line.startswith(("Usage:", "Try "))]) <= 3
 
 
@@ -173,7 +173,7 @@ def test_missing_topics(kafka: Any, prefix: str, small_registry: str, service: b
     assert "bourse topics apply" in errors(run)
 
 
-def test_once_says_how_it_went(ready: dict[str, str], exchange: Server) -> None:
+def test_the_exit_code_of_once(ready: dict[str, str], exchange: Server) -> None:
     """0 published, 1 failed, 2 refused: with the exchange's words and what to check."""
     usual = ["--once", "--clock", "response", "--address"]
     good = produce(ready, *usual, exchange.url)
@@ -196,7 +196,7 @@ def test_once_says_how_it_went(ready: dict[str, str], exchange: Server) -> None:
 def test_a_service_waits_for_broker_and_registry(
     exchange: Server, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """It says so, goes on by itself when they come, and ends with 0 whenever it is told to."""
+    """It logs that, continues by itself when they come, and ends with 0 on a signal."""
     log, port = tmp_path / "log", free_port()
     options = ["--address", exchange.url, "--clock", "response", "--schedule", "always"]
     variables = environment({"BOURSE_REGISTRY_URL": f"http://127.0.0.1:{port}"})

@@ -179,7 +179,7 @@ def test_a_beat_that_comes_a_little_early_waits() -> None:
 
 
 def test_the_budget_of_a_day() -> None:
-    """Charged calls of the day count, whoever made them; one poll is kept for the end of the day."""
+    """Charged calls of the day count, whichever instance made them; one poll is kept for the end of the day."""
     script = Script((200, DONE))
     with against(script, patience=Patience(max_calls_per_day=10, reserved_calls=2)) as exchange:
         exchange.begin(7, final=False)
@@ -648,7 +648,7 @@ def test_every_call_is_counted_and_every_answer_kept() -> None:
         (400, '{"result":{"error":{"code":"SERVICE_CALL_ERROR","message":"later"}},"status":"FAILED"}', "provider"),
     ],
 )
-def test_refusals_are_told_apart(status: int, body: str, kind: str) -> None:
+def test_refusals_differ_by_kind(status: int, body: str, kind: str) -> None:
     """Whatever shape they come in; an address that is not whitelisted needs no new token to be known."""
     script = Script((status, body.encode()))
     with against(script) as exchange:

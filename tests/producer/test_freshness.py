@@ -115,7 +115,7 @@ def test_stale_with_yesterdays_rows() -> None:
 
 
 def test_partial_while_the_response_is_far_shorter() -> None:
-    """Less than half of the response before on the same day, as long as it lasts; a new session begins anew."""
+    """Less than half of the response before on the same day, as long as it lasts; a new session begins again."""
     rows = [600, 300, 149, 140, 300, 299, 100]
     found = states(*(poll(seconds, rows=count) for seconds, count in enumerate(rows)))
     assert [state is FeedState.PARTIAL for state in found] == [False, False, True, True, False, False, True]
@@ -189,9 +189,9 @@ def test_frozen_where_a_real_day_pauses_and_nowhere_else(path: Path, offset: int
         when += timedelta(seconds=60)
     open_times = [begin, *(moment for moment in times if begin < moment < end), end]
     pauses = [(a, b) for a, b in pairwise(open_times) if b - a > timedelta(seconds=180)]
-    # Nowhere else: each FROZEN lies in a pause, three minutes from its beginning on.
+    # Nowhere else: each FROZEN is in a pause, three minutes from its beginning on.
     assert all(any(a + timedelta(seconds=120) <= moment < b for a, b in pauses) for moment in frozen)
-    # Noticed: a pause of four minutes and more is told before its fifth begins.
+    # Noticed: a pause of four minutes and more is reported before its fifth begins.
     for a, b in pauses:
         if b - a > timedelta(minutes=4):
             assert any(a < moment <= a + timedelta(minutes=4) for moment in frozen), (a, b)

@@ -65,7 +65,7 @@ def row(**changes: object) -> dict[str, Any]:
 
 
 def read(*rows: object, **changes: Any) -> Snapshot:
-    """Return what a response with these rows says."""
+    """Return what a response with these rows contains."""
     return parse(body(*rows), context(**changes))
 
 
@@ -240,7 +240,7 @@ def test_a_jalali_day_that_names_another_day_is_counted(jalali: str | None, coun
 
 
 @pytest.mark.parametrize(("flag", "is_right", "counted"), [(True, False, 1), (False, True, 1), (True, True, 0)])
-def test_the_call_says_what_is_a_right(flag: bool, is_right: bool, counted: int) -> None:
+def test_the_call_decides_what_is_a_right(flag: bool, is_right: bool, counted: int) -> None:
     """The row's own flag is only compared."""
     found = read(row(PrecedencyRight=flag), is_right=is_right)
     assert (only(found).is_right, found.oddities.get("right_contradicted", 0)) == (is_right, counted)
@@ -322,15 +322,15 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("bad", "reason", "said"), BAD)
-def test_a_bad_row_is_told_and_the_rest_is_used(bad: object, reason: Reason, said: str) -> None:
+@pytest.mark.parametrize(("bad", "reason", "message"), BAD)
+def test_a_bad_row_is_reported_and_the_rest_is_used(bad: object, reason: Reason, message: str) -> None:
     """The dead letter has the reason and the very bytes; its neighbours are published."""
     other = row(TseSymbolCode="IRO1XXXX0001")
     found = read(ROW, bad, other)
     assert list(found.candles) == ["IRO1MADN0001", "IRO1XXXX0001"]
     (rejected,) = found.rejected
     assert (rejected.reason, rejected.payload, found.rows) == (reason, json.dumps(bad).encode(), 3)
-    assert said in rejected.message
+    assert message in rejected.message
     assert len(rejected.message) <= 1000
 
 
@@ -425,7 +425,7 @@ ERRORS: list[tuple[int, bytes, type[ExchangeError], str, str | None]] = [
 
 
 @pytest.mark.parametrize(("status", "text", "error", "kind", "code"), ERRORS)
-def test_errors_are_told_apart(
+def test_errors_differ_by_kind(
     status: int, text: bytes, error: type[ExchangeError], kind: str, code: str | None
 ) -> None:
     """Every documented error body, wherever it hides its words, is of the right kind; the words are verbatim."""

@@ -663,7 +663,7 @@ def test_a_standby_is_connected_and_publishes_nothing(clock: FakeClock) -> None:
     assert log.outcomes() == "PP"
 
 
-def test_a_fenced_leader_stands_again(clock: FakeClock) -> None:
+def test_a_fenced_leader_joins_the_election_again(clock: FakeClock) -> None:
     """Nothing is published, nothing is initialised again before a new term."""
     log, office = Log(None, Fenced("another")), Office(1, 2)
     with capture_logs() as lines:
@@ -720,7 +720,7 @@ def test_a_term_that_begins_when_no_poll_is_due_owes_none(clock: FakeClock) -> N
     clock.until("08:45:00", TOMORROW)
     log.failures = [PublishError("away")] * 100
     run_until(producer, clock, "08:50:00", TOMORROW)
-    assert office.owed[-1] == 0.0, "whoever does not publish the first poll of a day leaves, too"
+    assert office.owed[-1] == 0.0, "a leader that does not publish the first poll of a day leaves, too"
 
 
 def test_a_restore_that_fails_for_ever_is_tried_for_ever_and_never_ready(clock: FakeClock) -> None:

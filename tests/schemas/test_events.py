@@ -96,7 +96,7 @@ def test_an_event_is_a_value() -> None:
 
 
 def test_the_tree_of_errors_is_the_one_drawn() -> None:
-    """Read from the docstring: every class stands below its base, none is missing."""
+    """Read from the docstring: every class is below its base, none is missing."""
     drawn: dict[str, str] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines():

@@ -62,7 +62,7 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
 def test_an_answer_that_is_no_registrys(
     answering: Callable[[int, bytes], str], status: int, body: bytes, error: type[Exception], says: str
 ) -> None:
-    """One short line, whatever is asked: away for a while, or for the operator to mend."""
+    """One short line, whatever is asked: unreachable for a while, or for the operator to fix."""
     registry = Registry(answering(status, body))
     questions: list[Callable[[], object]] = [
         lambda: registry.serializer(TRADES, "bourse"),
@@ -108,7 +108,7 @@ def test_a_registry_that_is_silent_is_given_up_within_ten_seconds(bourse: Run) -
     ],
 )
 def test_settings_that_the_client_refuses(url: str, settings: dict[str, str]) -> None:
-    """Said in one line, without the secret."""
+    """One line, without the secret."""
     with pytest.raises(ConfigurationError, match="the schema registry's settings are refused") as error:
         Registry(url, settings)
     assert "hush-hush" not in str(error.value)
