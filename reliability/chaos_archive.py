@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import httpx2
 import polars as pl
 from deltalake.exceptions import DeltaError
+from polars.exceptions import PanicException, PolarsError
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.proof import Report, Stored, prove
@@ -142,7 +143,7 @@ class _Delta:
         while not self._over.wait(0.5):
             try:
                 ids = pl.scan_delta(self._table).select("event_id").collect()["event_id"]
-            except (DeltaError, OSError):  # it is not there yet, or torn
+            except (DeltaError, OSError, PolarsError, PanicException):  # it is not there yet, or torn
                 self.done["unreadable"] += 1
             else:
                 self.done["reads"] += 1

@@ -78,7 +78,7 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
     Archivers and readers may run meanwhile. Exit 1 if findings are left.
     """
     from bourse_consumers.archive.repair import repair as write_again
-    from bourse_consumers.archive.verify import kept_for, show
+    from bourse_consumers.archive.verify import kept_for, progress, show
     from bourse_consumers.archive.verify import verify as check
 
     left = False
@@ -87,7 +87,10 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
         report = check(table, kept)
         show(report)
         if from_topic and report.damaged:
-            repaired, lost = write_again(table, report, kept())
+            with progress(range(0), f"{table.name} again") as bar:
+                there = kept(bar.update)
+                bar.length = sum(end - start for start, end in there.ends.values())
+                repaired, lost = write_again(table, report, there)
             click.echo(f"{table.name}: written again: {', '.join(map(str, sorted(repaired))) or 'nothing'}")
             if lost:
                 click.echo(f"{table.name}: not whole on the topic any more: {', '.join(map(str, sorted(lost)))}")

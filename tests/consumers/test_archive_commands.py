@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime
@@ -165,7 +167,7 @@ def test_old_days_are_forgotten(to: str) -> None:
     maintenance.forget(table(to), TOMORROW)
     assert ids(to) == [f"IRO1MADN0001-20261124-{number}" for number in range(1, 5)]
     found = table(to)
-    assert (found.about["forgotten_before"], found.about["first"]) == ("2026-11-24", {"0": 5})
+    assert found.about["first"] == {"0": 5}
     run(DeltaArchive(to), memory)
     assert len(ids(to)) == 4
     assert command("forget", "--to", to, "--before", PAST).stdout == "0 days removed, 0 rows\n"
@@ -182,6 +184,18 @@ def test_a_day_leaves_as_a_file(tmp_path: Path) -> None:
     assert content.startswith(b"\xef\xbb\xbfevent_id,")
     assert pl.read_csv(tmp_path / "day.csv")["symbol"].to_list() == ["فولاد"] * 2
     assert pl.read_parquet(tmp_path / "day.parquet")["_offset"].to_list() == [3, 4]
+
+
+@pytest.mark.parametrize("words", [["verify", "--no-topic"], ["optimize"], ["export", "--day", "2019-08-21", "x.csv"]])
+def test_a_terminal_shows_progress(tmp_path: Path, words: list[str]) -> None:
+    """On standard error: the output can be piped."""
+    archived(tmp_path / "archive", *events(5, trading_day=PAST))
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-m", "bourse_cli", "archive", words[0], "--to", "archive", *words[1:]]
+    subprocess.run(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    os.close(theirs)
+    assert b"100%" in os.read(ours, 65_536)
+    os.close(ours)
 
 
 def test_no_text_of_a_csv_is_a_formula(tmp_path: Path) -> None:

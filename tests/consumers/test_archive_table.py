@@ -279,9 +279,9 @@ def test_files_are_replaced_once(tmp_path: Path) -> None:
         adds = maintainer.write(maintainer.arrow(files))
         if maintainer is second:
             with pytest.raises(StoreError, match="Concurrent transaction failed"):
-                maintainer.commit(adds, files, maintenance=True, rewrites=True)
+                maintainer.commit(adds, files, rewrites=True)
         else:
-            maintainer.commit(adds, files, maintenance=True, rewrites=True)
+            maintainer.commit(adds, files, rewrites=True)
     assert len(ids(tmp_path)) == 5
     assert (table(tmp_path).stored(TRADES_0), len(table(tmp_path).files())) == (6, 1)
 
@@ -295,7 +295,7 @@ def test_files_that_were_replaced_are_not_removed(tmp_path: Path) -> None:
     late.refresh()
     adds = late.write(late.arrow(files))
     with pytest.raises(StoreError, match="another writer has replaced files meanwhile"):
-        late.commit(adds, files, maintenance=True)
+        late.commit(adds, files)
     assert len(ids(tmp_path)) == 5
 
 
@@ -441,6 +441,50 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
     assert message.startswith("cannot write: ")
     assert "File too large" in message
     assert rows == "2"
+
+
+SILENT = """
+import sys, threading
+from bourse_consumers.api import Assignment, Retry
+from bourse_consumers.archive.sink import DeltaArchive
+from bourse_consumers.archive.table import Table
+from bourse_consumers.testing import Memory
+from tests.consumers.test_archive_table import TRADES_0, batch, events
+
+_, to, step = sys.argv
+memory = Memory()
+memory.append(*events(2))
+writer = DeltaArchive(to, patience=0.2)
+assigned = Assignment({TRADES_0: 0}, first={TRADES_0: 0})
+if step == "close":
+    DeltaArchive(to).open(assigned)
+    while not writer._next:
+        try:
+            writer.open(assigned)
+        except Retry:
+            pass
+    writer.process(batch(memory, 0, 2))
+Table.open = Table.commit = lambda *_, **__: threading.Event().wait()
+try:
+    writer.close() if step == "close" else writer.open(assigned)
+except Retry as error:
+    print(error)
+writer.close() if step == "open" else None
+"""
+
+
+@pytest.mark.parametrize("step", ["open", "close"])
+def test_a_store_that_does_not_answer_does_not_hold_up_the_end(tmp_path: Path, step: str) -> None:
+    """The process ends with 0, and what was not committed is read again."""
+    command = [sys.executable, "-c", SILENT, str(tmp_path), step]
+    ran = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ran.returncode, ran.stdout) == (0, "the store has not answered within 0.2 s\n"), ran.stderr
+    memory = Memory()
+    memory.append(*events(2))
+    run(DeltaArchive(str(tmp_path)), memory)
+    assert len(ids(tmp_path)) == 2
 
 
 class _Gate(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from datetime import date, datetime
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-import pyarrow as pa
+import polars as pl
 
 from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
@@ -56,7 +56,7 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
                 for at in range(0, rows.num_rows, FILE_ROWS)
                 for add in table.write(rows.slice(at, FILE_ROWS), level=9)
             ]
-            table.commit(adds, files, maintenance=True, rewrites=True)
+            table.commit(adds, files, rewrites=True)
         yield day, len(files), len(files) if report.findings else len(adds), report.findings
     with store_errors():
         table.delta.vacuum(dry_run=False, full=True)  # what failed commits left, too
@@ -69,13 +69,10 @@ def forget(table: Table, before: date) -> list[File]:
     table.refresh()
     files = [file for file in table.files() if file.day < before]
     if files:
-        first = dict(table.about["first"])
-        rows = table.arrow(files, ["_partition", "_offset"]).group_by("_partition").aggregate([("_offset", "max")])
-        first.update(
-            (f"{number}", at + 1) for number, at in zip(*map(pa.ChunkedArray.to_pylist, rows.columns), strict=True)
-        )
-        table.describe(forgotten_before=f"{before}", first=first)
-        table.commit(removes=files, maintenance=True)
+        rows = table.arrow(files, ["_partition", "_offset"])
+        last = pl.DataFrame(rows).group_by("_partition").max().iter_rows()
+        table.describe({f"{number}": at + 1 for number, at in last})
+        table.commit(removes=files)
     return files
 
 

@@ -51,5 +51,5 @@ def repair(table: Table, report: Report, kept: Kept) -> tuple[set[date], set[dat
         damaged_here = pc.and_(pc.equal(copied["_partition"], number), pc.is_in(copied[table.day_column], days))
         copied = copied.filter(pc.invert(damaged_here))
     if damaged:
-        table.commit([*adds, *table.write(copied)], files, maintenance=True)
+        table.commit([*adds, *table.write(copied)], files)
     return {day for day, _ in damaged}, lost

@@ -130,7 +130,7 @@ class DeltaArchive(Consumer):
             first.setdefault(number, at)
             if at < oldest:
                 self._note_loss(table, partition, at, oldest)
-        table.describe(first=first)
+        table.describe(first)
         table.sync()
         return table
 
@@ -143,7 +143,7 @@ class DeltaArchive(Consumer):
                 "topic keeps its records; --accept-loss goes on and records the hole in the table"
             )
         get_logger().error("lost, and recorded in the table as a hole", where=where)
-        table.describe(holes=[[partition.number, start, end]])
+        table.describe(hole=[partition.number, start, end])
         table.commit(transactions={f"{partition.topic}-{partition.number}": end})
 
     def process(self, batch: Batch) -> None:

@@ -69,13 +69,12 @@ class Storage:
             raise ConfigurationError(f"--to {uri}: use a folder, s3://BUCKET/PREFIX, gs://… or az://…")
         self.uri = uri.rstrip("/")
         self.folder = None if scheme else Path(uri)
-        plain = (os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or "").startswith("http://")
         self.options = None
         try:
             if self.folder is not None:
                 self._store: Any = LocalStore(self.folder) if self.folder.is_dir() else None
             else:
-                http: Any = {"timeout": "30s", "allow_http": str(plain).lower()}
+                http: Any = {"timeout": "30s", "allow_http": "true"}
                 retries = {"max_retries": 2, "retry_timeout": timedelta(seconds=30)}
                 self._store = from_url(self.uri, client_options=http, retry_config=cast("Any", retries))
                 self.options = {**http, "max_retries": "2", "retry_timeout": "30s"}

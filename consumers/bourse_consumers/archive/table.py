@@ -42,7 +42,6 @@ from bourse_schemas.events import TEHRAN
 __all__ = ["File", "Table"]
 
 MAINTENANCE, ABOUT = "bourse.maintenance", "bourse.archive"
-FIXED = ("topic", "cluster", "topic_id")
 ORDER = ("_partition", "_offset")
 STATISTICS = (*ORDER, "poll_sequence")
 # Topics whose events have no trading day: the instant whose date in Tehran is the column `_day`.
@@ -134,7 +133,7 @@ class Table:
         """Return what the table says about itself.
 
         The description has topic, cluster and topic_id. What changes is JSON in the metadata of the column `_offset`:
-        first (the first offset by partition), holes (partition, start, end) and forgotten_before (a date).
+        first (the first offset by partition) and holes (partition, start, end).
         """
         fixed = json.loads(self.delta.metadata().description)
         offset = next(field for field in self.delta.schema().fields if field.name == "_offset")
@@ -259,19 +258,16 @@ class Table:
         removes: Sequence[File] = (),
         *,
         transactions: Mapping[str, int] | None = None,
-        maintenance: bool = False,
         rewrites: bool = False,
     ) -> None:
         """Commit on the snapshot at hand, and sync.
 
-        `maintenance` adds the transaction that keeps files from being replaced twice, and is required with `removes`.
+        Without `transactions` it is maintenance, which has its own: it keeps files from being replaced twice.
         `rewrites`: the rows stay the same. Raises StoreError, also if another writer was faster.
         """
         if {file.path for file in removes} - {file.path for file in (self.files() if removes else ())}:
             raise StoreError("another writer has replaced files meanwhile")
-        versions = dict(transactions or {})
-        if maintenance:
-            versions[MAINTENANCE] = (self.stored(MAINTENANCE) or 0) + 1
+        versions = transactions or {MAINTENANCE: (self.stored(MAINTENANCE) or 0) + 1}
         for add in adds:
             add.data_change = not rewrites
         now = int(time.time() * 1000)
@@ -300,17 +296,17 @@ class Table:
         self.refresh()
         self.sync()
 
-    def describe(self, **changes: Any) -> None:
-        """Change what `about` returns; `first` and `holes` are added to what is there.
+    def describe(self, first: Mapping[str, int] | None = None, hole: Sequence[int] | None = None) -> None:
+        """Add first offsets, and a hole, to what `about` returns.
 
         Not in the description: delta-rs holds the interpreter's lock while it changes that, also if a store hangs.
         """
-        about = {key: value for key, value in self.about.items() if key not in FIXED}
-        changed = {**about, **changes, "first": {**about["first"], **changes.get("first", {})}}
-        changed["holes"] = sorted({*map(tuple, about["holes"]), *map(tuple, changes.get("holes", ()))})
-        if (text := json.dumps(changed)) != json.dumps(about):
+        about = self.about
+        holes = [*about["holes"], *([hole] if hole and list(hole) not in about["holes"] else [])]
+        changed = {"first": {**about["first"], **(first or {})}, "holes": holes}
+        if any(changed[key] != about[key] for key in changed):
             with store_errors():
-                self.delta.alter.set_column_metadata("_offset", {ABOUT: text})
+                self.delta.alter.set_column_metadata("_offset", {ABOUT: json.dumps(changed)})
             self.refresh()
             self.sync()
 
