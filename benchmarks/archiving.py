@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -10,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
+from deltalake import DeltaTable
 
 from benchmarks.figures import Figure
 from benchmarks.topic import events
@@ -21,6 +24,8 @@ from bourse_consumers.rows import to_table
 __all__ = ["archiving"]
 
 ROWS, COMMITS, FILES = 50_000, 10, 600
+# One a minute while the market is open, for a year.
+YEAR = 75_000
 TRADES_0 = Partition("bourse.trades", 0)
 
 
@@ -47,6 +52,9 @@ def archiving() -> Iterator[Figure]:
         for day, *_, findings in optimize(table, unoptimized(table, date.max)):
             if findings:
                 raise SystemExit(f"error: {day} is not merged: {findings}")
+        opening = _opened(Path(folder, "full"))
+        what = f"Open a table after {YEAR:,} commits, with {FILES} active files, median of 5"
+        yield Figure(what, f"{opening:.2f} s", "≤ 1 s", opening <= 1, {"seconds": round(opening, 3)})
         size = sum(file.size for file in table.files()) / ROWS
         yield Figure("Bytes a row after a merge", f"{size:.0f}", "≤ 50", size <= 50, {"bytes": round(size, 1)})
 
@@ -55,6 +63,28 @@ def _table(path: Path) -> Table:
     table = Table.open(str(path)) or Table.create(str(path), "bourse.trades")
     table.describe(first={"0": 0})
     return table
+
+
+def _opened(path: Path) -> float:
+    """Return the seconds it takes to open a table whose last commits have the numbers of a year later."""
+    table, log = DeltaTable(path), path / "_delta_log"
+    table.create_checkpoint()
+    last, about = table.version(), json.loads((log / "_last_checkpoint").read_text("utf-8"))
+    commit = (log / f"{last:020}.json").read_bytes()
+    for version in range(last + 1, YEAR):
+        (log / f"{version:020}.json").write_bytes(commit)
+        if not version % 100:
+            shutil.copy(log / f"{last:020}.checkpoint.parquet", log / f"{version:020}.checkpoint.parquet")
+            about["version"] = version
+    (log / "_last_checkpoint").write_text(json.dumps(about), "utf-8")
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        found = Table.open(str(path), recover=True)
+        seconds.append(time.perf_counter() - began)
+        if found is None or found.delta.version() != YEAR - 1:
+            raise SystemExit("error: the table has not the commits of a year")
+    return statistics.median(seconds)
 
 
 def _commits(table: Table, rows: pa.Table) -> list[float]:
