@@ -37,6 +37,7 @@ from polars.exceptions import PanicException, PolarsError
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_consumers.archive.proof import Report, Stored, prove
+from bourse_consumers.archive.storage import StoreError
 from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import kept_by
 from bourse_consumers.postgres.proof import verify as verify_tables
@@ -176,7 +177,10 @@ class _Delta:
             _tear(checkpoint, chance)
 
     def count(self) -> int:
-        table = Table.open(self._table)
+        try:
+            table = Table.open(self._table)
+        except StoreError:  # torn, until the member that was just started has recovered it
+            return 0
         return sum(file.rows for file in table.files()) if table else 0
 
     def prove(self, cluster: Cluster) -> tuple[Report, Counter[str]]:

@@ -59,8 +59,8 @@ MUTANTS = [
     ),
     Mutant(
         "maintenance without its transaction",
-        "versions[MAINTENANCE] = (self.stored(MAINTENANCE) or 0) + 1",
-        "pass",
+        "versions = transactions or {MAINTENANCE: (self.stored(MAINTENANCE) or 0) + 1}",
+        "versions = transactions or {}",
         "tests/consumers/test_archive_table.py::test_files_are_replaced_once",
     ),
     Mutant(

@@ -194,7 +194,7 @@ HARMS: dict[str, tuple[Callable[[Archive], Any], str, str]] = {
     "a byte of a page is flipped": (flip, "file is damaged", REPAIRED),
     "the newest commit is emptied": (
         lambda it: it.commit().write_bytes(b""),
-        "N not archived yet",
+        "is torn: start the archiver",
         READ_AGAIN,
     ),
     "a commit before it is emptied": (lambda it: it.commit(2).write_bytes(b""), "is empty: what", FOUND),

@@ -69,8 +69,8 @@ NEW_FOLDER = "use a new folder (docs/archive.md shows how to move to another clu
 class Table:
     """An opened table. Its methods raise StoreError; `delta` is the snapshot that was loaded last."""
 
-    def __init__(self, storage: Storage, delta: DeltaTable, *, torn: bool = False) -> None:
-        self.storage, self.delta, self._torn = storage, delta, torn
+    def __init__(self, storage: Storage, delta: DeltaTable) -> None:
+        self.storage, self.delta = storage, delta
         self._synced = delta.version() - RECENT
         about = self.about
         self.topic = declared_topic(about["topic"], None)
@@ -81,23 +81,19 @@ class Table:
     def open(cls, uri: str, *, recover: bool = False) -> Table | None:
         """Open a table, None if there is none.
 
-        `recover` removes what a power cut has left of the last commit, and is for an archiver; without it such a
-        commit is left out, and the table can be read only.
+        `recover` removes what a power cut has torn, and is for an archiver; without it that is an error.
         """
-        storage, torn = Storage(uri), None
+        storage = Storage(uri)
         with store_errors():
             if storage.folder is not None and (storage.folder / "_delta_log").is_dir():
-                torn = _check_log(storage.folder / "_delta_log", recover=recover)
-            if torn == 0:
-                return None
+                _check_log(storage.folder / "_delta_log", recover=recover)
             try:
-                version = torn and torn - 1
-                delta = DeltaTable(storage.uri, version=version, storage_options=storage.options)
+                delta = DeltaTable(storage.uri, storage_options=storage.options)
             except TableNotFoundError:
                 return None
         if '"topic"' not in (delta.metadata().description or ""):
             raise ConfigurationError(f"{uri} is a Delta table of another program: use a new folder")
-        return cls(storage, delta, torn=torn is not None)
+        return cls(storage, delta)
 
     @classmethod
     def create(cls, uri: str, topic: str, cluster: str = "", topic_id: str = "") -> Table:
@@ -312,8 +308,6 @@ class Table:
 
     def refresh(self) -> None:
         """Load the newest snapshot."""
-        if self._torn:
-            raise StoreError("the newest commit is torn: start the archiver, which removes it")
         with store_errors():
             self.delta.update_incremental()
 
@@ -344,22 +338,24 @@ def _stored(field: pa.Field) -> pa.Field:
 # --- after a power cut ------------------------------------------------------------------------------------------------
 
 
-def _check_log(log: Path, *, recover: bool) -> int | None:
-    """Return the version of the newest commit if a power cut has torn it; `recover` removes it, and a torn checkpoint.
+def _check_log(log: Path, *, recover: bool) -> None:
+    """Remove the newest commit and the newest checkpoint if a power cut has torn them.
 
     The rows of such a commit are read from Kafka again: its offsets are gone with it.
     """
+
+    def remove(path: Path) -> None:
+        if not recover:
+            raise StoreError(f"{path} is torn: start the archiver, which removes it")
+        get_logger().warning("torn file of the log removed", file=str(path))
+        path.unlink()
+
     names = sorted(os.listdir(log))  # noqa: PTH208  # a year has 75,000 commits, and paths are slow
     commits = {int(name[:20]): name for name in names if name[20:] == ".json" and name[:20].isdigit()}
     checkpoints = [-1, *(int(name[:20]) for name in names if name.endswith(".checkpoint.parquet"))]
-    newest, torn = log / commits.get(max(commits, default=0), "none"), None
-    if commits and not _is_whole(newest):
-        if recover:
-            newest.unlink()
-            get_logger().warning("torn commit removed, its rows are read again", file=str(newest))
-        else:
-            torn = max(commits)
-            get_logger().warning("torn commit left out: the archiver removes it when it starts", file=str(newest))
+    newest = max(commits, default=-1)
+    if commits and not _is_whole(log / commits[newest]):
+        remove(log / commits[newest])
     pointer, checkpoint = log / "_last_checkpoint", log / f"{checkpoints[-1]:020}.checkpoint.parquet"
     if checkpoint.exists() and not _is_whole(checkpoint):
         if any(version not in commits for version in range(checkpoints[-2] + 1, checkpoints.pop() + 1)):
@@ -367,22 +363,18 @@ def _check_log(log: Path, *, recover: bool) -> int | None:
                 f"{checkpoint} is damaged and the commits before it are gone: restore the table from a backup, or "
                 "archive into a new folder"
             )
-        if not recover:
-            raise StoreError(f"{checkpoint} is torn: start the archiver, which removes it")
-        get_logger().warning("torn checkpoint removed", file=str(checkpoint))
-        checkpoint.unlink()
+        remove(checkpoint)
         pointer.unlink(missing_ok=True)
-    if recover and pointer.exists() and not _is_whole(pointer):
-        pointer.unlink()
+    if pointer.exists() and not _is_whole(pointer):
+        remove(pointer)
     for version, name in commits.items():
-        if checkpoints[-1] < version < max(commits) and not (log / name).stat().st_size:
+        if checkpoints[-1] < version < newest and not (log / name).stat().st_size:
             raise ConfigurationError(
                 f"{log / name} is empty: what it committed is lost. Move it and all later commits out of {log} to read "
                 "their rows from Kafka again, or archive into a new folder"
             )
     if recover:
         sync(log)
-    return torn
 
 
 def _is_whole(path: Path) -> bool:
