@@ -214,8 +214,10 @@ class Table:
                 self.delta.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
             self.refresh()
             self.sync()
-        days = rows[self.day_column]
-        return [self._file(rows.filter(pc.equal(days, day)), day.as_py(), level) for day in pc.unique(days)]
+        days = pc.unique(rows[self.day_column])
+        if len(days) == 1:
+            return [self._file(rows, days[0].as_py(), level)]
+        return [self._file(rows.filter(pc.equal(rows[self.day_column], day)), day.as_py(), level) for day in days]
 
     def with_day(self, rows: pa.Table) -> pa.Table:
         """Return rows with the column of their day."""
