@@ -42,9 +42,7 @@ __all__ = [
     "Consumer",
     "Day",
     "Emit",
-    "Health",
     "MarketConsumer",
-    "Member",
     "Offsets",
     "Own",
     "Partition",
@@ -56,8 +54,6 @@ __all__ = [
     "Reopen",
     "Resume",
     "Retry",
-    "Start",
-    "Unreadable",
     "WholePoll",
 ]
 
@@ -75,7 +71,7 @@ class Assignment(dict[Partition, int]):
     def __init__(
         self,
         committed: Offsets,
-        day_start: Callable[[], Offsets] | None = None,
+        day_start: Callable[[], Offsets] = dict,
         first: Offsets | None = None,
         *,
         fresh: Collection[Partition] = (),
@@ -83,27 +79,21 @@ class Assignment(dict[Partition, int]):
         identity: Callable[[str], tuple[str, str]] = lambda _: ("", ""),
     ) -> None:
         super().__init__(committed)
-        self._day_start = day_start
-        self._read = read
-        self.identity = identity
-        """Return the ids of the cluster and of a topic by its full name; "" if they are not known. Asks the broker."""
-        self.first: Offsets = first or {}
-        self.fresh = fresh
-
-    def day_start(self) -> Offsets:
-        """Return an offset at or before the first record of the trading day under way at the committed offset.
+        self.day_start = day_start
+        """Return offsets at or before the first record of the trading day under way at the committed offsets.
 
         That is where to rebuild state that lives for one trading day. Asks the broker.
         """
-        return self._day_start() if self._day_start else dict.fromkeys(self, 0)
-
-    def read(self, topic: Topic) -> Iterable[Event]:
+        self.read = read
         """Yield the committed events of another topic, with all that this group has published there.
 
         For a compacted topic these are all events; otherwise those of the trading day of each partition's last record.
         Events that cannot be decoded are left out.
         """
-        return self._read(topic)
+        self.identity = identity
+        """Return the ids of the cluster and of a topic by its full name; "" if they are not known. Asks the broker."""
+        self.first: Offsets = first or {}
+        self.fresh = fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +236,8 @@ class WholePoll:
 
     `replay` is set for polls that are already committed: they only rebuild state, and what is returned for them is
     dropped. If `complete` is false, events are missing for good: do not judge the poll, use its events, and judge the
-    next one as after a gap. `undecodable` are bad records that were read before it, and why;
-    they become dead letters.
+    next one as after a gap. `undecodable` are bad records that were read before it, and why; they
+    become dead letters.
     """
 
     marker: PollMarker

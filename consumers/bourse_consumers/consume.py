@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,6 @@ from bourse_cli.root import LazyGroup
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.watchdog import stop_on_signals
-
-__all__ = ["consume"]
 
 
 @click.command
@@ -82,48 +81,41 @@ def _run(made: Any, name: str, cluster: Cluster, group: str | None, http: str | 
     from bourse_cli.logs import get_logger
     from bourse_consumers.api import Consumer, MarketConsumer
 
-    parts = {f"-{key}": each for key, each in made.items()} if isinstance(made, Mapping) else {"": made}
+    parts = made if isinstance(made, Mapping) else {"": made}
     for each in parts.values():
         if not isinstance(each, Consumer | MarketConsumer):
             raise ConfigurationError(f"the consumer {name!r} returned {type(each).__name__}, not a Consumer")
-    stop = stop_on_signals()
-    group = group or f"{cluster.prefix}-{name}"
-    monitor = Monitor(name)
-    failures: list[BaseException] = []
-
-    def serve(suffix: str, health: Monitor) -> None:
-        try:
-            _serve(parts[suffix], cluster, group + suffix, name=name + suffix, stop=stop, monitor=health, **limits)
-        except BaseException as error:  # raised by the main thread
-            failures.append(error)
-            stop.set()
-
+    stop, monitor, group = stop_on_signals(), Monitor(name), group or f"{cluster.prefix}-{name}"
     with monitor.serve(http) as url:
         if url:
             get_logger(consumer=name).info("answering", url=url)
             cluster = replace(cluster, on_statistics=monitor.statistics)
-        if list(parts) == [""]:
-            serve("", monitor)
-        else:
-            threads = [threading.Thread(target=serve, args=(key, monitor.part(key[1:]))) for key in parts]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    if failures:
-        raise failures[0]
+        limits |= {"cluster": cluster, "stop": stop}
+        if parts is not made:  # in the thread that made it
+            return _serve(made, group=group, name=name, monitor=monitor, **limits)
+        with ThreadPoolExecutor(len(made)) as pool:
+            health = {key: monitor.part(key) for key in made}
+            runs = [
+                pool.submit(_serve, each, group=f"{group}-{key}", name=f"{name}-{key}", monitor=health[key], **limits)
+                for key, each in made.items()
+            ]
+            try:
+                for run in as_completed(runs):
+                    run.result()
+            finally:  # one that failed ends the others
+                stop.set()
 
 
 def _serve(
-    consumer: Any, cluster: Cluster, group: str, *, name: str, stop: threading.Event, monitor: Monitor, **limits: Any
+    consumer: Any, *, cluster: Cluster, group: str, name: str, stop: threading.Event, monitor: Monitor, **limits: Any
 ) -> None:
     """Run one consumer until it is stopped."""
     from bourse_consumers.api import MarketConsumer
     from bourse_consumers.kafka_market import KafkaMarket
     from bourse_consumers.kafka_stream import KafkaStream
-    from bourse_consumers.runner import Runner, connect
+    from bourse_consumers.runner import Runner, Stream, connect
 
-    def make() -> KafkaStream | KafkaMarket:
+    def make() -> Stream:
         if isinstance(consumer, MarketConsumer):
             return KafkaMarket(cluster, group, consumer.emits)
         return KafkaStream(cluster, group, consumer.topics, consumer.emits, from_end=consumer.from_end)

@@ -26,8 +26,6 @@ from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.reading import LAST, read
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
-__all__ = ["KafkaMarket"]
-
 CHUNK = 2000
 # An active member that does not come back to the stream for so long leaves the election.
 OWED_SECONDS = 120.0

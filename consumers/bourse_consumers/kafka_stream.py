@@ -27,12 +27,10 @@ from bourse_consumers.runner import Poll, StreamBroken
 from bourse_consumers.transactions import ASK_SECONDS, HANG_SECONDS, Transactions
 from bourse_schemas import reading
 from bourse_schemas.codec import Deserializer
-from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable
+from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable, Unreachable
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import DEAD_LETTERS, Topic
 from bourse_schemas.watchdog import deadline
-
-__all__ = ["KafkaBase", "KafkaStream"]
 
 SESSION_MS = 10_000
 LONGEST_PROCESS_MS = 1_800_000
@@ -45,7 +43,7 @@ def _partition(topic: str, number: int) -> Partition:
 
 
 class KafkaBase:
-    """What both kinds of streams do: decode, fetch, ask for offsets, publish, and tell errors of the brokers apart."""
+    """What both kinds of streams do: decode, fetch, ask for offsets, publish, and sort errors of the brokers."""
 
     def __init__(
         self, cluster: Cluster, group: str, reads: Sequence[Topic], emits: Sequence[Topic], transactional_id: str
@@ -70,28 +68,29 @@ class KafkaBase:
 
     def _records(self, messages: Sequence[Message]) -> Poll:
         """Return messages as records, and the positions after them; raise errors that do not pass by themselves."""
-        good: list[Any] = []
+        good: list[Any] = [message for message in messages if message.error() is None]
         positions: dict[Partition, int] = {}
-        for message in messages:
+        for message in messages if len(good) < len(messages) else ():
             error = message.error()
             if error is None:
-                good.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
+                continue
+            if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  # the client's public name for it
                 # The end is beyond the last record if a transaction marker follows it.
                 positions[_partition(message.topic(), message.partition())] = message.offset() or 0
             else:
                 self._note(error, message.topic() or "")
         partitions = [_partition(message.topic(), message.partition()) for message in good]
-        offsets, values = ([getattr(message, name)() for message in good] for name in ("offset", "value"))
-        places = Places(partitions, offsets, [message.timestamp()[1] for message in good], values)
+        timestamps = [message.timestamp()[1] for message in good]
+        offsets, values = [message.offset() for message in good], [message.value() for message in good]
+        places = Places(partitions, offsets, timestamps, values)
         for partition, at in places.ends().items():
             positions[partition] = max(at, positions.get(partition, 0))
         return Poll(Records(places, lambda: list(map(_record, partitions, good))), positions)
 
     def _note(self, error: KafkaError, topic: str) -> None:
         """Raise an error that does not pass by itself, log any other."""
-        if error.fatal():
-            raise KafkaException(error)
+        if error.code() == KafkaError._FATAL:  # noqa: SLF001  # its name; `fatal()` is false for it
+            raise BourseError(f"this client of Kafka cannot go on: {error.str()}")
         if refusal := self._cluster.refusal(error, topic=topic, group=self._group):
             raise refusal
         if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # the client's public name for it
@@ -111,6 +110,8 @@ class KafkaBase:
         wanted: dict[tuple[str, int], int] = dict.fromkeys(partitions, which)
         try:
             found = reading.offsets(self._cluster, wanted, timeout=ASK_SECONDS, **how)
+        except Unreachable:
+            raise
         except ConfigurationError as error:
             # A broker may not know yet a partition that was added.
             self._cluster.require_topics(self._reads)

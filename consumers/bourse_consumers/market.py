@@ -36,8 +36,6 @@ from bourse_schemas.topics import DEAD_LETTERS, POLLS
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["Market", "Polls"]
-
 # A poll that waits so long for its events is checked against the ends of the topic.
 CHECK_SECONDS = 5.0
 
@@ -51,7 +49,7 @@ class _Piece(NamedTuple):
 
 
 class Polls(Decoders):
-    """Collects markers and trade events; the caller says what time it is.
+    """Collects markers and trade events; the caller gives the time.
 
     Records come in order per partition, but partitions come in any order: events of a poll may be read long after its
     marker, and after markers of later polls.

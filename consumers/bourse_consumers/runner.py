@@ -42,8 +42,6 @@ from bourse_schemas.events import Reason
 from bourse_schemas.topics import DEAD_LETTERS
 from bourse_schemas.watchdog import deadline
 
-__all__ = ["Poll", "Runner", "Stream", "StreamBroken", "connect"]
-
 P = ParamSpec("P")
 S = TypeVar("S")
 
@@ -293,7 +291,7 @@ class Runner:
         self._replaying.difference_update(ahead)
         self._show_rebuild()
         for each in [poll.records] if whole else [records for (new, _), records in split.items() if new]:
-            yield self._batch(each, {partition: ahead[partition] for partition in Places.of(each).ends()})
+            yield self._batch(each, {partition: ahead[partition] for partition in set(Places.of(each).partitions)})
         self._reached.update(ahead)  # all batches were processed
 
     def _batch(self, records: Sequence[Record], ends: Offsets, *, replay: bool = False) -> Batch:

@@ -209,9 +209,7 @@ class MemoryMarket(MemoryStream):
         if poll.assigned is not None:
             return poll
         polls.add(poll.records)
-        ready = polls.ready(limit)
-        for now in () if ready else (0.0, CHECK_SECONDS):
-            ready = polls.lost(now, self._next, dict)
+        ready = polls.ready(limit) or polls.lost(0.0, self._next, dict) or polls.lost(CHECK_SECONDS, self._next, dict)
         at = ready[-1].offset + 1 if ready else self._next[POLLS_0]
         return Poll(ready, {POLLS_0: at} if ready or not len(polls) else {})
 

@@ -21,8 +21,6 @@ from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.topics import Topic
 from bourse_schemas.watchdog import deadline
 
-__all__ = ["ASK_SECONDS", "HANG_SECONDS", "Transactions"]
-
 TRANSACTION_MS = 10_000
 # The brokers abort a transaction after TRANSACTION_MS. Whether it was committed is not guessed: the next producer
 # settles it, and it is read back.

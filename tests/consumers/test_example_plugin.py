@@ -1,4 +1,4 @@
-"""The example plug-in, installed beside the product as a user would."""
+"""The example plug-in, installed next to the product as a user would."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bourse(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_it_is_listed_with_its_one_line_beside_ours(environment: dict[str, str]) -> None:
+def test_it_is_listed_with_its_one_line_next_to_ours(environment: dict[str, str]) -> None:
     """Installing it is all there is to do."""
     shown = bourse(environment, "consume", "--help")
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.stdout.splitlines() if line.startswith("  ")}
@@ -47,7 +47,7 @@ def test_it_has_its_own_options_and_those_of_every_consumer(environment: dict[st
     assert all(option in shown for option in ("--rial", "--bootstrap-servers", "--group", "-X"))
 
 
-def test_it_runs_and_says_what_is_missing(environment: dict[str, str]) -> None:
+def test_it_runs_and_reports_what_is_missing(environment: dict[str, str]) -> None:
     """Its mistakes end like ours: one line, exit code 2."""
     ran = bourse(environment, "consume", "turnover", "--rial", "many")
     assert ran.returncode == 2

@@ -95,16 +95,16 @@ def test_a_poll_is_processed_once_however_often_its_batch_is_retried() -> None:
     assert published(memory) == [1, 2, 3, 4]
 
 
-def test_a_poll_without_all_its_events_says_so() -> None:
+def test_a_poll_without_all_its_events_is_not_complete() -> None:
     """Its events are delivered all the same, and the next polls are complete."""
     memory, consumer = Memory(), Seen()
-    events = polls(3)
-    memory.append(*events[:3], *events[4:])
+    events = polls(4)
+    memory.append(*events[:3], *events[4:6], *events[7:])
     run(consumer, memory)
-    assert consumer.polls == [(1, 2, False, True), (2, 1, False, False), (3, 2, False, True)]
+    assert consumer.polls == [(1, 2, False, True), (2, 1, False, False), (3, 1, False, False), (4, 2, False, True)]
     assert isinstance(consumer.monitor, Monitor)
     figure = consumer.monitor.registry.get_sample_value("bourse_consumer_incomplete_polls_total", {"consumer": "test"})
-    assert figure == 1
+    assert figure == 2
 
 
 def test_an_undecodable_event_becomes_one_dead_letter() -> None:

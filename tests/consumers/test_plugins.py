@@ -62,7 +62,7 @@ def test_a_plugin_gets_its_own_options_and_its_own_context(environment: dict[str
     assert (ran.returncode, ran.stderr) == (2, "Error: the consumer 'good' returned NoneType, not a Consumer\n")
 
 
-def test_a_plugin_with_an_option_of_ours_is_told_so_and_harms_no_other(environment: dict[str, str]) -> None:
+def test_a_plugin_with_an_option_of_ours_gets_an_error_and_harms_no_other(environment: dict[str, str]) -> None:
     """Two meanings of one flag would be worse than an error."""
     assert "Have an option that everyone has." in consume(environment, "--help").stdout
     ran = consume(environment, "greedy")
@@ -70,8 +70,8 @@ def test_a_plugin_with_an_option_of_ours_is_told_so_and_harms_no_other(environme
     assert ran.stderr == "Error: the consumer 'greedy' declares options that every consumer has: --group, group\n"
 
 
-def test_an_entry_point_that_is_no_command_harms_no_other(environment: dict[str, str]) -> None:
-    """It is listed as broken, and says why when it is called."""
+def test_an_entry_point_that_is_not_a_command_harms_no_other(environment: dict[str, str]) -> None:
+    """It is listed as broken, and prints why when it is called."""
     assert "Do something good." in consume(environment, "--help").stdout
     ran = consume(environment, "function", "--whatever")
     assert ran.returncode == 2

@@ -325,7 +325,7 @@ def test_retry_brings_the_same_batch_again_after_a_growing_wait() -> None:
 
 
 def test_retry_after_is_honoured() -> None:
-    """A consumer that knows how long it takes says so."""
+    """A consumer that knows how long it takes sets the wait."""
     memory = Memory()
     memory.append(*some(1))
 
@@ -371,7 +371,7 @@ def test_an_unreachable_registry_is_waited_for_and_makes_no_dead_letter() -> Non
     """A record is not at fault when its schema cannot be looked up just now."""
     memory, consumer = Memory(), Echo()
     memory.append(*some(1))
-    failures = [Unreachable("the registry is away")] * 2
+    failures = [Unreachable("the registry is unreachable")] * 2
 
     class Failing(Decoders):
         def event(self, record: Record) -> Any:
@@ -430,6 +430,43 @@ def test_reopen_works_for_every_start(start: Start) -> None:
     assert (consumer.opened, consumer.batches, len(memory.emitted)) == (2, [[1, 2]], 2)
 
 
+def test_reopen_again_and_again_waits_longer_each_time() -> None:
+    """Two writers that get into each other's way must not do so as fast as they can."""
+
+    class Loser(Echo):
+        def process(self, batch: Batch) -> list[Emit]:
+            raise Reopen("another writer was faster")
+
+    memory = Memory()
+    memory.append(*some(1))
+    stream = MemoryStream(memory, [TRADES])
+    run(Loser(), memory, rounds=8, stream=stream)
+    assert len(stream.waited) == 4
+    assert stream.waited[3] > 2 * stream.waited[0]
+
+
+def test_a_call_into_kafka_that_hangs_ends_the_process() -> None:
+    """It prints the call: a service that hangs and looks alive is worse than one that ended."""
+    code = """
+import time
+from bourse_consumers import runner
+from bourse_consumers.api import Consumer
+from bourse_consumers.testing import Memory, MemoryStream
+from bourse_schemas.topics import TRADES
+runner.HANG_SECONDS = 0.5
+class Hanging(MemoryStream):
+    def poll(self, timeout, limit):
+        time.sleep(60)
+class Echo(Consumer):
+    def process(self, batch):
+        return None
+runner.Runner(Echo(), Hanging(Memory(), [TRADES]), name="test").run()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
+    assert ran.returncode == 1
+    assert "Hanging.poll did not return within 0.5 s: the process ends, start it again" in ran.stderr
+
+
 def test_a_batch_given_up_takes_what_was_polled_with_it_along() -> None:
     """After a rebalance in the middle of a replay nothing new may be processed on half a state."""
 
@@ -453,18 +490,28 @@ def test_a_batch_given_up_takes_what_was_polled_with_it_along() -> None:
 
 
 def test_a_stop_ends_the_waiting_and_commits_nothing() -> None:
-    """A consumer whose database is down can be stopped."""
+    """A consumer whose database is down can be stopped, and asks no broker that may be unreachable too."""
 
     class Down(Echo):
         def process(self, batch: Batch) -> list[Emit]:
             runner.stop()
             raise Retry("the database is down", after=3600)
 
+    class Asked(MemoryStream):
+        lags = 0
+
+        def lag(self) -> int:
+            self.lags += 1
+            return super().lag()
+
     memory = Memory()
     memory.append(*some(1))
-    runner = Runner(Down(), MemoryStream(memory, [TRADES]), name="test")
+    stream = Asked(memory, [TRADES])
+    runner = Runner(Down(), stream, name="test")
+    runner.step()
+    stream.lags = 0
     runner.run()
-    assert memory.committed == {}
+    assert (memory.committed, stream.waited, stream.lags) == ({}, [], 0)
 
 
 def test_a_broken_transaction_starts_over_and_loses_nothing() -> None:
@@ -547,7 +594,7 @@ def test_a_letter_is_published_before_a_sink_of_its_own_goes_on(tmp_path: Path) 
 
 
 def test_a_letter_of_a_huge_record_fits() -> None:
-    """All its parts together fit where the record did; what is too long is cut, and says so."""
+    """All its parts together fit where the record did; what is too long is cut, and the message reports it."""
     headers = {"trace": b"y" * 330_000, "who": b"me"}
     record = Record(TRADES_0, 7, 0, b"k" * 20_000, b"x" * 1_000_000, headers)
     letter = dead_letter(record, Reason.REJECTED, "no" * 50_000, "test", datetime.now(UTC))
@@ -561,7 +608,7 @@ def test_a_letter_of_a_huge_record_fits() -> None:
 
 
 def test_what_is_not_declared_is_not_published() -> None:
-    """A topic that was not looked at before the start would fail in the middle of the day."""
+    """A topic that was not checked at the start would fail in the middle of the day."""
 
     class Undeclared(Echo):
         emits: Sequence[Topic] = ()
@@ -673,7 +720,7 @@ class Strict(Echo):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_a_few_bad_records_among_many_go_on(batch_size: int) -> None:
-    """A third of a hundred is put aside, and everything else is done."""
+    """A third of a hundred becomes dead letters, and everything else is processed."""
     memory, consumer = Memory(), Strict(3)
     memory.append(*some(100))
     run(consumer, memory, batch_size=batch_size)
@@ -748,7 +795,7 @@ def test_a_batch_that_comes_again_is_judged_once() -> None:
 
 
 def test_why_it_is_not_ready_and_when_it_is() -> None:
-    """Assigned, not waiting, not rebuilding: only then is it told to be ready; a member that stands by is."""
+    """It is ready once it is assigned, does not wait and does not rebuild; a member on standby is ready, too."""
     seen: list[dict[str, str]] = []
 
     class Troubled(Summing):
@@ -789,7 +836,7 @@ def test_why_it_is_not_ready_and_when_it_is() -> None:
     assert idle.reasons() == {}
 
 
-def test_a_broken_transaction_is_told_until_the_partitions_are_back() -> None:
+def test_a_broken_transaction_is_reported_until_the_partitions_are_back() -> None:
     """While it starts over it is alive, and not ready."""
 
     class Watching(MemoryStream):
@@ -814,7 +861,7 @@ def test_a_broken_transaction_is_told_until_the_partitions_are_back() -> None:
 
 
 def test_its_figures() -> None:
-    """What Prometheus is told is what happened."""
+    """Prometheus gets what happened."""
     memory, monitor, consumer = Memory(), Monitor("test"), Strict(10)
     memory.append(*some(30))
     names = ("rows_total", "emitted_total", "dead_letters_total", "retries_total", "batch_seconds_count", "lag")
@@ -837,7 +884,7 @@ def test_its_figures() -> None:
 
 
 def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
-    """A long call of the consumer is no death, nor is waiting for a broker; a loop that does not come round is."""
+    """A long call of the consumer counts as alive, and so does waiting for a broker; a loop that stops does not."""
     promised: list[float] = []
 
     class Listening(Monitor):
@@ -867,7 +914,7 @@ def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
     runner = Runner(Slow(), stream, name="test", monitor=Listening("test"))
     runner.step()
     runner.step()
-    runner._start_over(StreamBroken("the broker is away"))
+    runner._start_over(StreamBroken("the broker is unreachable"))
     assert at_call[0] > 1800  # the consumer's own call
     assert max(at_call[2:]) < 90  # calls to the broker
     assert len(at_call) == 4
@@ -877,7 +924,7 @@ def test_alive_while_the_loop_turns(wait_for: Callable[..., Any]) -> None:
     assert promised[0] < 300
 
 
-def test_waiting_for_a_broker_at_the_start_is_told(wait_for: Callable[..., Any]) -> None:
+def test_waiting_for_a_broker_at_the_start_is_reported(wait_for: Callable[..., Any]) -> None:
     """The service answers already: not ready, and for what it waits."""
     monitor, stop = Monitor("test"), threading.Event()
 

@@ -6,14 +6,13 @@ import gc
 import re
 import sqlite3
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from msgspec import structs
 
 from bourse_consumers import api
 from bourse_consumers.testing import ConsumerContract, Memory, marker, run, trade
@@ -24,10 +23,13 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def _page() -> dict[str, Any]:
-    names: dict[str, Any] = {"copy": structs.replace, "EVERY": 2, "Callable": Callable}
+    """Run each block by itself; those about tests use the consumers before them."""
+    names: dict[str, Any] = {}
     for language, code in BLOCKS:
         if language == "python":
-            exec(compile(code, "docs/consumers.md", "exec", dont_inherit=True), names)
+            alone = dict(names) if "bourse_consumers.testing" in code else {}
+            exec(compile(code, "docs/consumers.md", "exec", dont_inherit=True), alone)
+            names |= alone
     return names
 
 
@@ -95,6 +97,7 @@ class TestActive(ConsumerContract):
 
     def make(self, folder: Path) -> api.Consumer:
         consumer: api.Consumer = page["Active"]()
+        consumer.every = 2  # type: ignore[attr-defined]  # the page's
         return consumer
 
     def events(self) -> Sequence[Event]:

@@ -147,12 +147,13 @@ def messages(cluster: Cluster) -> list[str]:
 def test_the_only_broker_restarts_and_emits_follow(
     single: tuple[Kafka, Cluster], tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """Killed and stopped; the first emits come at once, or when every transaction has timed out since."""
+    """Killed or stopped; the first emits come at once, or when every transaction has timed out since."""
     kafka, cluster = single
     with both(cluster, tmp_path, wait_for) as children:
         Producing(cluster).polls(1, 1)
         goes_on(children, 1, wait_for)
-        restarts = [(kafka.kill, 0), (kafka.stop, 0), (kafka.kill, IDLE_SECONDS), (kafka.stop, IDLE_SECONDS)]
+        # Stopped and killed in the middle of polls: the next test.
+        restarts = [(kafka.kill, 0), (kafka.stop, IDLE_SECONDS)]
         for number, (end, idle) in enumerate(restarts, 2):
             end()
             kafka.start()

@@ -27,7 +27,7 @@ from bourse_consumers.transactions import Transactions
 from bourse_sandbox.kafka import Kafka, free_port
 from bourse_sandbox.processes import Child, spawn
 from bourse_schemas import reading
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import DEAD_LETTERS, TOPICS, TRADES
@@ -130,7 +130,7 @@ def market(count: int, first: int = 1) -> list[TradeEvent]:
 
 
 def test_a_restart_repeats_nothing_and_rebuilds_its_state(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
-    """Emits and offsets are one transaction; what was said is replayed in silence."""
+    """Emits and offsets are one transaction; what was published is replayed and not published again."""
     publish(cluster, market(100))
     first = Copy()
     with running(cluster, first):
@@ -200,8 +200,8 @@ def test_the_group_reaches_the_end(cluster: Cluster, wait_for: Callable[..., Any
         wait_for(lambda: len(consumer.seen) == 30 and lag(cluster) == 0, 30)
 
 
-def test_a_sink_that_stops_tells_the_group_what_is_durable(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
-    """What `close` made durable is no lag."""
+def test_a_sink_that_stops_commits_what_is_durable(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """What `close` stored does not count as lag."""
 
     class Sink(Copy):
         def __init__(self) -> None:
@@ -244,7 +244,7 @@ def lag(cluster: Cluster) -> int:
 
 
 def test_a_missing_topic_names_the_command_that_makes_it(kafka: Kafka, small_registry: str, prefix: str) -> None:
-    """The operator is told what to do."""
+    """The error names what to do."""
     cluster = Cluster(kafka.bootstrap_servers, small_registry, prefix)
     cluster.registry().register_all(prefix)
     with pytest.raises(ConfigurationError, match="bourse topics apply"):
@@ -345,27 +345,71 @@ def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for
     assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(3500))
 
 
-def test_a_broker_that_was_away_is_waited_for(
+def test_a_broker_that_restarts_during_a_batch_is_waited_for(
     own_kafka: Callable[[], Kafka], small_registry: str, prefix: str, wait_for: Callable[..., Any]
 ) -> None:
-    """kill -9 of the only broker: the consumer goes on by itself, and nothing is lost or doubled."""
+    """kill -9 of the only broker while a batch is processed: the consumer goes on, and nothing is lost or doubled.
+
+    Its transactional producer must not be used again: a call of it would never return, and end the process.
+    """
+
+    class Held(Copy):
+        free, held = threading.Event(), threading.Event()
+
+        def process(self, batch: Batch) -> list[Emit]:
+            if not batch.replay and any(event.sequence > 100 for event in batch.events if event.source != "copy"):
+                self.held.set()
+                assert self.free.wait(60)
+            return super().process(batch)
+
     kafka = own_kafka()
     cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix))
     publish(cluster, market(100))
-    consumer = Copy()
+    consumer = Held()
     with running(cluster, consumer):
-        wait_for(lambda: len(consumer.seen) >= 100, 20)
+        wait_for(lambda: len(committed(cluster, "copy")) == 100, 30)
+        publish(cluster, market(100, first=101))
+        wait_for(consumer.held.is_set, 30)
         kafka.kill()
         kafka.start()
-        publish(cluster, market(100, first=101))
+        consumer.free.set()
         wait_for(lambda: len(committed(cluster, "copy")) >= 200, 60)
     assert sorted(committed(cluster, "copy")) == sorted(event.event_id for event in market(200))
 
 
-def test_a_broker_that_is_away_is_told(
+def test_a_fatal_error_while_it_waits_ends_it(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+    """Another member with the same static id: the client is dead, and must not wait for its database for ever."""
+
+    class Down(Copy):
+        tries = 0
+
+        def process(self, batch: Batch) -> list[Emit]:
+            self.tries += 1
+            raise Retry("the database is down", after=0.1)
+
+    publish(cluster, market(10))
+    static = replace(cluster, settings={"group.instance.id": "one"})
+    consumer, errors = Down(), list[BaseException]()
+
+    def run() -> None:
+        stream = KafkaStream(static, f"{cluster.prefix}-{GROUP}", consumer.topics, consumer.emits)
+        try:
+            Runner(consumer, stream, name="test").run()
+        except BourseError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    wait_for(lambda: consumer.tries > 2, 30)
+    with running(static, Copy()):
+        wait_for(lambda: errors, 30)
+    assert "Static consumer fenced by other consumer with same group.instance.id" in str(errors[0])
+
+
+def test_a_broker_that_is_unreachable_is_reported(
     own_kafka: Callable[[], Kafka], small_registry: str, prefix: str, wait_for: Callable[..., Any]
 ) -> None:
-    """A consumer that has nothing to do still says when it lost its broker, and when it is back."""
+    """A consumer that has nothing to do still reports that it lost its broker, and that it is back."""
     kafka, monitor, consumer = own_kafka(), Monitor("test"), Copy()
     monitor.unready("starting", None)
     cluster = declared(Cluster(kafka.bootstrap_servers, small_registry, prefix, {"statistics.interval.ms": "200"}))
@@ -379,7 +423,7 @@ def test_a_broker_that_is_away_is_told(
         wait_for(lambda: monitor.reasons() == {}, 30)
 
 
-def test_a_topic_made_anew_is_read_from_its_start(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
+def test_a_topic_that_was_created_again_is_read_from_its_start(cluster: Cluster, wait_for: Callable[..., Any]) -> None:
     """A committed offset beyond the end belongs to a topic that is gone."""
     commit_offsets(cluster, 1_000)
     publish(cluster, market(20))
@@ -501,7 +545,7 @@ def consume(cluster: Cluster, folder: Path, *more: str) -> Child:
 
 
 def answering(log: Path) -> str | None:
-    """Return the address that a service says it answers at."""
+    """Return the address that a service reports."""
     found = re.search(r'"url": "(\S+)", "event": "answering"', log.read_text("utf-8")) if log.exists() else None
     return found and found[1]
 
@@ -509,15 +553,15 @@ def answering(log: Path) -> str | None:
 def test_a_signal_ends_the_process_in_good_order(
     cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:
-    """It is ready, and tells its figures and librdkafka's; SIGTERM: exit code 0, and the group is left."""
+    """It is ready, and reports its figures and librdkafka's; SIGTERM: exit code 0, and it leaves the group."""
     publish(cluster, market(50))
     log, http = tmp_path / "log", ["--http", "0", "-X", "statistics.interval.ms=200"]
     with consume(cluster, tmp_path, "--group", f"{cluster.prefix}-{GROUP}", *http) as process:
         url = wait_for(lambda: answering(log), 20)
         wait_for(lambda: httpx2.get(f"{url}/readyz", trust_env=False).text == "ready\n", 20)
         assert httpx2.get(f"{url}/livez", trust_env=False).status_code == 200
-        told = {"bourse_consumer_rows_total{", "bourse_kafka_broker_up{", "bourse_consumer_lag{"}
-        wait_for(lambda: all(name in httpx2.get(f"{url}/metrics", trust_env=False).text for name in told))
+        reported = {"bourse_consumer_rows_total{", "bourse_kafka_broker_up{", "bourse_consumer_lag{"}
+        wait_for(lambda: all(name in httpx2.get(f"{url}/metrics", trust_env=False).text for name in reported))
         process.send(signal.SIGTERM)
         assert process.wait(5) == 0, process.log_tail()
     assert "stopped" in log.read_text("utf-8")
@@ -527,7 +571,7 @@ def test_a_signal_ends_the_process_in_good_order(
 
 
 def test_a_broker_that_is_not_there_yet_is_waited_for(tmp_path: Path, wait_for: Callable[..., Any]) -> None:
-    """A service says that it waits and for what, is alive, and can be stopped while it does."""
+    """A service reports for what it waits, is alive, and can be stopped meanwhile."""
     cluster = Cluster(f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", "nowhere")
     log = tmp_path / "log"
     with consume(cluster, tmp_path, "--http", "0") as process:
@@ -545,9 +589,9 @@ def test_a_port_that_is_taken_ends_the_process_with_what_to_do(tmp_path: Path) -
         cluster = Cluster(f"127.0.0.1:{free_port()}", "http://127.0.0.1:1", "nowhere")
         with consume(cluster, tmp_path, "--http", str(url).removeprefix("http://")) as process:
             assert process.wait(20) == 2
-    said = (tmp_path / "log").read_text("utf-8")
-    assert "--http 127.0.0.1:" in said
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text("utf-8")
+    assert "--http 127.0.0.1:" in log
+    assert "Traceback" not in log
 
 
 def test_a_changed_schema_ends_the_process_and_loses_nothing(
@@ -563,9 +607,9 @@ def test_a_changed_schema_ends_the_process_and_loses_nothing(
     producer.close()
     with consume(cluster, tmp_path) as process:
         assert process.wait(30) == 1, process.log_tail()
-    said = (tmp_path / "log").read_text("utf-8")
-    assert re.search(r"100% of the last \d+ records were rejected.*`bourse dead-letters list`", said)
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text("utf-8")
+    assert re.search(r"100% of the last \d+ records were rejected.*`bourse dead-letters list`", log)
+    assert "Traceback" not in log
     assert letters(cluster) == 0
     with consume(cluster, tmp_path, "--max-rejected-share", "1"):
         wait_for(lambda: letters(cluster) == 60, 30)
@@ -586,6 +630,6 @@ def test_a_missing_topic_ends_the_process_with_what_to_do(kafka: Kafka, small_re
     """One or two lines, exit code 2."""
     with consume(Cluster(kafka.bootstrap_servers, small_registry, "undeclared"), tmp_path) as process:
         assert process.wait(20) == 2
-    said = (tmp_path / "log").read_text("utf-8")
-    assert "bourse topics apply" in said
-    assert "Traceback" not in said
+    log = (tmp_path / "log").read_text("utf-8")
+    assert "bourse topics apply" in log
+    assert "Traceback" not in log
