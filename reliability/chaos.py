@@ -218,7 +218,8 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _times(seconds: Sequence[float]) -> dict[str, float]:
-    return {"p50": round(statistics.median(seconds or [0.0]), 1), "max": round(max(seconds, default=0.0), 1)}
+    times = {"p50": statistics.median(seconds or [0.0]), "max": max(seconds, default=0.0)}
+    return {"count": len(seconds), **{name: round(value, 1) for name, value in times.items()}}
 
 
 class _Day:

@@ -35,12 +35,15 @@ class _Call:
 
 
 _calls: dict[_Call, None] = {}
+_starting = threading.Lock()
 
 
 def _arm(name: str, seconds: float) -> _Call:
     call = _Call(name, seconds, seconds)
     _calls[call] = None
-    _start()
+    # Two watchers would each count a call's time.
+    with _starting:
+        _start()
     return call
 
 
@@ -96,7 +99,9 @@ def stop_on_signals(seconds: float = STOP_SECONDS) -> threading.Event:
 def _end(call: _Call) -> None:
     message = f"{call.name} did not return within {call.seconds:g} s: the process ends, start it again"
     line = message if os.isatty(2) else json.dumps({"level": "critical", "event": message})
-    # Not through a logger, whose lock may be held; and not into a pipe that is full.
-    if select.select([], [2], [], 1)[1]:
-        os.write(2, line.encode() + b"\n")
-    os._exit(1)
+    # Not through a logger, whose lock may be held; and not into a pipe that is full. Its reader may be gone.
+    try:
+        if select.select([], [2], [], 1)[1]:
+            os.write(2, line.encode() + b"\n")
+    finally:
+        os._exit(1)

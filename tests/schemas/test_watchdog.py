@@ -18,6 +18,22 @@ with deadline("quick", 0.1):
 with deadline("commit_transaction", 0.5):
     time.sleep(60)
 """
+CROWD = """
+import sys, threading
+from bourse_schemas.watchdog import deadline
+sys.setswitchinterval(1e-6)
+gate = threading.Barrier(8)
+def call():
+    gate.wait()
+    with deadline("quick", 60):
+        gate.wait()
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(sum(thread.name == "watchdog" for thread in threading.enumerate()))
+"""
 STOP = """
 import ctypes, sys
 from bourse_schemas.watchdog import stop_on_signals
@@ -41,6 +57,20 @@ def test_a_call_that_hangs_ends_the_process_and_is_named() -> None:
         "level": "critical",
         "event": "commit_transaction did not return within 0.5 s: the process ends, start it again",
     }
+
+
+@pytest.mark.parametrize("gone", ["2>&-", "2>&1 >/dev/null | true"])
+def test_a_call_that_hangs_ends_the_process_whose_log_has_no_reader(gone: str) -> None:
+    """The line cannot be written then; that must not save the process."""
+    command = f"{sys.executable} -c '{HANG}' {gone}; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20, check=False)
+    assert ran.stdout == "1\n"
+
+
+def test_one_thread_watches_all_calls() -> None:
+    """However many threads make the first call at once: each watcher counts the time of every call."""
+    ran = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "1\n"), ran.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
