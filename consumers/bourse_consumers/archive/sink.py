@@ -182,7 +182,7 @@ class DeltaArchive(Consumer):
 
     def _wait(self, task: Future[Any] | None) -> None:
         if task is not None and not wait([task], self._patience).done:
-            raise Retry(f"the store has not answered within {self._patience} s")
+            raise Retry(f"the store has not answered within {self._patience} s", after=0.5)
 
     def _submit(self, *, everything: bool = False) -> None:
         """Give the writer the chunk that is due, or the one that failed."""
