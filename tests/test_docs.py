@@ -153,7 +153,7 @@ def test_commands_of_compose_and_makefile_exist() -> None:
     """What containers and targets start is there, with these options."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
     started = [list(map(str, service["command"])) for service in services.values() if "command" in service]
-    assert len(started) == 6
+    assert len(started) == 7
     for words in started:
         check_command(words)
     lines = [*services["setup"]["entrypoint"][-1:], *(ROOT / "Makefile").read_text("utf-8").splitlines()]

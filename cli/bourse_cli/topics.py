@@ -13,7 +13,7 @@ import msgspec
 
 from bourse_cli.configuration import config_name
 from bourse_cli.options import cluster_options
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, POLLS, TOPICS, Topic
 
@@ -57,7 +57,8 @@ class Plan:
     def __str__(self) -> str:
         if not self.has:
             shown = " ".join(f"{key}={value}" for key, value in self.settings.items())
-            return f"{self.name}: create, {self.topic.partitions} partitions, {self.replicas} replicas, {shown}"
+            size = f"{counted(self.topic.partitions, 'partition')}, {counted(self.replicas, 'replica')}"
+            return f"{self.name}: create, {size}, {shown}"
         changes = [f"{key} {old} → {new}" for key, (old, new) in self.alter.items()]
         if self.has < self.topic.partitions:
             changes.insert(0, f"partitions {self.has} → {self.topic.partitions}")
@@ -123,7 +124,7 @@ def list_topics(cluster: Cluster) -> None:
     for topic in TOPICS:
         name, state = topic.full_name(cluster.prefix), "missing"
         if name in found:
-            state = f"{found[name].partitions} partitions" if found[name].partitions else "no right to see"
+            state = counted(found[name].partitions, "partition") if found[name].partitions else "no right to see"
         key, event = f"key: {topic.key_doc}", topic.event.__name__
         click.echo(f"{name:<24} {state:<15} {topic.cleanup:<8} {key:<43} {event:<11} {topic.doc}")
 
@@ -169,7 +170,8 @@ def plan_topics(
             advice = f"put `partitions = {has}` under [topic.{plan.topic.name}] in {config_name()}"
             if what := SINGLE.get(plan.topic.name):
                 advice = f"{what} needs it: delete the topic"
-            raise ConfigurationError(f"{name} has {has} partitions, which cannot be reduced to {wants}: {advice}")
+            held = counted(has, "partition")
+            raise ConfigurationError(f"{name} has {held}, which cannot be reduced to {wants}: {advice}")
         # min.insync.replicas depends on the replicas that the topic has: they are not altered here.
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}

@@ -12,7 +12,7 @@ import click
 
 from bourse_cli.options import cluster_options
 from bourse_consumers.archive.command import NAMES, TO, TOPIC, one_table, tables
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.events import TEHRAN
 from bourse_schemas.kafka import Cluster
 
@@ -133,7 +133,7 @@ def optimize(
     else:
         for finding in findings:
             click.echo(f"FINDING {', '.join(f'{name} {value}' for name, value in finding.items())}")
-        click.echo(f"{len(done)} days: {had} → {has} files")
+        click.echo(f"{counted(len(done), 'day')}: {had} → {counted(has, 'file')}")
     ctx.exit(1 if findings else 0)
 
 
@@ -148,7 +148,8 @@ def forget(*, to: str, topic: str, before: date) -> None:
     if before > datetime.now(TEHRAN).date():
         raise ConfigurationError(f"--before {before}: this day is in the future")
     files = remove(one_table(to, topic), before)
-    click.echo(f"{len({file.day for file in files})} days removed, {sum(file.rows for file in files):,} rows")
+    days, rows = len({file.day for file in files}), sum(file.rows for file in files)
+    click.echo(f"{counted(days, 'day')} removed, {counted(rows, 'row')}")
 
 
 @archive.command

@@ -16,7 +16,7 @@ import click
 
 from bourse_cli.options import cluster_options
 from bourse_consumers.board.state import OPS, Episode, State, error_of
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.events import TEHRAN, Candle, Phase, PollMarker, PriceAlert
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.watchdog import stop_on_signals
@@ -33,7 +33,10 @@ STYLES = {
     **dict.fromkeys(("DOWN", "FAILED", "FROZEN", "STALE", "CANCELLED", "CRITICAL"), BAD),
     **dict.fromkeys(("PRE_OPEN", "PARTIAL", "SKIPPED", "REVISED", "WARNING"), "yellow"),
 }
-MOVERS = f"{{:<12}} {'%':>7} {'last':>9} {'volume':>6} {'value':>6} "
+MOVERS = f"{{:<12}} {'%':>7} {'last':>9} "
+AMOUNTS = f"{'volume':>6} {'value':>6} "
+# Narrower tables have neither the amounts of movers nor the rules and durations of alerts.
+WIDE = 63
 LRM = "\u200e"
 ALLOWED = {LRM, "\u200c"}  # and the zero-width non-joiner, which Persian words are written with
 
@@ -101,7 +104,7 @@ def line_of(state: State, news: PollMarker | PriceAlert | str) -> str:
     counts = zip((news.opened, news.traded, news.revised, news.cancelled), OPS, strict=True)
     parts = [
         f"{at:%Y-%m-%d %H:%M:%S} {news.phase} {news.feed_state} poll {news.poll_sequence} {news.outcome}",
-        ", ".join([f"{news.rows} rows", *(f"{count} {op.lower()}" for count, op in counts)]),
+        ", ".join([counted(news.rows, "row"), *(f"{count} {op.lower()}" for count, op in counts)]),
         *(["lag " + ", ".join(f"{group.name} {group.lag}" for group in state.groups)] if state.groups else []),
         *([f"{state.dead_letters} dead letters"] if state.dead_letters else []),
         *([f"{state.undecodable} undecodable"] if state.undecodable else []),
@@ -182,19 +185,21 @@ def _header(state: State, width: int, now: float) -> list[Text]:
     ]
 
 
-def _mover_row(change: float, candle: Candle) -> Row:
-    amounts = f"{candle.last_price:>9,} {_short(candle.volume):>6} {_short(candle.value):>6} "
-    return f"{_cell(candle.instrument, 12)} {change:>+7.2f} {amounts}", GOOD if change > 0 else "red", candle.symbol
+def _mover_row(change: float, candle: Candle, wide: bool) -> Row:
+    amounts = f"{_short(candle.volume):>6} {_short(candle.value):>6} " * wide
+    left = f"{_cell(candle.instrument, 12)} {change:>+7.2f} {candle.last_price:>9,} {amounts}"
+    return left, GOOD if change > 0 else "red", candle.symbol
 
 
-def _alert_row(state: State, episode: Episode) -> Row:
+def _alert_row(state: State, episode: Episode, wide: bool) -> Row:
     alert, resolved = episode
     newest = state.marker and (state.marker.received_at or state.marker.requested_at)
     until = resolved.raised_at if resolved else newest
     lasted = _age((until - alert.raised_at).total_seconds()) if until and until > alert.raised_at else "-"
-    about = f"{_cell(alert.instrument or alert.scope, 12)} {_value(alert):>8} {_cell(alert.rule, 22)} "
+    about = f"{_cell(alert.instrument or alert.scope, 12)} {_value(alert):>8} "
     style = FAINT if resolved else STYLES.get(alert.severity, "bold")
-    return f"{_clock(alert.raised_at)} {lasted:>7} {about}", style, alert.symbol or alert.title or alert.when
+    left = f"{_clock(alert.raised_at)} " + (f"{lasted:>7} {about}{_cell(alert.rule, 22)} " if wide else about)
+    return left, style, alert.symbol or alert.title or alert.when
 
 
 def render(state: State, width: int, height: int, now: float) -> list[Text]:
@@ -208,13 +213,14 @@ def render(state: State, width: int, height: int, now: float) -> list[Text]:
     lines = lines[: max(3, height - 6)]
     rest = max(0, height - len(lines))
     each = width if width < 140 else (width - 3) // 2
-    movers, episodes = state.movers(), state.alerts()
-    up = [_mover_row(*pair) for pair in movers[:rest] if pair[0] > 0]
-    down = [_mover_row(*pair) for pair in reversed(movers[-rest:]) if pair[0] < 0]
-    begun = f"{sum(resolved is None for _, resolved in episodes)} open"
-    head = f"{begun:<12} for {'instrument':<12} {'value':>8} {'rule':<22} "
-    alerts = _table(head, [_alert_row(state, episode) for episode in episodes[:rest]], each)
-    market = [_table(MOVERS.format(way), rows, each) for way, rows in (("most up", up), ("most down", down))]
+    movers, episodes, wide = state.movers(), state.alerts(), each >= WIDE
+    up = [_mover_row(*pair, wide) for pair in movers[:rest] if pair[0] > 0]
+    down = [_mover_row(*pair, wide) for pair in reversed(movers[-rest:]) if pair[0] < 0]
+    begun, about = f"{sum(resolved is None for _, resolved in episodes)} open", f"{'instrument':<12} {'value':>8} "
+    head = f"{begun:<12} for {about}{'rule':<22} " if wide else f"{begun:<8} {about}"
+    alerts = _table(head, [_alert_row(state, episode, wide) for episode in episodes[:rest]], each)
+    heads = [MOVERS.format(way) + AMOUNTS * wide for way in ("most up", "most down")]
+    market = [_table(left, rows, each) for left, rows in zip(heads, (up, down), strict=True)]
     if each == width:
         lines += _stack([alerts, *market], rest)
     else:

@@ -27,7 +27,7 @@ from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_producer.refusals import clock_skew, http_date
 from bourse_producer.reporting import KNOWN_DAYS
-from bourse_schemas.errors import BourseError, ExchangeError
+from bourse_schemas.errors import BourseError, ExchangeError, counted
 from bourse_schemas.events import TEHRAN, FeedState, PollMarker
 from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
@@ -245,7 +245,7 @@ def judge_poll(markers: Sequence[PollMarker], now: datetime) -> Finding:
     if not markers:
         return Finding(name, Status.WARNING, "no poll was published", "run `bourse produce`")
     last = markers[-1]
-    message = f"{last.outcome} at {_time(last.requested_at)}, feed {last.feed_state}, {last.rows} rows"
+    message = f"{last.outcome} at {_time(last.requested_at)}, feed {last.feed_state}, {counted(last.rows, 'row')}"
     if last.error_kind:
         message += f" ({last.error_kind}: {last.error_message})"
     if last.next_poll_at and now - last.next_poll_at > LATE:

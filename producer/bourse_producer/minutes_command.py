@@ -12,7 +12,7 @@ from datetime import datetime
 import click
 
 from bourse_producer.options import ExchangeOptions, exchange_options
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.events import TEHRAN, Candle
 
 PRICES = ("last_price", "open_price", "high_price", "low_price", "closing_price")
@@ -61,7 +61,7 @@ def minutes(
     if not candles:
         click.echo("no rows: is the company listed, and was it traded in this period?", err=True)
     if rejected:
-        click.echo(f"{len(rejected)} rows cannot be used. The first: {rejected[0].message}", err=True)
+        click.echo(f"{counted(len(rejected), 'row')} cannot be used. The first: {rejected[0].message}", err=True)
 
 
 def _print(candles: Sequence[Candle], form: str) -> None:

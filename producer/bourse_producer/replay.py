@@ -21,7 +21,7 @@ from bourse_producer.capture import Head, read_capture
 from bourse_producer.diff import InstrumentCode
 from bourse_producer.markers import History, Poll, Timing, mark
 from bourse_producer.responses import PROFILES, Answer, Derived, Reading, derive
-from bourse_schemas.errors import ConfigurationError, ExchangeError
+from bourse_schemas.errors import ConfigurationError, ExchangeError, counted
 from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES, Topic
@@ -212,5 +212,5 @@ def replay(
         by_day.setdefault(event.trading_day, Counter())[event.op] += 1
     ops = (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
     for day, count in sorted(by_day.items()):
-        click.echo(f"{day}  {count.total():>8,} events  " + "  ".join(f"{count[op]:>7,} {op}" for op in ops))
-    click.echo(f"{len(derived.polls):,} polls, {len(derived.events):,} events")
+        click.echo(f"{day}  {counted(count.total(), 'event'):>15}  " + "  ".join(f"{count[op]:>7,} {op}" for op in ops))
+    click.echo(f"{counted(len(derived.polls), 'poll')}, {counted(len(derived.events), 'event')}")

@@ -176,8 +176,8 @@ class PracticeExchange:
             Route("/practice/state", self._state),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: self._refuse})
-        self._faults = Faults(app, [*map(Fault.parse, faults)], forget=self._forget, seed=seed)
-        self.app: ASGIApp = self._faults if faults else self._faults.app
+        self.faults = Faults(app, [*map(Fault.parse, faults)], forget=self._forget, seed=seed)
+        self.app: ASGIApp = self.faults if faults else self.faults.app
 
     def _forget(self, refreshes: bool) -> None:
         self._grants.clear()
@@ -193,7 +193,7 @@ class PracticeExchange:
             "responses": self._market.responses,
             "calls": self.calls,
             "tokens": self.tokens,
-            "faults": dict(self._faults.counts),
+            "faults": dict(self.faults.counts),
             "sent": dict(self._sent),
         }
 

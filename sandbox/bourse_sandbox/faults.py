@@ -144,7 +144,7 @@ class Faults:
     """
 
     def __init__(self, app: ASGIApp, faults: Sequence[Fault], *, forget: Callable[[bool], None], seed: int = 1) -> None:
-        self.app, self._faults, self._forget = app, faults, forget
+        self.app, self.due, self._forget = app, faults, forget
         self._chance = random.Random(seed)  # noqa: S311  # repeatable on purpose
         self._calls = 0
         self._earlier: deque[bytes] = deque(maxlen=10)
@@ -157,7 +157,7 @@ class Faults:
         if not is_data or query.keys() & {"coId", "companyId"} or query.get("precedencyRight") == ["true"]:
             await self.app(scope, receive, send)
             return
-        due = (fault for fault in self._faults if fault.first <= self._calls + 1 <= fault.last)
+        due = (fault for fault in self.due if fault.first <= self._calls + 1 <= fault.last)
         kind = next((fault.kind for fault in due if self._chance.random() < fault.probability), None)
         answer = await self._ask(scope, receive, kind)
         if answer[0] == 200:

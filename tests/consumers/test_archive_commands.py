@@ -73,7 +73,7 @@ def test_a_day_with_a_finding_is_left_as_it_is(tmp_path: Path) -> None:
     assert ran.exit_code == 1
     assert ran.stdout.startswith("FINDING ")
     assert "what file is missing" in ran.stdout
-    assert ran.stdout.endswith("1 days: 4 → 4 files\n")
+    assert ran.stdout.endswith("1 day: 4 → 4 files\n")
     assert table(tmp_path).files() == files
 
 
@@ -92,7 +92,7 @@ def test_what_failed_commits_left_is_deleted_after_a_week(tmp_path: Path) -> Non
 def test_optimize_prints_what_it_did(tmp_path: Path) -> None:
     """As text and as JSON; a day that was not read does not count as verified."""
     archived(tmp_path, *events(5, trading_day=PAST))
-    assert command("optimize", "--to", tmp_path).stdout == "1 days: 3 → 1 files\n"
+    assert command("optimize", "--to", tmp_path).stdout == "1 day: 3 → 1 file\n"
     done = json.loads(command("optimize", "--to", tmp_path, "--json").stdout)
     assert done == {"verified_day": None, "days": 0, "files_before": 0, "files": 0, "findings": []}
 

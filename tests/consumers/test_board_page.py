@@ -443,6 +443,24 @@ def test_a_notice_is_announced_and_can_be_closed(visit: Callable[..., Page], fee
         expect(notice).to_be_hidden()
 
 
+def test_without_market_values_the_page_gives_the_reason(visit: Callable[..., Page], url: str, feed: Feed) -> None:
+    """The bundled day has none: the map is by turnover, and the other choice is disabled until values come."""
+    page = visit(f"{url}/#/{FOLD}")
+    choice, other = page.locator("[data-area=market_value]"), page.locator("[data-area=value]")
+    expect(choice).to_be_disabled()
+    expect(choice).to_have_attribute("title", "بورس این مقدار را نفرستاده است")
+    expect(other).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#facts dd").last).to_have_attribute("title", "بورس این مقدار را نفرستاده است")
+    expect(page.locator("#facts dd").last).to_have_text("–")
+    known = feed.state.candles[FOLD]
+    feed.add(msgspec.structs.replace(known, sequence=known.sequence + 1, market_value=10**13))
+    expect(choice).to_be_enabled()
+    expect(choice).to_have_attribute("title", "")
+    choice.click()
+    expect(choice).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#facts dd").last).to_have_text("۱\u00a0همت")
+
+
 def test_hostile_names_are_text(visit: Callable[..., Page], url: str, feed: Feed) -> None:
     """Markup, direction controls, 10,000 characters: shown as text, and nothing moves."""
     day = feed.state.day

@@ -168,7 +168,7 @@ def test_a_new_day_begins_with_nothing() -> None:
     state.settle(2.0)
     (line,) = [each for each in state.news if isinstance(each, str)]
     assert line.startswith("summary of 2019-08-24; 0 opened; 1 traded")
-    for part in ("1 instruments: 1 up, 0 down", "most up IRO1MADN0001 +2.50 %", "1 fired, 0 resolved"):
+    for part in ("1 instrument: 1 up, 0 down", "most up IRO1MADN0001 +2.50 %", "1 fired, 0 resolved"):
         assert part in line
     tomorrow = DAY + timedelta(days=1)
     state.add(marker(4, **ONE, session_day=tomorrow), 3.0)

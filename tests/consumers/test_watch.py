@@ -145,6 +145,21 @@ def test_a_row_has_code_percent_price_volume_value_and_symbol() -> None:
     assert row == "IRO1A0380001   +3.80     1,038  1.23M  1.27B \u200eسرمایه\u200cگذاری\u200e"
 
 
+@pytest.mark.parametrize("width", [40, 50, 62])
+def test_a_narrow_screen_keeps_what_matters_most(width: int) -> None:
+    """Instrument, percent, price and symbol; of an alert its time, instrument and value: whole, and no half columns."""
+    lines = screen(live_state(), width, 60).splitlines()
+    assert next(line for line in lines if line.startswith("IRO1A0380001")).startswith(
+        "IRO1A0380001   +3.80     1,038 \u200eسرمایه"[: width - 1]
+    )
+    start = next(number for number, line in enumerate(lines) if line.startswith("1 open"))
+    assert lines[start].startswith("1 open   instrument      value symbol")
+    assert [line.split()[:3] for line in lines[start + 1 : start + 3]] == [
+        ["09:30:00", "MARKET", "3.20"],
+        ["09:30:00", "IRO1MADN0001", "3.20"],
+    ]
+
+
 def test_persian_text_is_last_in_its_column_and_closed_by_marks() -> None:
     """If a terminal reorders, neither the border nor the next column's numbers may join a Persian run."""
     state = live_state()

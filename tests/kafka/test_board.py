@@ -10,7 +10,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from bourse_cli.topics import apply_topics, plan_topics
+from bourse_sandbox.exchange import practice_exchange
+from bourse_sandbox.faults import Fault
 from bourse_sandbox.kafka import Kafka, free_port
+from bourse_sandbox.processes import spawn
+from bourse_sandbox.stack import Stack
 from bourse_schemas.events import Event
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS, topic_of
 from reliability.certificate import self_signed
-from tests.consumers.test_board_page import browser, visit  # noqa: F401  # fixtures
+from tests.consumers.test_board_page import PAGE, browser, visit  # noqa: F401  # fixtures
 from tests.samples import alert, event, marker
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +126,49 @@ def test_the_page_goes_on_whatever_happens_to_kafka_and_to_the_board(
         expect(banner).to_be_hidden(timeout=30_000)
         board.send_signal(signal.SIGTERM)
         assert board.wait(5) == 0
+
+
+@pytest.mark.kafka
+@pytest.mark.usefixtures("kafka")
+def test_what_the_exchange_does_is_at_the_head_of_the_page(
+    visit: Callable[..., Page],  # noqa: F811
+    wait_for: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """A real exchange, producer and board: half an answer, data of yesterday, frozen data, no answer, and all ok again.
+
+    Each fault lasts until the page shows it: the market runs 30 times as fast, and data are frozen after 3 minutes.
+    """
+    practice, port = practice_exchange(speed=30, faults=["skew@999999"]), free_port()
+    words = dict(re.findall(r'(\w+): \["([^"]*)"', (PAGE / "words.js").read_text("utf-8")))
+    polling = ["--schedule", "always", "--clock", "response", "--poll-seconds", "1"]
+    bourse = [sys.executable, "-m", "bourse_cli"]
+    log = tmp_path / "log"
+    with Stack("kafka") as stack, practice.serve() as exchange, ExitStack() as running:
+        for command in (["produce", "--address", exchange.url, *polling], ["board", "--http", str(port)]):
+            running.enter_context(spawn([*bourse, *command], env=stack.environment, stdout=log, stderr=log))
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/livez"), 60)
+        page = visit(f"http://127.0.0.1:{port}", ready=False)
+        feed, banner, poll = page.locator("#feed"), page.locator("#banner"), page.locator("#poll")
+
+        def shows(fault: str | None, state: str, text: str | re.Pattern[str], outcome: str) -> None:
+            practice.faults.due = [Fault.parse(fault)] if fault else []
+            expect(feed).to_have_attribute("data-value", state, timeout=60_000)
+            expect(feed).to_have_text(words[state])
+            if text:
+                expect(banner).to_have_text(text)
+            else:
+                expect(banner).to_be_hidden()
+            expect(page.locator("body")).to_have_class(re.compile("stale" if text else "^(?!.*stale)"))
+            expect(poll).to_have_attribute("data-outcome", re.compile(outcome))
+
+        good, unreliable = "PUBLISHED|UNCHANGED", words["feedBad"]
+        shows(None, "FRESH", "", good)
+        shows("half", "PARTIAL", "", good)
+        shows("yesterday", "STALE", f"{words['STALE']}: {unreliable}", good)
+        shows("frozen", "FROZEN", f"{words['FROZEN']}: {unreliable}", "UNCHANGED")
+        shows("forbidden-page", "DOWN", re.compile(f"^{words['FAILED']}: "), "FAILED")
+        shows(None, "FRESH", "", good)
 
 
 @pytest.mark.kafka

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bourse_cli.options import cluster_options
-from bourse_schemas.errors import ConfigurationError, Undecodable
+from bourse_schemas.errors import ConfigurationError, Undecodable, counted
 from bourse_schemas.events import TEHRAN, AlertState, Candle, PollMarker, PriceAlert, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES
@@ -109,7 +109,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
         click.echo(f"… and {len(fired) - SHOWN:,} more")
     click.echo(next(trial.summary()))
     who, held = len({alert.instrument for alert in fired}), "holds now" if live else "held"
-    click.echo(f"{held} for {who:,} instruments, {len(fired):,} episodes")
+    click.echo(f"{held} for {counted(who, 'instrument')}, {counted(len(fired), 'episode')}")
 
 
 @alerts.command

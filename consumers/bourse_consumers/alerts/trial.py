@@ -21,7 +21,7 @@ import numpy as np
 from bourse_consumers.alerts.engine import Engine, Poll, columns_of, millis
 from bourse_consumers.alerts.expressions import limits
 from bourse_consumers.alerts.rule import Rule
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.events import TEHRAN, AlertState, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
 
 __all__ = ["Episodes", "Past", "Trial", "day_of", "polls_of", "read", "real_day"]
@@ -257,8 +257,8 @@ class Trial:
 
     def summary(self) -> Iterator[str]:
         """Yield the summary for people: first what never fired."""
-        days = ", ".join(f"{day} ({count:,} events)" for day, count in sorted(self.days.items()))
-        yield f"{self.polls:,} polls, {self.events:,} events: {days or 'no trading day'}"
+        days = ", ".join(f"{day} ({counted(count, 'event')})" for day, count in sorted(self.days.items()))
+        yield f"{counted(self.polls, 'poll')}, {counted(self.events, 'event')}: {days or 'no trading day'}"
         found = sorted(self.episodes(), key=lambda each: -len(each.fired))
         silent = [each.rule.name for each in found if not each.fired]
         yield from [""] * bool(silent)
@@ -282,4 +282,4 @@ class Trial:
         for channel, count in sorted(sent.items()):
             yield f"messages to {channel}: {count:,}"
         for minute, most in minutes.most_common(1):
-            yield f"{sum(minutes.values()):,} alerts, at most {most:,} in a minute ({minute:%H:%M})"
+            yield f"{counted(sum(minutes.values()), 'alert')}, at most {most:,} in a minute ({minute:%H:%M})"

@@ -24,7 +24,7 @@ from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Store
 from bourse_consumers.archive.storage import Damaged
 from bourse_consumers.archive.table import File, Table
 from bourse_consumers.columns import Columns
-from bourse_schemas.errors import Undecodable
+from bourse_schemas.errors import Undecodable, counted
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import FIRST, LAST, offsets, read_values
 from bourse_schemas.topics import TRADES, Topic
@@ -132,11 +132,14 @@ def show(report: Report, *, as_json: bool = False) -> None:
         what = place.pop("what")
         click.echo(f"FINDING {', '.join([*(f'{name} {it}' for name, it in place.items()), what])}")
     click.echo(
-        f"{report.rows:,} rows of {report.days} days in {report.files} files, {report.compared:,} compared with the "
-        f"topic, {report.behind:,} not archived yet, {report.lost:,} offsets in recorded holes"
+        f"{counted(report.rows, 'row')} of {counted(report.days, 'day')} in {counted(report.files, 'file')}, "
+        f"{report.compared:,} compared with the topic, {report.behind:,} not archived yet, "
+        f"{counted(report.lost, 'offset')} in recorded holes"
     )
     if report.polls:
         click.echo(f"polls {report.polls[0]} to {report.polls[1]} were compared with their markers")
     for note in report.notes:
         click.echo(note)
-    click.echo(f"{len(report.findings)} findings" if report.findings else "ok: nothing is missing or stored twice")
+    click.echo(
+        counted(len(report.findings), "finding") if report.findings else "ok: nothing is missing or stored twice"
+    )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
+from bourse_schemas.errors import counted
 from bourse_schemas.events import AlertState, Candle, DeadLetter, Op, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
 
 __all__ = ["CHANGE", "OPS", "Group", "Located", "State", "error_of", "percent", "row"]
@@ -273,7 +274,7 @@ class State:
         most = [("up", movers[0])] * bool(rose) + [("down", movers[-1])] * bool(fell)
         return [
             *(f"{self.totals[op]:,} {op.lower()}" for op in OPS),
-            f"{len(today)} instruments: {rose} up, {fell} down",
+            f"{counted(len(today), 'instrument')}: {rose} up, {fell} down",
             f"{sum(candle.value for candle in today):,} rial traded",
             *(f"most {way} {each.instrument} {change:+.2f} % {each.symbol}" for way, (change, each) in most),
             f"alerts {len(ended)} fired, {sum(each is not None for each in ended)} resolved",

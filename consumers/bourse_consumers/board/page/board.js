@@ -334,7 +334,7 @@ function quote() {
   const title = el("div", undefined, "title");
   title.append(el("bdi", r.title), el("small", joined([t(r.market), r.instrument, `${t("lastTrade")} ${clock(r.traded_at)}`])));
   $("#quote").replaceChildren(title, part("last", r.last_price, r.change), part("closing", r.closing_price, r.closing_change));
-  $("#facts").replaceChildren(...FACTS.map(([word, text, unit]) => { const e = el("div"); e.append(el("dt", t(word) + (unit ? ` (${t(chosen.unit)})` : "")), el("dd")); e.lastChild.append(bdi(text(r))); return e; }));
+  $("#facts").replaceChildren(...FACTS.map(([word, text, unit]) => { const e = el("div"); e.append(el("dt", t(word) + (unit ? ` (${t(chosen.unit)})` : "")), el("dd")); e.lastChild.append(bdi(text(r))); if (text(r) === "–") e.lastChild.title = t("notSent"); return e; }));
   $("#plot canvas").setAttribute("aria-label", `${t("chart")}: ${r.symbol}, ${t("last")} ${price(r.last_price)}, ${percent(r.change)}`);
 }
 
@@ -365,7 +365,7 @@ function provenance() {
 
 function map() {
   const all = [...rows.values()], valued = all.some(r => r.market_value);
-  $("#area [data-area=market_value]").disabled = !valued;
+  $("#area [data-area=market_value]").disabled = !valued; $("#area [data-area=market_value]").title = valued ? "" : t("notSent");
   const key = valued ? chosen.area : "value";
   $$("#area button").forEach(b => b.setAttribute("aria-pressed", b.dataset.area === key));
   const items = all.filter(r => r[key] > 0).sort((a, b) => b[key] - a[key]).slice(0, 200);

@@ -20,7 +20,7 @@ export const WORDS = {
   FRESH: ["به‌روز", "Fresh"], STALE: ["کهنه", "Stale"], FROZEN: ["بی‌حرکت", "Frozen"], PARTIAL: ["ناقص", "Partial"],
   DOWN: ["قطع", "Down"], IDLE: ["آرام", "Idle"], UNKNOWN: ["نامعلوم", "Unknown"], feedState: ["وضعیت دریافت", "Feed state"],
   update: ["به‌روزرسانی", "Update"], changed: ["{} تغییر", "{} changed"], UNCHANGED: ["بدون تغییر", "no change"],
-  FAILED: ["بدون داده", "no data"], SKIPPED: ["بدون پرسش", "not polled"], noData: ["بدون داده", "No data"],
+  FAILED: ["بدون داده", "no data"], SKIPPED: ["بدون پرسش", "not polled"], noData: ["بدون داده", "No data"], notSent: ["بورس این مقدار را نفرستاده است", "The exchange did not send it"],
   reading: ["در حال خواندن روز…", "Reading the day…"], noPoll: ["هنوز پرسشی ثبت نشده است", "No poll yet"],
   lost: ["ارتباط با تابلو قطع است؛ دوباره تلاش می‌شود", "The board does not answer; trying again"],
   full: ["تابلو جای خالی ندارد؛ دوباره تلاش می‌شود", "The board has too many clients; trying again"],
