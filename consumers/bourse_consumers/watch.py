@@ -24,8 +24,6 @@ from bourse_schemas.watchdog import stop_on_signals
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["line_of", "render", "watch"]
-
 FRAME_SECONDS = 0.25
 GOOD, BAD, FAINT = "green", "bold red", "dim"
 STYLES = {

@@ -34,8 +34,6 @@ from bourse_schemas.reading import follow, group_lag, read
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import stop_on_signals
 
-__all__ = ["demo"]
-
 WARM_UP_POLLS = 5
 START_SECONDS, SETTLE_SECONDS = 30.0, 60.0
 END_SECONDS, LONGEST_END_SECONDS = 2.0, 15.0  # for the services after Ctrl-C; for the proof too, on a busy machine

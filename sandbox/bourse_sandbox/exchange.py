@@ -35,16 +35,6 @@ from bourse_sandbox.options import market_options
 from bourse_sandbox.serving import Server, serve
 from bourse_schemas.watchdog import stop_on_signals
 
-__all__ = [
-    "SCOPE",
-    "Clock",
-    "MarketClock",
-    "PollClock",
-    "PracticeExchange",
-    "exchange",
-    "practice_exchange",
-]
-
 T = TypeVar("T")
 
 SCOPE: Final = "bourse:trades-realtime:get"
@@ -59,18 +49,16 @@ _RENAMED: Final = {
     "ClosingPChgPercent": "closingPriceChangePercent",
     "ShareCount": "sharedCount",
 }
+# What a parameter must be: a pattern, and its description.
+_NUMBER: Final = "[0-9]{0,9}", "a number"
+_SUCCESSOR: Final = {"companyId": _NUMBER}
+_LEGACY: Final = {
+    **dict.fromkeys(["isTimePeriod", "precedencyRight"], ("true|false", "true or false")),
+    **dict.fromkeys(["fromTime", "toTime"], ("(([01][0-9]|2[0-3])[0-5][0-9])?", "HHMM")),
+    "coId": _NUMBER,
+}
 _GZIP: Final = re.compile(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 _AFTER_THE_LAST: Final = timedelta(minutes=5)
-
-
-class Clock(Protocol):
-    """What time it is at the market."""
-
-    def now(self) -> datetime:
-        """Return the market's time."""
-
-    def polled(self) -> None:
-        """Note that an accepted call for all shares is about to be answered."""
 
 
 class MarketClock:
@@ -119,6 +107,16 @@ def _invalid(message: str) -> _Refused:
     return _Refused(400, "VALIDATION_ERROR", message)
 
 
+class Clock(Protocol):
+    """What time it is at the market."""
+
+    def now(self) -> datetime:
+        """Return the market's time."""
+
+    def polled(self) -> None:
+        """Note that an accepted call for all shares is about to be answered."""
+
+
 def _remember(known: dict[str, T], key: str, value: T, most: int) -> None:
     known[key] = value
     if len(known) > most:
@@ -131,11 +129,6 @@ class _TokenRequest(msgspec.Struct):
     scopes: str = ""
     token_type: str = ""
     refresh_token: str = ""
-
-
-class _Grant(msgspec.Struct, frozen=True):
-    scopes: list[str]
-    expires: float
 
 
 class PracticeExchange:
@@ -162,7 +155,7 @@ class PracticeExchange:
         self._market, self._clock, self._token_seconds = market, clock, token_seconds
         self._client_id, self._basic, self._nid = client_id, f"{client_id}:{client_secret}".encode(), nid
         self._wall = wall
-        self._grants: dict[str, _Grant] = {}
+        self._grants: dict[str, tuple[list[str], float]] = {}  # scopes and end, by token
         self._refreshes: dict[str, list[str]] = {}
         self._track_ids: dict[str, None] = {}
         self._sent: dict[str, float] = {}
@@ -249,8 +242,8 @@ class PracticeExchange:
             raise _invalid("invalid grant_type")
         self.tokens += 1
         now, wall, value, refresh = self._clock.now(), self._wall(), uuid4().hex, uuid4().hex
-        self._grants = {token: grant for token, grant in self._grants.items() if grant.expires > wall}
-        self._grants[value] = _Grant(scopes, wall + self._token_seconds)
+        self._grants = {token: grant for token, grant in self._grants.items() if grant[1] > wall}
+        self._grants[value] = scopes, wall + self._token_seconds
         self._refreshes[refresh] = scopes
         result = {
             "value": value,
@@ -263,34 +256,28 @@ class PracticeExchange:
 
     def _authorise(self, request: Request, scope: str) -> None:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        grant = self._grants.get(token)
-        if kind.lower() != "bearer" or grant is None or grant.expires <= self._wall():
+        scopes, expires = self._grants.get(token, ([], 0.0))
+        if kind.lower() != "bearer" or expires <= self._wall():
             raise _Refused(401, "UNAUTHORIZED", "invalid token")
         if request.path_params["client_id"] != self._client_id:
             raise _Refused(403, "FORBIDDEN", "the token belongs to another client")
-        if scope not in grant.scopes:
+        if scope not in scopes:
             raise _Refused(403, "FORBIDDEN", f"the token has no scope {scope}")
 
     async def _realtime(self, request: Request) -> Response:
         successor = request.url.path.endswith("/realTimeTrades")
         self._authorise(request, SUCCESSOR_SCOPE if successor else SCOPE)
-        query = request.query_params
-        track_id = query.get("trackId", "")
+        query, track_id = request.query_params, request.query_params.get("trackId", "")
         if not re.fullmatch("[0-9A-Za-z]{1,40}", track_id):
             raise _invalid("trackId must be 1 to 40 letters and digits")
         if track_id in self._track_ids:
             raise _invalid("trackId is duplicated")
         _remember(self._track_ids, track_id, None, 100_000)
+        for name, (pattern, text) in (_SUCCESSOR if successor else _LEGACY).items():
+            if not re.fullmatch(pattern, query.get(name, "")):
+                raise _invalid(f"{name} must be {text}")
         if successor:
             return self._done(request, track_id, self._successor(request), successor=True)
-        for name in ("isTimePeriod", "precedencyRight"):
-            if query.get(name) not in {"true", "false"}:
-                raise _invalid(f"{name} must be true or false")
-        for name in ("fromTime", "toTime"):
-            if not re.fullmatch("(([01][0-9]|2[0-3])[0-5][0-9])?", query.get(name, "")):
-                raise _invalid(f"{name} must be HHMM")
-        if not re.fullmatch("[0-9]{0,9}", query.get("coId", "")):
-            raise _invalid("coId must be a number")
         company = int(query.get("coId") or 0)
         period, rights = query["isTimePeriod"] == "true", query["precedencyRight"] == "true"
         if period:
@@ -320,8 +307,6 @@ class PracticeExchange:
     def _successor(self, request: Request) -> bytes:
         """Return the rows as the successor has them: other names, dates for times, shares and rights together."""
         company = request.query_params.get("companyId", "")
-        if not re.fullmatch("[0-9]{0,9}", company):
-            raise _invalid("companyId must be a number")
         if not company:
             self._next(request)
         now = self._clock.now()

@@ -28,8 +28,6 @@ from bourse_schemas.errors import ConfigurationError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["KINDS", "PEEK", "Fault", "Faults"]
-
 Row = dict[str, Any]
 _Answer = tuple[int, dict[bytes, bytes], bytes]
 

@@ -17,8 +17,6 @@ from bourse_schemas.errors import ConfigurationError
 
 _ATTEMPTS = 3  # per file, if the connection fails
 
-__all__ = ["Artifact", "KafkaUnavailable", "fetch", "read_lock"]
-
 
 class KafkaUnavailable(ConfigurationError):
     """Apache Kafka, or Java, is not available here; the text gives the reason and what helps."""

@@ -22,8 +22,6 @@ from bourse_producer.calendar import Calendar
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
 
-__all__ = ["REAL_DAY", "PracticeMarket", "Row", "jalali"]
-
 REAL_DAY: Final = Path(__file__).parent / "data" / "day-2019-08-21.ndjson.gz"
 Row = dict[str, Any]
 """One instrument in the legacy shape. Rows are shared with the market: never change one."""

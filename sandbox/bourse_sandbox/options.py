@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-__all__ = ["fault_option", "market_options"]
-
 
 def _list_faults(ctx: click.Context, _: click.Parameter, faults: tuple[str, ...]) -> tuple[str, ...]:
     if "help" in faults:

@@ -20,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-__all__ = ["Child", "spawn", "tail"]
-
 _GRACE_SECONDS = 3.0  # for a child whose parent has died: SIGTERM, this long, SIGKILL
 
 

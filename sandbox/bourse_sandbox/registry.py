@@ -21,8 +21,6 @@ from starlette.routing import Route
 from bourse_sandbox.serving import Server, serve
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Compatible", "serve_registry"]
-
 Compatible = Callable[[dict[str, Any], dict[int, Any]], list[str]]
 """Return why a new schema may not follow older ones, by their versions: messages, none if it may."""
 

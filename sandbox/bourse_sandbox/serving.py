@@ -15,8 +15,6 @@ import uvicorn
 
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["Server", "serve"]
-
 
 class Server:
     """A running server; a context manager that stops it."""

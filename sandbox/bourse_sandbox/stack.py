@@ -21,8 +21,6 @@ from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import TOPICS
 
-__all__ = ["BOURSE", "CLIENT_ID", "NID", "NO_ALERTS", "SECRET", "Stack", "private_file", "program"]
-
 BOURSE = (sys.executable, "-m", "bourse_cli")
 
 # The practice exchange's only account; it is not secret.

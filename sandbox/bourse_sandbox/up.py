@@ -11,8 +11,6 @@ import click
 from bourse_cli.root import LazyGroup
 from bourse_sandbox.options import market_options
 
-__all__ = ["sandbox", "up"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 CHECK_SECONDS = 0.5
 

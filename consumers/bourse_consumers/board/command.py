@@ -15,8 +15,6 @@ from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.kafka import Cluster, kafka_logger
 from bourse_schemas.watchdog import stop_on_signals
 
-__all__ = ["board"]
-
 
 @click.command()
 @click.option(

@@ -16,8 +16,6 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import LAST, GroupLag, Partition, TopicRecord, day_start, follow, group_lag, offsets
 from bourse_schemas.topics import CANDLES, TOPICS
 
-__all__ = ["Feed", "groups_of"]
-
 PROBE_SECONDS, RETRY_SECONDS = 3.0, 1.0
 CATCH_UP_SECONDS = 10.0
 

@@ -35,8 +35,6 @@ from bourse_consumers.board.state import CHANGE, OPS, State, row
 from bourse_schemas.events import TEHRAN, PollMarker, PriceAlert
 from bourse_schemas.topics import event_id
 
-__all__ = ["Publisher", "application"]
-
 PAGE = Path(__file__).parent / "page"
 TICK_SECONDS, BEAT_SECONDS, RING, STRIP, LAST = 1.0, 5.0, 256, 60, 20
 PROBES = ("/livez", "/readyz", "/metrics")
@@ -254,12 +252,7 @@ class _Guard:
 
 
 def application(
-    publisher: Publisher,
-    *,
-    hosts: Iterable[str] = (),
-    root: str = "",
-    font: Path | None = None,
-    max_clients: int = 200,
+    publisher: Publisher, *, hosts: Iterable[str] = (), root: str = "", font: Path | None = None, max_clients: int = 200
 ) -> ASGIApp:
     """Return the ASGI application; it makes the publisher's frames while it runs."""
     publisher.has_font = font is not None

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 from bourse_schemas.errors import counted
 from bourse_schemas.events import AlertState, Candle, DeadLetter, Op, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
 
-__all__ = ["CHANGE", "OPS", "Group", "Located", "State", "error_of", "percent", "row"]
-
 # A poll whose events do not come is applied without them after this time.
 INCOMPLETE_SECONDS = 5.0
 LATE_SECONDS = 120.0
