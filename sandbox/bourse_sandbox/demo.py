@@ -50,33 +50,23 @@ IMPORTS = {
 }
 
 
-@click.command
-@click.option(
-    "--replay", default="real", show_default=True, metavar="FILE|real", help="A captured day; real: 2019-08-21."
-)
-@click.option("--speed", default="60", show_default=True, metavar="N|max", help="Market seconds per second.")
-@click.option(
-    "--broker",
-    default="auto",
-    show_default=True,
-    metavar="auto|kafka|mock|HOST:PORT",
-    help="auto: Apache Kafka, or librdkafka's mock cluster if Kafka is not available.",
-)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+RULES = REAL_DAY.with_name("rules.yaml").resolve()
+BROKERS = "auto|kafka|mock|HOST:PORT"
+BROKER_HELP = "auto: Apache Kafka, or librdkafka's mock cluster if Kafka is not available."
+RULES_HELP = "Alert rules. [default: examples/rules.yaml as shipped]"
+DATA_HELP = "Folder in which each run gets a folder for its archive, captures and logs."
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--replay", default="real", metavar="FILE|real", help="A captured day; real: 2019-08-21.")
+@click.option("--speed", default="60", metavar="N|max", help="Market seconds per second.")
+@click.option("--broker", default="auto", metavar=BROKERS, help=BROKER_HELP)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="End after N seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print nothing but one JSON object at the end.")
-@click.option(
-    "--rules",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=REAL_DAY.with_name("rules.yaml").resolve(),
-    help="Alert rules. [default: examples/rules.yaml as shipped]",
-)
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("data"),
-    show_default=True,
-    help="Folder in which each run gets a folder for its archive, captures and logs.",
-)
+@click.option("--rules", type=FILE, default=RULES, show_default=False, help=RULES_HELP)
+@click.option("--data", type=FOLDER, default=Path("data"), help=DATA_HELP)
 @click.option("--loop", is_flag=True, help="Begin again after the day's end, with empty topics.")
 @click.option("--no-open", is_flag=True, help="Do not open the board in a browser.")
 @fault_option
@@ -106,7 +96,7 @@ def _poll_seconds(speed: str) -> float:
     return 60 / number
 
 
-class _Stopped(Exception):
+class _Stopped(BaseException):
     """Ctrl-C while the services start."""
 
 

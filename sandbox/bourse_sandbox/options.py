@@ -31,32 +31,18 @@ fault_option = click.option(
 
 def market_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that choose a market to a command."""
+    instruments = "How many shares and rights. [default: the day's own]"
+    days = "How many trading days, repetitions included. [default: no end, 1 with --advance poll]"
+    advance = "What moves the day on: each accepted call for all shares, or the market's clock."
+    replay = "The captured day; real: 2019-08-21, which is bundled."
     for option in (
         fault_option,
+        click.option("--instruments", type=click.IntRange(1, 300_000), help=instruments),
+        click.option("--days", type=click.IntRange(1), help=days),
         click.option(
-            "--instruments",
-            type=click.IntRange(1, 300_000),
-            help="How many shares and rights. [default: the day's own]",
+            "--advance", type=click.Choice(["poll", "clock"]), default="clock", show_default=True, help=advance
         ),
-        click.option(
-            "--days",
-            type=click.IntRange(1),
-            help="How many trading days, repetitions included. [default: no end, 1 with --advance poll]",
-        ),
-        click.option(
-            "--advance",
-            type=click.Choice(["poll", "clock"]),
-            default="clock",
-            show_default=True,
-            help="What moves the day on: each accepted call for all shares, or the market's clock.",
-        ),
-        click.option(
-            "--replay",
-            metavar="FILE|real",
-            default="real",
-            show_default=True,
-            help="The captured day; real: 2019-08-21, which is bundled.",
-        ),
+        click.option("--replay", metavar="FILE|real", default="real", show_default=True, help=replay),
     ):
         command = option(command)
     return command

@@ -13,6 +13,8 @@ from bourse_sandbox.options import market_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHECK_SECONDS = 0.5
+FOLDER, SPEED = click.Path(file_okay=False, path_type=Path), click.FloatRange(0, min_open=True)
+DATA_HELP = "Keep Kafka's records and the registry's schemas in this folder. [default: a temporary one]"
 
 
 @click.group(cls=LazyGroup, entry_point_group="bourse.sandbox")
@@ -27,22 +29,12 @@ def _port(name: str, server: str) -> Callable[[F], F]:
 
 @click.command
 @click.option("--json", "as_json", is_flag=True, help="Print the addresses as one JSON object.")
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Keep Kafka's records and the registry's schemas in this folder. [default: a temporary one]",
-)
+@click.option("--data", type=FOLDER, help=DATA_HELP)
 @click.option("--produce", "producing", is_flag=True, help="Run a producer too, which polls once a second.")
 @_port("exchange", "the exchange")
 @_port("kafka", "Kafka")
 @_port("registry", "the registry")
-@click.option(
-    "--speed",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Market seconds per second.",
-)
+@click.option("--speed", type=SPEED, default=60.0, show_default=True, help="Market seconds per second.")
 @market_options
 def up(
     *,
