@@ -172,7 +172,7 @@ class Kafka:
 
         meta = self.data / "log" / "meta.properties"
         if not meta.exists():
-            meta.parent.mkdir()
+            meta.parent.mkdir(exist_ok=True)
             shutil.copyfile(BOOTSTRAP, meta.with_name(BOOTSTRAP.name))
             cluster, directory = (base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[:22] for _ in range(2))
             meta.write_text(f"version=1\nnode.id=1\ncluster.id={cluster}\ndirectory.id={directory}\n")
