@@ -466,13 +466,18 @@ def _sentences(proof: dict[str, int]) -> tuple[str, str]:
     """Return the proof in Persian and in English."""
     derived, kafka, archive = (proof[name] for name in ("derived", "kafka", "archive"))
     one, two = ("=" if pair else "≠" for pair in (derived == kafka, kafka == archive))
+    left = max(0, kafka - archive - proof["lost"])  # after Ctrl-C
     persian = (
         f"{derived:,} رویداد، دوباره به‌دست‌آمده از بایت‌های بورس {one} {kafka:,} در کافکا {two} {archive:,} در بایگانی؛ "
         f"گم‌شده {proof['lost']:,}، تکراری {proof['twice']:,}، ناشناخته {proof['unknown']:,}"
+        + f"، در راه بایگانی {left:,}"
+        * bool(left)
     )
     english = (
         f"{derived:,} events derived again from the exchange's bytes {one} {kafka:,} on Kafka {two} {archive:,} in the "
         f"archive; lost {proof['lost']:,}, twice {proof['twice']:,}, unknown {proof['unknown']:,}"
+        + f", not yet in the archive {left:,}"
+        * bool(left)
     )
     return persian.translate(PERSIAN), english
 

@@ -85,7 +85,7 @@ def test_apply_creates_what_is_declared_and_repeating_it_changes_nothing(bourse:
     lines = plan.splitlines()
     assert [line.partition(":")[0] for line in lines] == [f"(dry run) {t.full_name(cluster.prefix)}" for t in TOPICS]
     assert lines[2].endswith(
-        ".polls: create, 1 partitions, 1 replicas, cleanup.policy=delete min.insync.replicas=1 "
+        ".polls: create, 1 partition, 1 replica, cleanup.policy=delete min.insync.replicas=1 "
         "retention.ms=2592000000 message.timestamp.after.max.ms=3600000"
     )
     assert bourse("topics", "list")[1].count("missing") == 5
@@ -97,7 +97,7 @@ def test_apply_creates_what_is_declared_and_repeating_it_changes_nothing(bourse:
     code, again, _ = bourse("topics", "apply")
     assert (code, again) == (0, "".join(f"{t.full_name(cluster.prefix)}: as declared\n" for t in TOPICS))
     listed = bourse("topics", "list")[1]
-    assert (listed.count("missing"), listed.count("6 partitions"), listed.count("1 partitions")) == (0, 2, 3)
+    assert (listed.count("missing"), listed.count("6 partitions"), listed.count("1 partition")) == (0, 2, 3)
 
 
 def test_apply_alters_what_differs(bourse: Run, cluster: Cluster, tmp_path: Path, wait_for: Callable[..., Any]) -> None:
