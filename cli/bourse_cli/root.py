@@ -143,14 +143,8 @@ def _broken(name: str, point: EntryPoint, error: Exception) -> click.Command:
     def fail(**_: Any) -> None:
         raise ConfigurationError(hint)
 
-    return click.Command(
-        name,
-        callback=fail,
-        help=hint,
-        short_help=f"(broken) {hint}",
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-        add_help_option=False,
-    )
+    lenient = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, lenient, fail, help=hint, short_help=f"(broken) {hint}", add_help_option=False)
 
 
 @click.group(

@@ -174,14 +174,10 @@ class Finnotech:
     ) -> dict[str, str]:
         if self.profile.one_call:
             return {} if company_id is None else {"companyId": str(company_id)}
-        query = {
-            "isTimePeriod": "true" if call is Call.MINUTES else "false",
-            "precedencyRight": "true" if rights else "false",
-            "coId": None if company_id is None else str(company_id),
-            "fromTime": period[0],
-            "toTime": period[1],
-        }
-        return {name: value for name, value in query.items() if value is not None}
+        flags = {"isTimePeriod": call is Call.MINUTES, "precedencyRight": rights}
+        given = {"coId": company_id, "fromTime": period[0], "toTime": period[1]}
+        query = {name: "true" if flag else "false" for name, flag in flags.items()}
+        return query | {name: str(value) for name, value in given.items() if value is not None}
 
     def _call_for_data(self, call: Call, query: Mapping[str, str], until: float) -> Reply:
         """Make a call. If its token is refused, get another one and repeat the call once, if a new token is allowed."""
