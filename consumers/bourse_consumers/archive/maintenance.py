@@ -18,7 +18,7 @@ from bourse_cli.logs import get_logger
 from bourse_consumers.api import Health
 from bourse_consumers.archive.proof import Report, Stored, prove
 from bourse_consumers.archive.storage import store_errors
-from bourse_consumers.archive.table import File, Table
+from bourse_consumers.archive.table import ORDER, File, Table
 from bourse_consumers.archive.verify import readable
 from bourse_schemas.events import TEHRAN
 
@@ -51,6 +51,9 @@ def optimize(table: Table, days: Iterable[date]) -> Iterator[tuple[date, int, in
         rows = readable(table, files, report)
         prove(Stored(table.ends(), table.about["holes"], [rows]), report)
         if not report.findings:
+            # Rows of an instrument next to each other take half the space.
+            order = [name for name in ("instrument", *ORDER) if name in rows.column_names]
+            rows = rows.sort_by([(name, "ascending") for name in order])
             adds = [
                 add
                 for at in range(0, rows.num_rows, FILE_ROWS)

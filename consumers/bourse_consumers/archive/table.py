@@ -39,7 +39,7 @@ from bourse_consumers.rows import WHERE, arrow_schema
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
 
-__all__ = ["File", "Table"]
+__all__ = ["ORDER", "File", "Table"]
 
 MAINTENANCE, ABOUT = "bourse.maintenance", "bourse.archive"
 ORDER = ("_partition", "_offset")
@@ -227,8 +227,6 @@ class Table:
         return rows.append_column(self.day_column, pc.local_timestamp(instants).cast(pa.date32(), safe=False))
 
     def _file(self, rows: pa.Table, day: date, level: int) -> AddAction:
-        order = [name for name in ("instrument", *ORDER) if name in rows.column_names]
-        rows = rows.sort_by([(name, "ascending") for name in order])
         bounds = {name: pc.min_max(rows[name]).as_py() for name in STATISTICS if name in rows.column_names}
         content = BytesIO()
         pq.write_table(
