@@ -348,10 +348,7 @@ def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for
 def test_a_broker_that_restarts_during_a_batch_is_waited_for(
     own_kafka: Callable[[], Kafka], small_registry: str, prefix: str, wait_for: Callable[..., Any]
 ) -> None:
-    """kill -9 of the only broker while a batch is processed: the consumer goes on, and nothing is lost or doubled.
-
-    Its transactional producer must not be used again: a call of it would never return, and end the process.
-    """
+    """kill -9 of the only broker while a batch is processed: the consumer goes on, and nothing is lost or doubled."""
 
     class Held(Copy):
         free, held = threading.Event(), threading.Event()
