@@ -23,11 +23,11 @@ class Asked(NamedTuple):
 
 
 class Web:
-    """What was asked. It answers with `status`; `then` is called before it answers."""
+    """What was accepted. It answers with `status`, which may depend on what is asked; `then` is called before."""
 
     def __init__(self) -> None:
         self.url = ""
-        self.status = 200
+        self.status: int | Callable[[Asked], int] = 200
         self.asked: list[Asked] = []
         self.then: Callable[[], None] = lambda: None
 
@@ -45,7 +45,7 @@ def serving() -> Iterator[Web]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             asked = Asked(self.path, dict(self.headers.items()), body, time.monotonic())
-            status = web.status
+            status = web.status if isinstance(web.status, int) else web.status(asked)
             if status == 200:
                 web.asked.append(asked)
             web.then()

@@ -38,6 +38,11 @@ def _settings(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> 
     return settings
 
 
+language_option = click.option(
+    "--language", type=click.Choice(["en", "fa"]), default="en", show_default=True, help="Language of the mistakes."
+)
+
+
 def cluster_options(command: F) -> F:
     """Add the options that name the cluster; the command gets `cluster: Cluster` in their place."""
     from functools import wraps

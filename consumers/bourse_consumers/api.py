@@ -274,7 +274,8 @@ class Day:
 class Retry(BourseError):
     """An external system failed: deliver the same batch again later; its partitions are paused meanwhile.
 
-    `after` is the wait in seconds; without it the runner doubles the wait from half a second up to a minute.
+    Without `after` the runner doubles the wait from half a second up to a minute. With it the wait is planned: it takes
+    that many seconds, is not counted as a failure, and the service stays ready.
     """
 
     def __init__(self, message: str, after: float | None = None) -> None:
@@ -324,6 +325,8 @@ class Member(ABC):  # noqa: B024  # its subclasses have abstract methods
     """The most records it gets at a time, unless the operator sets --batch-size."""
     monitor: Health | None = None
     """The service's health; set before the first call."""
+    stopped: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether the service has to end within five seconds: a call that takes longer raises `Retry` then."""
 
     def idle(self, now: datetime) -> Sequence[Emit] | None:  # noqa: ARG002
         """Do what is due by time, such as timers and flushing by age; return what to publish. `now` is in UTC."""

@@ -19,14 +19,15 @@ WRITE = {"en": "write", "fa": "بنویسید"}
 class Mistake(ValueError):
     """What is wrong in a text: the name of its explanation, its values, the characters, and what to write instead.
 
-    Without `end` the characters up to the end of the text are meant.
+    Without `end` the characters up to the end of the text are meant. `whole` is the whole text without its mistakes.
     """
 
     def __init__(
-        self, text: str, at: int = 0, end: int | None = None, fix: str | None = None, **values: Any
+        self, text: str, at: int = 0, end: int | None = None, fix: str | None = None, whole: str | None = None,
+        **values: Any,
     ) -> None:  # fmt: skip
         super().__init__(text)
-        self.text, self.at, self.end, self.fix, self.values = text, at, end, fix, values
+        self.text, self.at, self.end, self.fix, self.whole, self.values = text, at, end, fix, whole, values
 
 
 def explain(mistake: Mistake, language: str) -> str:
@@ -36,6 +37,8 @@ def explain(mistake: Mistake, language: str) -> str:
         key: kinds[each][language] if key != "name" and each in kinds else each for key, each in mistake.values.items()
     }
     whole = str(texts[mistake.text][language])
+    if language == "fa" and "known" in shown:
+        shown["known"] = shown["known"].replace(" or ", " یا ")
     if "known" in shown and mistake.fix is not None:
         whole = whole.partition("؛ " if language == "fa" else "; ")[0] + str(texts["meant"][language])
         shown = {"meant": mistake.fix, **shown}

@@ -135,6 +135,7 @@ class Runner:
         self._stream, self._name = stream, name
         self._batch_size = batch_size or self._consumer.batch_size
         self._stop = stop or threading.Event()
+        consumer.stopped = self._stop.is_set
         self._log = get_logger(consumer=name)
         self._publishes = {*consumer.emits, DEAD_LETTERS}
         self._max_rejected_share = max_rejected_share
@@ -233,12 +234,15 @@ class Runner:
                 result = method()
             except (Retry, Unreachable) as error:
                 after = error.after if isinstance(error, Retry) else None
-                seconds = next(waits) if after is None else after
-                self._log.warning("retrying", error=str(error), wait_seconds=round(seconds, 1))
-                self._metrics.retries.labels(self._name).inc()
-                self._monitor.unready("retrying", str(error))
                 if self._stop.is_set():
                     raise _GivenUp from error
+                seconds = next(waits) if after is None else after
+                if after is None:
+                    self._log.warning("retrying", error=str(error), wait_seconds=round(seconds, 1))
+                    self._metrics.retries.labels(self._name).inc()
+                else:
+                    self._log.info("waiting", reason=str(error), wait_seconds=round(seconds, 1))
+                self._monitor.unready("retrying", str(error) if after is None else None)
                 self._measure_lag()
                 self._monitor.beat(seconds + TURN_SECONDS)
                 if not self._stream.wait(seconds, self._stop.is_set):

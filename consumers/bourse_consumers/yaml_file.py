@@ -20,6 +20,8 @@ __all__ = ["LARGEST", "Document", "Strict", "pointed", "printable"]
 
 LARGEST = 16 << 20
 MOST = 100
+# Mistakes of a key, not of its value.
+AT_KEY = {"unknown_key", "let_name", "feed_match", "channel_name", "unfit"}
 MERGE, NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
@@ -69,6 +71,7 @@ class Document:
             raise ConfigurationError(f"{path}: {what} are larger than {LARGEST >> 20} MiB")
         # Lines end where libyaml ends them.
         self._raw = re.split(r"\r\n|[\n\r\x85\u2028\u2029]", text)
+        self._root = None
         try:
             # libyaml's loader is twenty times as fast, if PyYAML was built with it.
             loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
@@ -79,14 +82,13 @@ class Document:
             self.data = self._plain(self._root)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-            if mark is None:
-                raise ConfigurationError(f"{path}: not YAML: {printable(why)}") from error
-            shown = "" if secret else pointed(self._line(mark.line), mark.column, mark.column + 1, None)
-            self._add(mark.line, mark.column, Mistake("not_yaml", why=why), "", shown)
+            line, column = (mark.line, mark.column) if mark else (0, 0)
+            shown = "" if secret or mark is None else pointed(self._line(line), column, column + 1, None)
+            self._add(line, column, Mistake("not_yaml", why=why), "", shown)
             raise self.error() from error
         if not isinstance(self.data, dict):
-            why = "such a file has keys and values" if self._root else "the file is empty"
-            raise ConfigurationError(f"{path}: this is not {what}: {why}")
+            self._add(0, 0, Mistake("not_keys" if self._root else "empty_file", what=what), "", "")
+            raise self.error()
 
     def _plain(self, node: Any) -> Any:
         """Return a node as Python's types. An alias is the same object again; own keys replace those of `<<`."""
@@ -158,18 +160,30 @@ class Document:
         Without a fix the corrected line has the example of the key, that of the rule's scope first.
         """
         key, value, words = self._find(location)
-        if self._secret:
-            self._note(key, mistake, f"{words or 'the file'}: ")
-            return
-        names = [name for name in location if isinstance(name, str)]
-        example = EXAMPLES.get(f"{scope}.{names[-1]}", EXAMPLES.get(names[-1])) if names else None
-        missing = mistake.text == "missing" and mistake.values["name"]
+        names, scope = [name for name in location if isinstance(name, str)], "channel" if self._secret else scope
+        missing = mistake.values["name"] if mistake.text == "missing" else ""
+        name = missing or (names[-1] if names else "")
+        example = EXAMPLES.get(f"{scope}.{name}", EXAMPLES.get(name, "…" if missing else None))
         if missing:
-            example = f"{missing}: {EXAMPLES.get(f'{scope}.{missing}', EXAMPLES.get(missing, '…'))}"
+            example = f"{missing}: {example}"
         if example and location and isinstance(location[-1], int):
             example = example.removeprefix("[").removesuffix("]")
-        at_key = mistake.text in {"unknown_key", "let_name", "feed_match"}
-        self._note(key if at_key else value, mistake, prefix, None if at_key else example)
+        at_key = mistake.text in AT_KEY
+        if self._secret:
+            whole = at_key or bool(missing) or key is value
+            self._note_key(key if words else None, mistake, words, whole, example)
+        else:
+            self._note(key if at_key else value, mistake, prefix, None if at_key else example)
+
+    def _note_key(self, node: Any, mistake: Mistake, words: str, whole: bool, example: str | None) -> None:
+        """Add a mistake, showing no more than the key."""
+        place: Any = node or self._root
+        line, column = place.start_mark.line, place.start_mark.column
+        name = "" if node is None else self._line(line)[column : place.end_mark.column]
+        fix = mistake.fix or mistake.whole or example
+        corrected = fix if whole or fix is None else f"{name}: {fix}"
+        shown = pointed(name, 0, len(name), corrected, self._language)
+        self._add(line, column, mistake, f"{words}: " if words else "", shown)
 
     def _note(self, node: Any, mistake: Mistake, prefix: str, example: str | None = None) -> None:
         first, last, fix = node.start_mark, node.end_mark, mistake.fix
@@ -180,24 +194,22 @@ class Document:
             bottom, stop = self._place(node, max(end - 1, mistake.at))
             stop = stop + 1 if bottom == line else len(self._line(line))
         text, corrected = self._line(line), None
-        if fix is not None:
+        if mistake.whole or (fix is None and example is not None):
+            value = mistake.whole or example or ""
+            text_of = self._line(first.line)
+            rest = text_of[last.column :] if first.line == last.line else ""
+            quote = getattr(node, "style", None) or ('"' if "," in value and "{" in text_of[: first.column] else "")
+            if isinstance(node, yaml.ScalarNode) and quote in {"'", '"'} and not (example == value and not node.style):
+                value = quote + value.strip('"') + quote
+            elif mistake.text == "missing" and node.flow_style:
+                value, rest = f"{{{value}, ", text_of[first.column + 1 :]
+            elif mistake.text == "missing":
+                text_of, rest = "", ""
+            corrected = text_of[: first.column] + value + rest
+        elif fix is not None:
             remark = fix.startswith("#") and text[:column].strip()  # there is more on the line
             corrected = None if remark else text[:column] + fix + text[stop:]
-        elif example is not None:
-            begin = self._line(first.line)
-            rest = begin[last.column :] if first.line == last.line else ""
-            if isinstance(node, yaml.ScalarNode) and node.style in {"'", '"'}:
-                example = node.style + example.strip('"') + node.style
-            elif mistake.text == "missing" and node.flow_style:
-                example, rest = f"{{{example}, ", begin[first.column + 1 :]
-            elif mistake.text == "missing":
-                begin, rest = "", ""
-            corrected = begin[: first.column] + example + rest
-        if self._secret:
-            shown = pointed(text[column:stop], 0, stop - column, fix, self._language)
-        else:
-            shown = pointed(text, column, stop, corrected, self._language)
-        self._add(line, column, mistake, prefix, shown)
+        self._add(line, column, mistake, prefix, pointed(text, column, stop, corrected, self._language))
 
     def _add(self, line: int, column: int, mistake: Mistake, prefix: str, shown: str) -> None:
         message = printable(prefix + explain(mistake, self._language))

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,48 @@ def test_a_corrected_line_is_correct(tmp_path: Path) -> None:
     pytest.fail(str(error))
 
 
+@pytest.mark.parametrize(
+    ("written", "corrected"),
+    [
+        ("percnt(last_price, 5 minutes) => 3 && PLP > 5%", "percent(last_price, 5m) >= 3 and plp > 5"),
+        ("abs(percent(last_price, 5m) >= 3", "abs(percent(last_price, 5m)) >= 3"),
+        ("abs(percent(last_price, 5m) >= 3 and volume > 5", "abs(percent(last_price, 5m)) >= 3 and volume > 5"),
+        ("plp >= 3) and volume > 5", "plp >= 3 and volume > 5"),
+        ("quiet >= 10 and plp > 3", "quiet >= 10m and plp > 3"),
+        ("change(volume, 5) > 3", "change(volume, 5m) > 3"),
+        ("change(volume) > 3", "change(volume, 5m) > 3"),
+        ("ago(last_price, 5m, 3) > lastPrice", "ago(last_price, 5m) > last_price"),
+        ("plp and volume > 3", "plp > 0 and volume > 3"),
+        ("plp > 3 & volume > 1,000,000", "plp > 3 and volume > 1_000_000"),
+        ("volume = 3 or quiet() > 5m", "volume == 3 or quiet > 5m"),
+        ("percent > 3", "percent(last_price, 5m) > 3"),
+        ("last_price <= stopp", "last_price <= stop"),
+        ("plp > (lim", "plp > (lim1)"),
+    ],
+)
+def test_an_expression_is_corrected_as_a_whole(tmp_path: Path, written: str, corrected: str) -> None:
+    """Near names, functions, kinds, brackets, operators: every mistake of it, and it is quoted if it needs that."""
+    for text in ("  - name: a\n    let: {lim1: 4}\n    match: {table: levels.csv}\n    when: WHEN\n",
+                 "  - {name: a, let: {lim1: 4}, match: {table: levels.csv}, when: \"WHEN\"}\n"):  # fmt: skip
+        found = wrong(
+            tmp_path, "version: 1\nrules:\n" + text.replace("WHEN", written), levels_csv="symbol,stop\nنماد,5\n"
+        )
+        assert f"    write: {text.strip().splitlines()[-1].strip().replace('WHEN', corrected)}" in found
+        path = tmp_path / "rules.yaml"
+        path.write_text("version: 1\nrules:\n" + text.replace("WHEN", corrected), "utf-8")
+        assert load(path)[2] is None
+
+
+def test_an_expression_to_try_is_corrected(tmp_path: Path) -> None:
+    """Like that of a rule, and those in a message."""
+    shown = str(invoke("alerts", "try", "abs(percnt(last_price, 5) >= 3").exception)
+    assert shown.endswith("    write: abs(percent(last_price, 5)) >= 3")
+    text = "version: 1\nrules:\n  - {name: a, when: plp > 3, message: '{symbol} {change(volum):,} {abs(plp:.1f}'}\n"
+    found = wrong(tmp_path, text)
+    assert "{change(volume, 5m):,}" in found
+    assert "{abs(plp):.1f}" in found
+
+
 def test_mistakes_in_persian(tmp_path: Path) -> None:
     """With --language fa."""
     (tmp_path / "rules.yaml").write_text("version: 1\nrules:\n  - {name: a, whem: plp > 3}\n", "utf-8")
@@ -635,6 +678,20 @@ def test_the_examples_are_quiet_enough(tmp_path: Path) -> None:
             minute = alert.raised_at.replace(second=0, microsecond=0)
             minutes[minute] = minutes.get(minute, 0) + 1
         assert max(count for minute, count in minutes.items() if f"{minute.time()}" > "04:40") <= 10
+
+
+def test_every_further_percent_is_raised_and_the_way_back_is_not(tmp_path: Path) -> None:
+    """A trader wants to hear of 1 %, 2 %, 3 % up or down, also at the opening; not that the price is back."""
+    (rule,) = [rule for rule in RuleFiles([ROOT / "examples" / "rules.yaml"]).rules if rule.name == "every-percent"]
+    engine = Engine([replace(rule, cooldown=0)])
+    engine.open()
+    fired = []
+    prices = [1031, 1031, 1042, 1039, 1021, 1003, 998, 1001, 988, 988, 975, 991, 1000, 1000, 1011]
+    for n, price in enumerate(prices):
+        some = event(price, n + 1, symbol="فولاد")
+        found = engine.take(Poll(marker(n + 1, n), columns_of([some], engine.columns)))
+        fired += [price for alert in found if alert.state == "FIRING"]
+    assert fired == [1031, 1042, 988, 975, 1011]
 
 
 def test_trying_rules_on_the_real_day(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from bourse_consumers.testing import Memory, stream_of
 from bourse_sandbox.kafka import free_port
 from bourse_sandbox.processes import spawn
 from bourse_schemas.events import AlertState, DeadLetter, PriceAlert, ResolvedBy, Scope, Severity
-from tests.web import Web, serving
+from tests.web import Asked, Web, serving
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "alertmanager.yml"
 ALERTS_0 = Partition("bourse.alerts", 0)
@@ -235,3 +235,38 @@ def test_an_alertmanager_that_fails_with_alerts_open_holds_up_no_new_alert(
         assert [each["labels"]["alertname"] for each in web.bodies()[-1]] == open_after
         assert consumer.trouble() is None
         assert stream.waited == []
+
+
+def test_an_alert_that_is_refused_for_what_is_in_it(wait_for: Callable[..., Any]) -> None:
+    """It alone goes to the dead letters, once; after a restart it is refused once more at most; others are posted."""
+    refusals: list[int] = []
+
+    def status(asked: Asked) -> int:
+        if b'"bad"' not in asked.body:
+            return 200
+        refusals.append(len(json.loads(asked.body)))
+        return 400
+
+    with serving() as web:
+        web.status = status
+        channel = Channel.model_construct(alertmanager=web.url)
+        channel.__dict__["sender"] = Webhook(f"{web.url}/api/v2/alerts")
+        memory = Memory()
+        memory.committed[ALERTS_0] = 0
+        rules = ["first", "bad", "second"]
+        memory.append(*(alert(rule, rule, f"IRO1AAAA000{n}") for n, rule in enumerate(rules)))
+        for restart in range(2):
+            consumer = Alertmanager("robot", {"robot": channel}, give_up=timedelta(0))
+            consumer.interval = 0.0
+            running = runner(consumer, memory, stream=stream_of(consumer, memory))
+            refusals.clear()
+            began = len(web.asked)
+            wait_for(lambda began=began, running=running: (running.step(0), len(web.asked) >= began + 5)[1])
+            posts = [[each["labels"]["alertname"] for each in body] for body in web.bodies()[-2:]]
+            assert posts == [["first", "second"]] * 2
+            assert refusals.count(1) == 1, f"restart {restart}"
+            assert consumer.trouble() is None
+        letters = [letter for _, letter in memory.emitted if isinstance(letter, DeadLetter)]
+        assert [(letter.original_offset, letter.message) for letter in letters] == [
+            (1, "channel robot: 127.0.0.1 answers 400 Bad Request")
+        ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bourse_cli.options import cluster_options
+from bourse_cli.options import cluster_options, language_option
 from bourse_schemas.errors import ConfigurationError, Undecodable, counted
 from bourse_schemas.events import TEHRAN, AlertState, Candle, PollMarker, PriceAlert, TradeEvent
 from bourse_schemas.kafka import Cluster
@@ -25,9 +25,6 @@ __all__ = ["alerts", "consume"]
 
 PATH = click.Path(path_type=Path)
 DAY = click.DateTime(["%Y-%m-%d"])
-LANGUAGE = click.option(
-    "--language", type=click.Choice(["en", "fa"]), default="en", show_default=True, help="Language of the mistakes."
-)
 SHOWN = 20
 
 
@@ -57,7 +54,7 @@ def alerts() -> None:
 @alerts.command
 @click.argument("rules", nargs=-1, required=True, metavar="RULES…", type=PATH)
 @click.option("--channels", type=PATH, help="Channels file: every `notify` must be in it.")
-@LANGUAGE
+@language_option
 @cluster_options
 @click.pass_context
 def check(
@@ -80,7 +77,7 @@ def check(
 @alerts.command("try")
 @click.argument("expression")
 @click.option("--file", "files", multiple=True, type=PATH, help="Captures or captured days instead. Repeatable.")
-@LANGUAGE
+@language_option
 @cluster_options
 @click.pass_context
 def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tuple[Path, ...], language: str) -> None:
@@ -89,6 +86,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
     With --bootstrap-servers, or its variable: now, by the topics. Else: when it held on the real day that ships with
     the sandbox, or in the files.
     """
+    from bourse_consumers.alerts.expressions import corrected
     from bourse_consumers.alerts.rules_file import compile_rule
     from bourse_consumers.mistakes import Mistake, explain
     from bourse_consumers.yaml_file import pointed, printable
@@ -97,8 +95,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
         rule = compile_rule(expression)
     except Mistake as mistake:
         at, end = mistake.at, len(expression) if mistake.end is None else mistake.end
-        corrected = expression[:at] + mistake.fix + expression[end:] if mistake.fix else None
-        shown = pointed(expression, at, end, corrected, language)
+        shown = pointed(expression, at, end, corrected(expression, compile_rule), language)
         raise ConfigurationError(f"{printable(explain(mistake, language))}{shown}") from None
     live = _asked(ctx) and not files
     trial = _tried([rule], _topics(cluster, last_day=True) if live else _files(files))

@@ -22,8 +22,8 @@ from bourse_consumers.mistakes import Mistake, near
 from bourse_schemas.events import FeedState
 
 __all__ = [
-    "COLUMNS", "PLAIN", "RESERVED", "STATES", "Compiler", "Expression", "Needs", "Node", "Past", "Side", "Span", "fill",
-    "limits", "overlap", "parse", "span",
+    "COLUMNS", "PLAIN", "RESERVED", "STATES", "Compiler", "Expression", "Needs", "Node", "Past", "Side", "Span",
+    "corrected", "fill", "limits", "overlap", "parse", "span",
 ]  # fmt: skip
 
 COLUMNS = (
@@ -42,7 +42,7 @@ NOT_SENT = re.compile(r"tmax|tmin|bvol|eps|pe|cs|mv|[pqz][do]\d?|ct|ih|is\d*|l18
 UNITS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 DURATION = re.compile(r"(?<![\w.])(?:\d{1,9}[hms])+(?!\w)")
 TOLERANCE = 1e-9
-LONGEST, LARGEST = 2_000, 4_000
+LONGEST, LARGEST, MOST_VARIANTS = 2_000, 4_000, 40
 # What people type and Excel or a phone inserts; invisible marks become spaces.
 TYPED = {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0) for digit in range(10)} | {
     "،": ",", "٫": ".", "٬": "_", "×": "*", "÷": "/", "−": "-", "–": "-", "≥": ">=", "≤": "<=", "≠": "!=", "ي": "ی",
@@ -156,13 +156,6 @@ def _tree(source: str) -> ast.expr | None:
     return ast.parse(DURATION.sub(lambda found: "1" * len(found[0]), source), mode="eval").body
 
 
-def _parses(source: str) -> bool:
-    try:
-        return _tree(source) is not None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-
-
 def parse(text: str) -> ast.expr:
     """Return the tree of an expression: positions are characters of the text, durations are spans."""
     if len(text) > LONGEST:
@@ -177,18 +170,18 @@ def parse(text: str) -> ast.expr:
         tree: Any = _tree(source)
     except SyntaxError as error:
         at = min(max((error.offset or 1) - 1, 0), len(source))
-        fix = near("expression", source, _parses)
-        begins, ends = (0, None) if fix else (chars[at], chars[at] + 1)
-        raise Mistake("not_an_expression", begins, ends, fix, why=error.msg) from None
+        raise Mistake("not_an_expression", chars[at], chars[at] + 1, why=error.msg) from None
     except (ValueError, RecursionError, MemoryError, OverflowError):
         raise Mistake("too_deep") from None
     spans = {chars[found.start()]: span(found[0]) for found in DURATION.finditer(source)}
     # Positions of trees are those of bytes.
     places = [at for char, at in typed[begin:] for _ in char.encode()] + [len(text)]
+    node: Any
     for node in ast.walk(tree):
-        if not isinstance(node, ast.expr):
+        if not hasattr(node, "col_offset"):
             continue
         node.col_offset, node.end_col_offset = places[node.col_offset], places[(node.end_col_offset or 1) - 1] + 1
+        node.written = text[node.col_offset : node.end_col_offset]
         if isinstance(node, ast.Constant) and type(node.value) in {int, float}:
             node.value = spans.get(node.col_offset, node.value)
             if not _finite(node.value):
@@ -201,6 +194,39 @@ def _finite(number: Any) -> bool:
         return isfinite(number)
     except OverflowError:
         return False
+
+
+def corrected(text: str, check: Callable[[str], object]) -> str | None:
+    """Return an expression with every mistake corrected, as far as what is meant can be derived.
+
+    `check` raises Mistake, also for what is made of the expression on the way; what needs the fewest changes is tried
+    first.
+    """
+    tried = [text]
+    for each in tried:
+        try:
+            check(each)
+        except Mistake as mistake:
+            tried += [other for other in _variants(each, mistake) if other not in tried][: MOST_VARIANTS - len(tried)]
+        else:
+            return each
+    return None
+
+
+def _variants(text: str, mistake: Mistake) -> Iterator[str]:
+    """Yield what may be meant by an expression with a mistake."""
+    if mistake.fix is not None:
+        yield text[: mistake.at] + mistake.fix + ("" if mistake.end is None else text[mistake.end :])
+        return
+    plain = text.translate(PLAIN).strip()
+    yield near("expression", plain, bool) or text
+    open_brackets = plain.count("(") - plain.count(")")
+    if mistake.text == "not_an_expression" and open_brackets > 0:
+        for found in re.finditer(r"\s*([<>=!]=?|\band\b|\bor\b|$)", plain):
+            yield plain[: found.start()] + ")" * open_brackets + plain[found.start() :]
+    elif mistake.text == "not_an_expression" and open_brackets < 0:
+        for found in re.finditer(r"\)", plain):
+            yield plain[: found.start()] + plain[found.end() :]
 
 
 class _Expand(ast.NodeTransformer):
@@ -225,12 +251,13 @@ class _Expand(ast.NodeTransformer):
         if node.id not in self._names:
             return node
         self._open.append(node.id)
-        tree: ast.expr = self.visit(copy.deepcopy(self._names[node.id]))
+        tree: Any = self.visit(copy.deepcopy(self._names[node.id]))
         self._open.pop()
+        tree.written = node.id
         for each in ast.walk(tree):
             if isinstance(each, ast.expr):
                 ast.copy_location(each, node)
-        return tree
+        return tree  # type: ignore[no-any-return]
 
 
 BUILT_IN = {name: parse(text) for name, text in ALIASES.items()}
@@ -330,7 +357,8 @@ class Compiler:
     def _want(self, tree: ast.expr, *kinds: Kind) -> Node:
         node = self._node(tree)
         if node.kind not in kinds:
-            fix = f"{ast.unparse(tree)} > 0" if (kinds[0], node.kind) == ("truth", "number") else OF_KIND[kinds[0]]
+            is_number = (kinds[0], node.kind) == ("truth", "number")
+            fix = f"{_written(tree)} > 0" if is_number else _as(kinds[0], tree)
             raise self._wrong("kind", tree, fix, wanted=kinds[0], found=node.kind)
         return node
 
@@ -397,7 +425,8 @@ class Compiler:
     def _unknown(self, what: str, tree: ast.expr, name: str, known: Sequence[str]) -> Mistake:
         if what == "name" and NOT_SENT.fullmatch(name):
             return self._wrong("not_sent", tree, name=name)
-        fix = next(iter(get_close_matches(name, known, 1, 0.5)), None)
+        upper = {each.upper(): each for each in known}
+        fix = next((upper[each] for each in get_close_matches(name.upper(), upper, 1, 0.5)), None)
         end = tree.col_offset + len(name) if what == "function" else tree.end_col_offset
         return Mistake(f"unknown_{what}", tree.col_offset, end, fix, name=name, known=", ".join(known))
 
@@ -415,9 +444,10 @@ class Compiler:
             raise self._wrong("not_part", tree, what=name)
         x, y = self._want(left, "number", "time", "state"), self._node(right)
         if x.kind != y.kind:
-            raise self._wrong("compared", right, OF_KIND[x.kind], left=x.kind, right=y.kind)
+            wrong, wanted = (left, y.kind) if x.constant is not None and y.kind == "time" else (right, x.kind)
+            raise self._wrong("compared", wrong, _as(wanted, wrong), left=x.kind, right=y.kind)
         if x.kind == "state" and name not in {"Eq", "NotEq"}:
-            raise self._wrong("no_order", tree, f"{ast.unparse(left)} == {ast.unparse(right)}")
+            raise self._wrong("no_order", tree, f"{_written(left)} == {_written(right)}")
         self._side(left, x)
         self._side(right, y)
         moment = (x.momentary and name in {"Gt", "GtE"}) or (y.momentary and name in {"Lt", "LtE"})
@@ -433,7 +463,9 @@ class Compiler:
             raise self._wrong("not_for_feed", tree, name=name)
         count = FUNCTIONS[name].count(",") + 1
         if len(args) != count and not (name in {"min", "max"} and len(args) > 2):
-            raise self._wrong("arguments", tree, FUNCTIONS[name], name=name, count=count, given=len(args))
+            usual = FUNCTIONS[name][len(name) + 1 : -1].split(", ")
+            fix = f"{name}({', '.join([*map(_written, args), *usual[len(args) :]][:count])})"
+            raise self._wrong("arguments", tree, fix, name=name, count=count, given=len(args))
         if name in MARKET:
             return self._market(tree, name, args[0])
         if name == "abs":
@@ -480,7 +512,7 @@ class Compiler:
     def _window(self, x: Node, tree: ast.expr, name: str) -> Node:
         window = self._want(tree, "time")
         if not window.constant:
-            raise self._wrong("window", tree, "5m")
+            raise self._wrong("window", tree, _as("time", tree))
         ms, key, members = int(window.constant), f"{name}({x.key}, {window.key})", self._members_of()
         self._needs.window = max(self._needs.window, ms)
         if x.key not in COLUMNS:
@@ -548,6 +580,19 @@ class Compiler:
             return true.astype(float) if name == "count" else divide(true, known)
 
         return Node("number", f"{name}({x.key}) of {members}", run)
+
+
+def _written(tree: ast.expr) -> str:
+    """Return a part of an expression as it is written."""
+    return str(getattr(tree, "written", "")) or ast.unparse(tree)
+
+
+def _as(kind: Kind, tree: ast.expr) -> str:
+    """Return what a number or duration is as another kind: minutes are what people leave out."""
+    number = _fixed(tree)
+    if kind == "time" and number and number > 0 and number == int(number):
+        return f"{int(number)}m"
+    return OF_KIND[kind]
 
 
 def _joined(parts: list[Node], *, every: bool) -> Node:

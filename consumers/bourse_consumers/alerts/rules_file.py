@@ -25,6 +25,7 @@ from bourse_consumers.alerts.expressions import (
     Kind,
     Needs,
     Scope,
+    corrected,
     overlap,
     parse,
     span,
@@ -124,10 +125,6 @@ def _states(value: Any) -> Any:
     return value if isinstance(value, dict) else {"firing": value, "resolved": value}
 
 
-def _parsed(value: Any) -> ast.expr:
-    return parse(_text(value))
-
-
 def _pieces(value: Any) -> Any:
     text = _text(value)
     try:
@@ -141,7 +138,6 @@ T = TypeVar("T")
 Many = Annotated[tuple[T, ...], BeforeValidator(_many)]
 Text = Annotated[str, BeforeValidator(_text)]
 Duration = Annotated[int, BeforeValidator(_duration)]
-Tree = Annotated[ast.expr, BeforeValidator(_parsed)]
 Pieces = Annotated[Any, BeforeValidator(_pieces)]
 
 
@@ -181,8 +177,8 @@ class _Common(Strict):
 class _Rule(_Common):
     name: Annotated[Text, AfterValidator(_name)] | None = None
     title: Text | None = None
-    when: Tree | None = None
-    until: Tree | None = None
+    when: Text | None = None
+    until: Text | None = None
     scope: Scope = "instrument"
     let: dict[str, Any] = Field(default_factory=dict)
 
@@ -277,15 +273,17 @@ class _Reader:
             name = identifier(key)
             if name is None:
                 self.document.mistake([*location, key], Mistake("let_name", fix="limit", name=key))
-            elif (tree := self._guard([*location, key], partial(_parsed, value))) is not None:
+            elif (tree := self._read([*location, key], value, parse)) is not None:
                 found[name] = tree
         return found
 
-    def _guard(self, at: Location, work: Callable[[], T], prefix: str = "", scope: str = "") -> T | None:
-        """Return what `work` does; a mistake becomes one of the file."""
+    def _read(self, at: Location, value: Any, read: Callable[[str], T], prefix: str = "", scope: str = "") -> T | None:
+        """Return what `read` makes of an expression; a mistake becomes one of the file, with the whole corrected."""
         try:
-            return work()
+            return read(text := _text(value))
         except Mistake as mistake:
+            if mistake.text not in {"text", "long_text"}:
+                mistake.whole = corrected(text, read)
             self.document.mistake(at, mistake, prefix, scope)
             return None
 
@@ -308,15 +306,16 @@ class _Reader:
         members = f"{match!r} {excluded!r}" if scope == "market" else ""
         own_lets, needs = self._lets(own.let, [*at, "let"]), Needs()
         names = {**lets, **own_lets}
-        for name, tree in own_lets.items() if scope != "market" else ():
-            alone = Compiler(scope, names, table.columns, Needs())
-            self._guard([*at, "let", name], partial(alone, tree, ["number", "truth", "time", "state"]), f"let {name}: ")
+        alone = Compiler(scope, names, table.columns, Needs())
+        kinds: list[Kind] = ["number", "truth", "time", "state"]
+        for name, value in own.let.items() if scope != "market" else ():
+            if identifier(name) in own_lets:
+                self._read([*at, "let", name], value, lambda text: alone(parse(text), kinds), f"let {name}: ")
         compiler = Compiler(scope, names, table.columns, needs, members)
 
-        def compiled(key: str, tree: ast.expr | None) -> Expression | None:
-            if tree is None:
-                return None
-            return self._guard([*at, key], partial(compiler, tree, ["truth"]), f"{named}: {key}: ", scope)
+        def compiled(key: str, value: str | None) -> Expression | None:
+            read = partial(self._read, [*at, key], value, lambda text: compiler(parse(text), ["truth"]))
+            return None if value is None else read(f"{named}: {key}: ", scope)
 
         when, until = compiled("when", own.when), compiled("until", own.until)
         places = len(compiler.numbers)
@@ -346,9 +345,12 @@ class _Reader:
             for state, pieces in _given(states).items():
                 parts = found.setdefault(language, {})[state] = []
                 for piece in pieces or ():
-                    part = partial(_part, piece, compiler)
-                    done = self._guard([*at, language, state], part, prefix, scope)
-                    parts += [done] if done else []
+                    try:
+                        done = _part(piece, compiler)
+                    except Mistake as mistake:
+                        self.document.mistake([*at, language, state], mistake, prefix, scope)
+                    else:
+                        parts += [done] if done else []
         return {language: {"resolved": states.get("firing", []), **states} for language, states in found.items()}
 
 
@@ -362,12 +364,18 @@ def _part(piece: tuple[int, str, str | None, str], compiler: Compiler) -> messag
     if not messages.SPEC.fullmatch(spec):
         raise Mistake("spec", end + 1, end + 1 + len(spec), ",")
     kinds: list[Kind] = ["number", "time", "state"]
+
+    def read(text: str) -> Expression:
+        return compiler(parse(text), kinds)
+
     try:
-        return messages.Part("", compiler(parse(inside), kinds), spec)
+        return messages.Part("", read(inside), spec)
     except Mistake as mistake:
+        if mistake.text == "unknown_name" and (field := get_close_matches(word, messages.FIELDS, 1)):
+            mistake.fix = field[0]
+        elif whole := corrected(inside, read):
+            mistake.at, mistake.end, mistake.fix = 0, None, whole
         mistake.at, mistake.end = at + mistake.at, end if mistake.end is None else at + mistake.end
-        if mistake.text == "unknown_name" and not mistake.fix:
-            mistake.fix = next(iter(get_close_matches(word, messages.FIELDS, 1)), None)
         raise
 
 

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -19,12 +20,10 @@ from urllib.parse import unquote
 
 import httpx2
 import msgspec
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from socksio.exceptions import SOCKSError
-from standardwebhooks.webhooks import EmptyWebhookSecretError
 from standardwebhooks.webhooks import Webhook as Signer
 
-from bourse_cli.inputs import read_text
 from bourse_cli.proxies import proxy_environment, proxy_for
 from bourse_consumers.mistakes import Mistake, near
 from bourse_consumers.notify.apprise_process import open_service
@@ -34,12 +33,14 @@ from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TEHRAN, PriceAlert
 
-__all__ = ["Apprised", "Channel", "NotSent", "Refused", "Webhook", "load"]
+__all__ = ["Apprised", "Channel", "NotSent", "Refused", "Unacceptable", "Webhook", "load"]
 
-REFUSALS = {400, 401, 403, 404, 410, 413}
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 DAY_SECONDS = 86_400
+WAYS = {"url", "webhook", "alertmanager"}
 ONLY_FOR_PEOPLE = {"key", "resolved", "digest_above", "active"}
+MOST_ALERTS = 1000
+MOST_CHANNELS = 32  # each has a Kafka client and a thread
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -53,13 +54,22 @@ class Refused(NotSent):
     """It would not accept the message later either."""
 
 
+class Unacceptable(Refused):
+    """It does not accept what is in the message; `alerts` are those it is about, if that is known."""
+
+    def __init__(self, message: str, alerts: Sequence[PriceAlert] = ()) -> None:
+        super().__init__(message)
+        self.alerts = alerts
+
+
+REFUSALS: dict[int, type[Refused]] = dict.fromkeys((401, 403, 404, 410), Refused)
+REFUSALS |= dict.fromkeys((400, 413), Unacceptable)
+
+
 class Webhook:
     """JSON over HTTP: messages with the alerts as on the topic, signed as Standard Webhooks if there is a key."""
 
     def __init__(self, url: str, key: str | None = None, proxy: str | None = None, seconds: float = 10.0) -> None:
-        """Raises ValueError, InvalidURL or ConfigurationError if this is not an address, or the proxy's is not one."""
-        if re.match(r"https?://[^/?#]", url) is None:
-            raise ValueError("give an address such as https://host/path")
         self._url, self._host, self._scrub = url, httpx2.URL(url).host, _scrubber(url, proxy)
         transport = httpx2.HTTPTransport(proxy=proxy_for(url, environ={"all_proxy": proxy} if proxy else os.environ))
         self._client = httpx2.Client(timeout=seconds, transport=transport)
@@ -89,7 +99,7 @@ class Webhook:
         except (httpx2.HTTPError, httpx2.InvalidURL, SOCKSError, OSError, UnicodeError) as error:
             raise NotSent(self._scrub(f"{type(error).__name__}: {error}")) from None
         if not answer.is_success:
-            raise (Refused if answer.status_code in REFUSALS else NotSent)(f"{self._host} answers {status}")
+            raise REFUSALS.get(answer.status_code, NotSent)(f"{self._host} answers {status}")
 
     def close(self) -> None:
         """Do nothing: an idle connection needs no end."""
@@ -99,13 +109,11 @@ class Apprised:
     """A service of Apprise's, in a process that starts for the first message and is killed if it does not answer."""
 
     def __init__(self, url: str, proxy: str | None = None, seconds: float = 30.0) -> None:
-        """Raises ValueError if Apprise does not know the address, ConfigurationError if the proxy's is not one."""
-        if (service := open_service(url)) is None:
-            raise ValueError("Apprise does not know this address, see https://appriseit.com/services")
-        self._url, self._most, self._seconds, self._scrub = url, service.body_maxlen, seconds, _scrubber(url, proxy)
+        self._url, self._seconds, self._scrub = url, seconds, _scrubber(url, proxy)
+        self._most = open_service(url).body_maxlen
         self._environment = proxy_environment(os.environ, proxy)
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def parts(self, message: Message) -> Sequence[Any]:
         """Return title and body of as many messages as the service's limit demands."""
@@ -116,16 +124,15 @@ class Apprised:
     def send(self, part: Any) -> None:
         """Hand a part over and wait for the answer. Raises NotSent."""
         with self._lock:
-            if self._process is None:
-                # In a session of its own, so that Ctrl-C does not reach it while it sends.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "bourse_consumers.notify.apprise_process"], env=self._environment,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                    start_new_session=True,
-                )  # fmt: skip
+            # In a session of its own, so that Ctrl-C does not reach it while it sends.
+            process = self._process = self._process or subprocess.Popen(
+                [sys.executable, "-m", "bourse_consumers.notify.apprise_process"], env=self._environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                start_new_session=True,
+            )  # fmt: skip
             try:
-                print(json.dumps([self._url, *part]), file=self._process.stdin, flush=True)
-                answers: Any = self._process.stdout
+                print(json.dumps([self._url, *part]), file=process.stdin, flush=True)
+                answers: Any = process.stdout
                 if not select.select([answers], [], [], self._seconds)[0]:
                     raise TimeoutError
                 reason = json.loads(answers.readline())
@@ -134,15 +141,14 @@ class Apprised:
                 raise NotSent(f"Apprise did not answer within {self._seconds:g} s, or ended") from None
         if reason is not None:
             codes = {int(code) for code in re.findall(r"error\W{1,2}(\d{3})", reason)}
-            raise (Refused if codes & REFUSALS else NotSent)(self._scrub(reason))
+            raise (Refused if codes & REFUSALS.keys() else NotSent)(self._scrub(reason))
 
     def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()
-                self._process.communicate()
-                self._process = None
+        """End the process, also if another thread waits for its answer."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
 
 def _scrubber(*urls: str | None) -> Callable[[str], str]:
@@ -161,51 +167,75 @@ def _scrubber(*urls: str | None) -> Callable[[str], str]:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _secret(check: Callable[[str], object], *, plain: bool = False) -> BeforeValidator:
+def _secret(check: Callable[[str], object], mistake: str, *, plain: bool = False) -> BeforeValidator:
     """Return a reader of what a variable or a file holds; `plain` ones may be in the channels file, but for users."""
 
     def read(value: Any, info: ValidationInfo[Any]) -> str:
         folder, environment, _ = info.context
+        match [*value.items()] if isinstance(value, dict) else value:
+            case [("env", str(name))]:
+                found = str(environment.get(name, ""))
+            case [("file", str(name))]:
+                try:
+                    found = (folder / name).read_text("utf-8")
+                except (OSError, ValueError) as error:
+                    why = getattr(error, "strerror", None) or "not UTF-8 text"
+                    raise Mistake("unreadable", name=name, why=why) from None
+            case [("clear", str(found))]:
+                name = "clear"
+            case str(found) if plain and "@" not in found:
+                name = "clear"
+            case _:
+                raise Mistake("secret")
+        if not (found := found.strip()):
+            raise Mistake("no_value", name=name)
         try:
-            match [*value.items()] if isinstance(value, dict) else value:
-                case [("env", str(name))]:
-                    found = str(environment.get(name, ""))
-                case [("file", str(name))]:
-                    found = read_text(folder / name, "the file")
-                case [("clear", str(found))]:
-                    name = "this"
-                case str(found) if plain and "@" not in found:
-                    name = "this"
-                case _:
-                    raise Mistake(
-                        "plain",
-                        fix="{env: NAME}",
-                        why="a secret: write {env: …}, {file: …}, or {clear: …} if all may read it",
-                    )
-            if not (found := found.strip()):
-                raise ValueError(f"{name} is empty or does not exist")
-            check(found)
-        except (ConfigurationError, EmptyWebhookSecretError, httpx2.InvalidURL) as error:
-            raise ValueError(str(error).replace("all_proxy", "this")) from error
+            good = check(found)
+        except (ConfigurationError, ValueError, httpx2.InvalidURL):
+            good = False
+        if not good:
+            raise Mistake(mistake)
         return found
 
     return BeforeValidator(read)
+
+
+def _is_known(url: str) -> bool:
+    return open_service(url) is not None
+
+
+def _is_address(url: str) -> bool:
+    return re.match(r"https?://[^/?#]", url) is not None and bool(httpx2.URL(url).host)
+
+
+def _is_proxy(url: str) -> bool:
+    return proxy_for("http://host", environ={"all_proxy": url}) is not None
+
+
+def _is_key(key: str) -> bool:
+    return 24 <= len(b64decode(key.removeprefix("whsec_"), validate=True)) <= 64
 
 
 def _hours(value: Any) -> tuple[int, int]:
     """Return where in a day hours begin, and how long they are, in seconds."""
     found = HOURS.fullmatch(str(value))
     if found is None or found.group(1, 2) == found.group(3, 4):
-        raise Mistake("hours", fix=near("hours", str(value), HOURS.fullmatch) or "08:30-17:30")
+        raise Mistake("hours", fix=near("hours", str(value), HOURS.fullmatch))
     start, end = (int(found[n]) * 3600 + int(found[n + 1]) * 60 for n in (1, 3))
     return start, (end - start) % DAY_SECONDS
 
 
 def _fallback(name: str, info: ValidationInfo[Any]) -> str:
     if name not in (known := info.context[-1]):
-        fix = next(iter(get_close_matches(name, known, 1)), None)
-        raise Mistake("channel", fix=fix, name=name, known=", ".join(known))
+        fix, first = (next(iter(some), None) for some in (get_close_matches(name, known, 1), known))
+        raise Mistake("channel", fix=fix, whole=first, name=name, known=", ".join(known))
     return name
+
+
+def _count(value: Any) -> int:
+    if not (isinstance(value, int) and 1 <= value <= MOST_ALERTS):
+        raise Mistake("whole_number", low=1, high=MOST_ALERTS)
+    return value
 
 
 SeverityName = Literal["info", "warning", "critical"]
@@ -220,18 +250,14 @@ def _at_least(value: Any) -> Any:
     return SEVERITIES[SEVERITIES.index(value) :] if value in SEVERITIES else _several(value)
 
 
-def _proxy(url: str) -> object:
-    return proxy_for("http://host", environ={"all_proxy": url})
-
-
 class _Common(Strict):
-    proxy: Annotated[str, _secret(_proxy, plain=True)] | None = Field(default=None, repr=False)
+    proxy: Annotated[str, _secret(_is_proxy, "proxy", plain=True)] | None = Field(default=None, repr=False)
     alerts: Literal["rules", "labels"] = "rules"
     severity: Annotated[tuple[SeverityName, ...], BeforeValidator(_at_least)] = SEVERITIES
-    labels: Mapping[str, Annotated[tuple[str, ...], BeforeValidator(_several)]] = {}
+    labels: dict[str, Annotated[tuple[str, ...], BeforeValidator(_several)]] = Field(default_factory=dict)
     resolved: bool = True
     language: Literal["fa", "en"] = "fa"
-    digest_above: Annotated[int, Field(ge=1, le=1000)] = 10
+    digest_above: Annotated[int, BeforeValidator(_count)] = 10
     active: Annotated[tuple[int, int], BeforeValidator(_hours)] | None = None
     fallback: Annotated[str, AfterValidator(_fallback)] | None = None
 
@@ -243,19 +269,10 @@ class Channel(_Common):
     `labels` those of any rule. In both cases only of its severities and with its labels, each with one of its values.
     """
 
-    url: Annotated[str, _secret(Apprised)] | None = Field(default=None, repr=False)
-    webhook: Annotated[str, _secret(Webhook)] | None = Field(default=None, repr=False)
-    alertmanager: Annotated[str, _secret(Webhook, plain=True)] | None = Field(default=None, repr=False)
-    key: Annotated[str, _secret(Signer)] | None = Field(default=None, repr=False)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Channel:
-        given = {each for each in self.model_fields_set if getattr(self, each) is not None}
-        if len(given & {"url", "webhook", "alertmanager"}) != 1:
-            raise ValueError("give one of url, webhook and alertmanager")
-        if unfit := given & ({"key"} if self.url else ONLY_FOR_PEOPLE if self.alertmanager else set()):
-            raise ValueError(f"leave out what this kind of channel does not have: {', '.join(sorted(unfit))}")
-        return self
+    url: Annotated[str, _secret(_is_known, "apprise")] | None = Field(default=None, repr=False)
+    webhook: Annotated[str, _secret(_is_address, "address")] | None = Field(default=None, repr=False)
+    alertmanager: Annotated[str, _secret(_is_address, "address", plain=True)] | None = Field(default=None, repr=False)
+    key: Annotated[str, _secret(_is_key, "key")] | None = Field(default=None, repr=False)
 
     @cached_property
     def sender(self) -> Any:
@@ -286,21 +303,37 @@ class Channel(_Common):
 class _File(Strict):
     version: Literal[1]
     defaults: _Common = Field(default_factory=_Common)
-    # Each has a Kafka client and a thread.
-    channels: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,32}$")], Channel] = Field(min_length=1, max_length=32)
+    channels: dict[str, Any]
 
 
-def load(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Channel]:
+def load(path: Path, environment: Mapping[str, str] = os.environ, language: str = "en") -> dict[str, Channel]:
     """Return the channels of a file by name; raise ConfigurationError with every mistake."""
-    document = Document(path, "the channels", secret=True)
-    channels: Any = document.data.get("channels")
-    pairs = channels.items() if isinstance(channels, dict) else ()
-    people = [name for name, each in pairs if isinstance(each, dict) and "alertmanager" not in each]
-    file = document.check(_File, document.data, context=(path.parent, environment, people))
+    document = Document(path, "the channels", language=language, secret=True)
+    written: Any = document.data.get("channels")
+    channels: dict[str, Any] = written if isinstance(written, dict) else {}
+    people = [name for name, each in channels.items() if isinstance(each, dict) and "alertmanager" not in each]
+    context = path.parent, environment, people
+    file = document.check(_File, document.data, context=context)
+    if written is not None and not 1 <= len(channels) <= MOST_CHANNELS:
+        document.mistake(("channels",), Mistake("how_many_channels", most=MOST_CHANNELS))
+    found: dict[str, Channel] = {}
+    for name, each in channels.items() if len(channels) <= MOST_CHANNELS else ():
+        at = "channels", name
+        if not re.fullmatch(r"[\w.-]{1,32}", name):
+            document.mistake(at, Mistake("channel_name", fix=re.sub(r"[^\w.-]", "-", name)[:32] or "desk"))
+        if not isinstance(each, dict) or sum(each.get(way) is not None for way in WAYS) != 1:
+            document.mistake(at, Mistake("one_way", fix="{url: {env: DESK_URL}}"))
+        channel = document.check(Channel, each, at, context=context) if isinstance(each, dict) else None
+        if channel is None:
+            continue
+        given = {key for key in channel.model_fields_set if getattr(channel, key) is not None}
+        for key in given & ({"key"} if channel.url else ONLY_FOR_PEOPLE if channel.alertmanager else set()):
+            document.mistake((*at, key), Mistake("unfit", fix=f"# {key}", name=key))
+        found[name] = channel
     if document.wrong or file is None:
         raise document.error()
-    given = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
+    defaults = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
     return {
-        name: Channel.model_construct(**given | {key: getattr(channel, key) for key in channel.model_fields_set})
-        for name, channel in file.channels.items()
+        name: Channel.model_construct(**defaults | {key: getattr(channel, key) for key in channel.model_fields_set})
+        for name, channel in found.items()
     }

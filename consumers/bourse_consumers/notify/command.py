@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bourse_cli.options import duration_option
+from bourse_cli.options import duration_option, language_option
 from bourse_schemas.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["consume_notify", "notify"]
 
 
-def _consumers(path: Path, **options: Any) -> dict[str, Notify]:
+def _consumers(path: Path, language: str = "en", **options: Any) -> dict[str, Notify]:
     try:
         from bourse_consumers.notify.channels import load
         from bourse_consumers.notify.consumer import consumer_of
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"notifications need the module {error.name}: pip install 'bourse-stream[notify]'"
+            f"notifications need the module {error.name}: in the folder of bourse-stream run pip install '.[notify]'"
         ) from error
-    channels = load(path)
+    channels = load(path, language=language)
     return {name: consumer_of(name, channels, **options) for name in channels}
 
 
@@ -51,9 +51,10 @@ def notify() -> None:
 @notify.command
 @click.argument("channel")
 @CHANNELS
-def test(*, channel: str, channels: Path) -> None:
-    """Send a sample to a channel. Exit 1 if it does not accept it."""
-    consumers = _consumers(channels)
+@language_option
+def test(*, channel: str, channels: Path, language: str) -> None:
+    """Send a sample to a channel. Exit 1 if it does not accept it, 2 with every mistake in the file."""
+    consumers = _consumers(channels, language)
     if channel not in consumers:
         raise ConfigurationError(f"{channels} has no channel {channel!r}: there are {', '.join(consumers)}")
     click.echo(f"sent to {channel}:\n{consumers[channel].test()}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,13 +16,16 @@ from msgspec.structs import replace
 from bourse_cli.health import Monitor
 from bourse_cli.logs import get_logger
 from bourse_consumers.api import Assignment, Batch, Consumer, Emit, Rebuild, Record, Reopen, Retry, Start
-from bourse_consumers.notify.channels import Channel, NotSent, Refused
+from bourse_consumers.notify.channels import Channel, NotSent, Refused, Unacceptable
 from bourse_consumers.notify.words import Writer, example
 from bourse_consumers.records import dead_letter
 from bourse_schemas.events import AlertState, PriceAlert, Reason, ResolvedBy, Stage
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, Topic
 
 __all__ = ["Alertmanager", "Notify", "consumer_of"]
+
+# How long a stop waits for the answer to the message in hand.
+STOP_SECONDS = 1.0
 
 
 class Notify(Consumer):
@@ -57,11 +62,11 @@ class Notify(Consumer):
         if self._waited:
             self._waited = False
             raise Reopen("the active hours begin")  # all that has come meanwhile becomes one message
-        records, alerts = [record for record, _ in wanted], [alert for _, alert in wanted]
+        alerts = [alert for _, alert in wanted]
         try:
-            self._deliver(alerts, [record.origin for record in records])
+            self._deliver(alerts, [record.origin for record, _ in wanted])
         except NotSent as error:
-            return self._refused(records, alerts, error)
+            return self._refused(wanted, error)
         self._failing = None
         age = (self._now() - alerts[0].raised_at).total_seconds()
         self._log.info("sent", alerts=len(alerts), age_seconds=round(age, 2))
@@ -94,14 +99,31 @@ class Notify(Consumer):
         left = self._left if hand == self._hand and self._left else self._parts(self._channel, alerts)
         self._hand, self._left = hand, ()
         while left:
-            self._sender.send(left[0])
+            self._call(self._sender.send, left[0])
             left = self._left = left[1:]
+
+    def _call(self, send: Callable[..., None], *args: Any) -> None:
+        """Call what may take long, in a thread that a stop does not wait for. Raises NotSent."""
+        done, left = Future[None](), STOP_SECONDS
+
+        def work() -> None:
+            try:
+                send(*args)
+                done.set_result(None)
+            except Exception as error:  # raised in the other thread
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while not wait([done], 0.1).done:
+            if self.stopped() and (left := left - 0.1) < 0:
+                raise Retry("the channel does not answer, and the process has to end")
+        done.result()
 
     def _parts(self, channel: Channel, alerts: Sequence[PriceAlert]) -> Any:
         message = Writer(channel.language).message(alerts, self._now(), channel.digest_above, self._max_age)
         return channel.sender.parts(message)
 
-    def _refused(self, records: Sequence[Record], alerts: Sequence[PriceAlert], error: NotSent) -> list[Emit]:
+    def _refused(self, wanted: Sequence[tuple[Record, PriceAlert]], error: NotSent) -> list[Emit]:
         """Raise Retry if the failure may pass; else send the alerts to the fallback, and return their dead letters."""
         self._count("failed")
         self._failing = self._failing or time.monotonic()
@@ -109,16 +131,17 @@ class Notify(Consumer):
             raise Retry(str(error)) from error
         self._failing, self._left = None, ()
         self._count("given_up")
+        alerts = [alert for _, alert in wanted]
         fallback = self._channel.fallback
         self._log.error("given up: dead letters", alerts=len(alerts), fallback=fallback, error=str(error))
         if fallback not in {None, self._name}:
             try:
                 for part in self._parts(self._channels[fallback], alerts):
-                    self._channels[fallback].sender.send(part)
+                    self._call(self._channels[fallback].sender.send, part)
             except NotSent as failure:
                 self._log.error("the fallback failed, too", fallback=fallback, error=str(failure))
         why, at = f"channel {self._name}: {error}", self._now()
-        letters = [dead_letter(record, Reason.NOTIFICATION_FAILED, why, "notify", at) for record in records]
+        letters = [dead_letter(record, Reason.NOTIFICATION_FAILED, why, "notify", at) for record, _ in wanted]
         return [Emit(DEAD_LETTERS, replace(letter, stage=Stage.NOTIFY)) for letter in letters]
 
     def _count(self, outcome: str) -> None:
@@ -134,13 +157,15 @@ class Alertmanager(Notify):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
+        # The open alerts, and which of them Alertmanager has accepted since the start.
         self._open: dict[str, PriceAlert] = {}
+        self._accepted: set[str] = set()
         self._due = 0.0
         self._unposted: str | None = None
 
     def open(self, assigned: Assignment) -> Start:
         """Begin with the day's first alert, to know which ones are open."""
-        self._open, self._due, self._unposted = {}, 0.0, None
+        self._open, self._accepted, self._due, self._unposted = {}, set(), 0.0, None
         return Rebuild(assigned.day_start())
 
     def process(self, batch: Batch) -> list[Emit]:
@@ -151,16 +176,22 @@ class Alertmanager(Notify):
         return []
 
     def idle(self, now: datetime) -> None:
-        """Post all open alerts when it is time. A failure holds up no new alert: they are posted the next time."""
-        if self._open and time.monotonic() >= self._due:
-            try:
-                self._post(list(self._open.values()), now)
-                self._unposted = None
-            except NotSent as error:
-                self._count("failed")
-                self._log.warning("the open alerts were not posted", alerts=len(self._open), error=str(error))
-                self._unposted = f"the open alerts were not posted: {error}"
-            self._due = time.monotonic() + self.interval
+        """Post all open alerts when it is time. A failure holds up no new alert: they are posted the next time.
+
+        An alert that was refused before a restart, or is too much for this Alertmanager, is refused once more at most.
+        """
+        if not self._open or time.monotonic() < self._due:
+            return
+        self._unposted = None
+        try:
+            self._post(list(self._open.values()), now)
+        except NotSent as error:
+            self._count("failed")
+            self._log.warning("not all open alerts were posted", alerts=len(self._open), error=str(error))
+            gone = {alert.alert_id for alert in getattr(error, "alerts", ())} - self._accepted
+            self._open = {alert_id: alert for alert_id, alert in self._open.items() if alert_id not in gone}
+            self._unposted = f"not all open alerts were posted: {error}" if not gone else None
+        self._due = time.monotonic() + self.interval
 
     def trouble(self) -> str | None:
         """Return why the open alerts were not posted the last time."""
@@ -170,37 +201,53 @@ class Alertmanager(Notify):
         return self._channel.selects(self._name, alert, self._channels)
 
     def _deliver(self, alerts: Sequence[PriceAlert], _: Sequence[str] = ()) -> None:
-        self._post(alerts, self._now())
+        try:
+            self._post(alerts, self._now())
+        except Unacceptable as error:
+            self._fold([alert for alert in alerts if alert not in error.alerts])
+            raise
         self._fold(alerts)
 
-    def _refused(self, records: Sequence[Record], alerts: Sequence[PriceAlert], error: NotSent) -> list[Emit]:
-        letters = super()._refused(records, alerts, error)
-        self._fold(alerts)
-        if isinstance(error, Refused):  # posted again with the open alerts, they could have all of these refused
-            for alert in alerts:
-                self._open.pop(alert.alert_id, None)
+    def _refused(self, wanted: Sequence[tuple[Record, PriceAlert]], error: NotSent) -> list[Emit]:
+        if isinstance(error, Unacceptable):
+            return super()._refused([each for each in wanted if each[1] in error.alerts], error)
+        letters = super()._refused(wanted, error)
+        self._fold([alert for _, alert in wanted])
         return letters
 
     def _fold(self, alerts: Sequence[PriceAlert]) -> None:
         for alert in alerts:
             if alert.state is AlertState.RESOLVED:
                 self._open.pop(alert.alert_id, None)
+                self._accepted.discard(alert.alert_id)
             else:
                 self._open.setdefault(alert.alert_id, alert)
 
     def _post(self, alerts: Sequence[PriceAlert], now: datetime) -> None:
-        posted = []
-        for alert in alerts:
-            # Other labels, as after a symbol was renamed, would be another alert.
-            first = self._open.get(alert.alert_id, alert)
-            ends = now if alert.state is AlertState.RESOLVED else now + self.keep
-            labels = {re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII): text for name, text in first.labels.items()}
-            labels |= {"alertname": first.rule, "severity": first.severity.lower(), "scope": first.scope.lower()}
-            labels |= {"instrument": first.instrument or "", "symbol": first.symbol or "", "source": first.source}
-            annotations = {"summary": self._writer.title(alert), "description": self._writer.text(alert)}
-            times = {"startsAt": min(first.raised_at, now).isoformat(), "endsAt": ends.isoformat()}
-            posted.append({"labels": labels, "annotations": annotations, **times})
-        self._sender.post(json.dumps(posted), {})
+        """Post alerts. Raises NotSent; Unacceptable with those that are refused themselves, found by halves."""
+        try:
+            self._call(self._sender.post, json.dumps([self._posted(alert, now) for alert in alerts]), {})
+        except Unacceptable as error:
+            half, bad = len(alerts) // 2, list(alerts) if len(alerts) == 1 else []
+            for part in (alerts[:half], alerts[half:]) if half else ():
+                try:
+                    self._post(part, now)
+                except Unacceptable as among:
+                    bad += among.alerts
+            if bad:
+                raise Unacceptable(str(error), bad) from None
+        self._accepted.update(alert.alert_id for alert in alerts)
+
+    def _posted(self, alert: PriceAlert, now: datetime) -> dict[str, Any]:
+        # Other labels, as after a symbol was renamed, would be another alert.
+        first = self._open.get(alert.alert_id, alert)
+        ends = now if alert.state is AlertState.RESOLVED else now + self.keep
+        labels = {re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII): text for name, text in first.labels.items()}
+        labels |= {"alertname": first.rule, "severity": first.severity.lower(), "scope": first.scope.lower()}
+        labels |= {"instrument": first.instrument or "", "symbol": first.symbol or "", "source": first.source}
+        annotations = {"summary": self._writer.title(alert), "description": self._writer.text(alert)}
+        times = {"startsAt": min(first.raised_at, now).isoformat(), "endsAt": ends.isoformat()}
+        return {"labels": labels, "annotations": annotations, **times}
 
 
 def consumer_of(name: str, channels: Mapping[str, Channel], **options: Any) -> Notify:
