@@ -327,7 +327,7 @@ def test_a_webhook_is_signed_and_a_repetition_is_recognized(web: Web) -> None:
     signature = base64.b64encode(hmac.digest(b"a key of some length", signed, "sha256")).decode()
     assert headers["webhook-signature"] == f"v1,{signature}"
     assert headers["webhook-id"] == again["webhook-id"] == message.id
-    (example_of_the_page,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    *_, example_of_the_page = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {"key": key, "body": body, "headers": headers}
     exec(compile(example_of_the_page, PAGE.name, "exec"), names)
     content = names["content"]
