@@ -258,7 +258,7 @@ def test_an_alert_that_is_refused_for_what_is_in_it(wait_for: Callable[..., Any]
         for restart in range(2):
             consumer = Alertmanager("robot", {"robot": channel}, give_up=timedelta(0))
             consumer.interval = 0.0
-            running = runner(consumer, memory, stream=stream_of(consumer, memory))
+            running = Runner(consumer, stream_of(consumer, memory), name="test")
             refusals.clear()
             began = len(web.asked)
             wait_for(lambda began=began, running=running: (running.step(0), len(web.asked) >= began + 5)[1])
