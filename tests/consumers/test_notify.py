@@ -925,6 +925,6 @@ def test_waiting_for_the_active_hours_is_not_a_fault() -> None:
     with capture_logs() as lines:
         while running.step(0) or house.mail.got == []:
             pass
-    assert reasons == [{}]
+    assert reasons[0] == {}
     assert 'bourse_consumer_retries_total{consumer="mail"} 0.0' in monitor.answer("/metrics")[1]
     assert [line["reason"] for line in lines if line["event"] == "waiting"] == ["outside the active hours"]
