@@ -8,8 +8,6 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["EXAMPLES", "WRITE", "Mistake", "explain", "near"]
-
 TEXTS: dict[str, Any] = tomllib.loads((files("bourse_consumers") / "mistakes.toml").read_text("utf-8"))
 # What a corrected line has for a key if nothing better is known.
 EXAMPLES: dict[str, str] = TEXTS["examples"]

@@ -16,8 +16,6 @@ from bourse_cli.inputs import read_text
 from bourse_consumers.mistakes import EXAMPLES, WRITE, Mistake, explain
 from bourse_schemas.errors import ConfigurationError
 
-__all__ = ["LARGEST", "Document", "Strict", "pointed", "printable"]
-
 LARGEST = 16 << 20
 MOST = 100
 # Mistakes of a key, not of its value.

@@ -21,7 +21,8 @@ from structlog.testing import capture_logs
 from bourse_cli.health import Monitor
 from bourse_cli.root import bourse
 from bourse_consumers.alerts.consumer import Alerts
-from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of, millis
+from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of
+from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rules_file import RuleFiles, compile_rule, load, strangers
 from bourse_consumers.alerts.trial import Trial, polls_of
 from bourse_consumers.api import Day, Reopen, WholePoll

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from bourse_consumers.alerts.engine import Engine, Poll, columns_of, millis
+from bourse_consumers.alerts.engine import Engine, Poll, columns_of
+from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rule import Rule
 from bourse_consumers.alerts.rules_file import RuleFiles
 from bourse_consumers.alerts.trial import Past, polls_of

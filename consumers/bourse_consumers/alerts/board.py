@@ -15,11 +15,9 @@ import numpy as np
 
 from bourse_consumers.alerts.expressions import Needs, Node, Past
 
-__all__ = ["EXACT", "NEVER", "Board", "Named", "View"]
-
 NEVER = 2**31 - 1
 EXACT = 2**53
-SPARE = 32
+SPARE = 8
 ALWAYS = ("last_price", "previous_close", "traded_at")
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from bourse_consumers.alerts.trial import Past, Trial
     from bourse_consumers.api import MarketConsumer
 
-__all__ = ["alerts", "consume"]
-
 PATH = click.Path(path_type=Path)
 DAY = click.DateTime(["%Y-%m-%d"])
 SHOWN = 20
@@ -245,15 +243,14 @@ def _line(alert: PriceAlert, *, as_json: bool = False) -> str:
 
 def _csv(found: Sequence[PriceAlert]) -> None:
     import csv
-    import io
     import json
+    import sys
 
     names = ("raised_at", "state", "rule", "instrument", "symbol", "last_price", "since", "resolved_by", "alert_id")
-    out = io.StringIO()
-    writer = csv.writer(out)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*names, "values"])
     for alert in found:
-        row = [getattr(alert, name) for name in names]
-        cells = [each.astimezone(TEHRAN).isoformat() if hasattr(each, "astimezone") else each for each in row]
-        writer.writerow([*cells, json.dumps(alert.values, ensure_ascii=False)])
-    click.echo(out.getvalue(), nl=False)
+        cells: dict[str, Any] = {name: getattr(alert, name) for name in names}
+        for name in ("raised_at", "since"):
+            cells[name] = cells[name].astimezone(TEHRAN).isoformat()
+        writer.writerow([*cells.values(), json.dumps(alert.values, ensure_ascii=False)])

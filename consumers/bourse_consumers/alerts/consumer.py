@@ -10,13 +10,12 @@ from typing import Any
 import polars as pl
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.alerts.engine import Engine, Known, Poll, millis
+from bourse_consumers.alerts.engine import Engine, Known, Poll
+from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rules_file import RuleFiles, strangers
 from bourse_consumers.api import Day, Emit, MarketConsumer, Reopen, WholePoll
 from bourse_schemas.events import Candle, PriceAlert
 from bourse_schemas.topics import ALERTS, CANDLES, Topic
-
-__all__ = ["Alerts", "columns"]
 
 
 def columns(frame: pl.DataFrame, names: Sequence[str]) -> Mapping[str, Sequence[Any]]:

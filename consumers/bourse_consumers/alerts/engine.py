@@ -29,8 +29,6 @@ from bourse_schemas.events import (
     TradeEvent,
 )
 
-__all__ = ["GOOD", "Engine", "Known", "Poll", "columns_of", "millis"]
-
 GOOD = frozenset({Outcome.PUBLISHED, Outcome.UNCHANGED})
 BLOCK = 4_000_000
 REBUILT = 64
@@ -74,21 +72,29 @@ class _Group:
         self.clear()
 
     def clear(self) -> None:
-        self.places, self.at = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        # Its first pairs are next to each other; those of instruments that came later are anywhere.
+        self.first, self.rest, self.at = slice(0, 0), np.zeros(0, np.int64), np.zeros(0, np.int32)
         self.numbers: Any = None
 
-    def add(self, places: Any, at: Any, numbers: Sequence[Sequence[float]]) -> None:
-        self.places, self.at = np.append(self.places, places), np.append(self.at, at)
-        table = np.array(numbers, float).T[:, None, :]
-        self.numbers = table if self.numbers is None else np.concatenate([self.numbers, table], axis=2)
+    def add(self, begin: int, at: Any, numbers: Sequence[Sequence[float]]) -> None:
+        table, end = np.array(numbers, float).T[:, None, :], begin + len(at)
+        if self.numbers is None:
+            self.first, self.at, self.numbers = slice(begin, end), at, table
+        else:
+            self.rest, self.at = np.append(self.rest, np.arange(begin, end)), np.append(self.at, at)
+            self.numbers = np.concatenate([self.numbers, table], axis=2)
 
-    def judge(self, board: Board, a: int, b: int) -> tuple[Any, Any]:
-        """Return where the rules may begin and where they are over, rows x pairs."""
+    def judge(self, board: Board, a: int, b: int, begins: Any, overs: Any) -> None:
+        """Write where the rules may begin and where they are over, rows x pairs."""
         view = View(board, a, b, self.at if self.wide else None)
         view.numbers = self.numbers
         true, false = self.when.run(view)
         over = ~true if self.momentary else self.until.run(view)[0] if self.until else false
-        return true & ~over, over
+        begin, count = true & ~over, self.first.stop - self.first.start
+        for whole, part in ((begins, begin), (overs, over)):
+            whole[:, self.first] = part[:, :count]
+            if len(self.rest):
+                whole[:, self.rest] = part[:, count:]
 
 
 class _Moment(NamedTuple):
@@ -98,16 +104,6 @@ class _Moment(NamedTuple):
     at: int
     sequence: int
     day: date
-
-
-class _Terms:
-    """What limits the begins of rules, one array per key."""
-
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.hold = np.array([rule.hold for rule in rules], np.int64)
-        self.cooldown = np.array([rule.cooldown for rule in rules], np.int64)
-        self.once = np.array([rule.once for rule in rules], bool)
-        self.active = np.array([rule.active or (0, DAY_MS) for rule in rules], np.int64).reshape(-1, 2)
 
 
 class _Pairs:
@@ -130,8 +126,14 @@ class _Pairs:
     fired: Any
     firing: Any
 
-    def __init__(self, terms: _Terms) -> None:
-        self._terms, self.count = terms, 0
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.count = 0
+        # What limits the begins, per rule.
+        self._hold, self._cooldown = (
+            np.array([getattr(rule, name) for rule in rules], np.int64) for name in ("hold", "cooldown")
+        )
+        self._once = np.array([rule.once for rule in rules], bool)
+        self._active = np.array([rule.active or (0, DAY_MS) for rule in rules], np.int64).reshape(-1, 2)
         self.episodes: dict[int, Episode] = {}
         self._last: dict[
             int, tuple[int, int]
@@ -139,15 +141,21 @@ class _Pairs:
         for name, (kind, value) in self.KINDS.items():
             setattr(self, name, np.full(0, value, kind))
 
-    def add(self, rules: Sequence[int], who: int, row: int) -> None:
-        end = self.count + len(rules)
+    def add(self, rules: Any, who: Any, row: Any) -> int:
+        """Add pairs; return the number of the first one."""
+        first, end = self.count, self.count + len(rules)
         if end > len(self.rule):
             for name, (kind, value) in self.KINDS.items():
                 new = np.full(max(end, self.count * 5 // 4, 64), value, kind)
                 new[: self.count] = getattr(self, name)[: self.count]
                 setattr(self, name, new)
-        self.rule[self.count : end], self.who[self.count : end], self.valid[self.count : end] = rules, who, row
+        self.rule[first:end], self.who[first:end], self.valid[first:end] = rules, who, row
         self.count = end
+        return first
+
+    def of(self, place: int) -> Any:
+        """Return the pairs of an instrument."""
+        return np.flatnonzero(self.who[: self.count] == place)
 
     def adopt(self, pair: int, alert: PriceAlert) -> None:
         """Continue what is published."""
@@ -162,7 +170,7 @@ class _Pairs:
 
     def step(self, now: _Moment, begin: Any, over: Any, *, torn: bool = False, silent: bool = False) -> list[Change]:
         """Take what may begin and what is over; `silent` keeps only since when each condition holds."""
-        since, firing, terms = self.since[: self.count], self.firing[: self.count], self._terms
+        since, firing = self.since[: self.count], self.firing[: self.count]
         since[:] = np.where(begin, now.at if torn else np.minimum(since, now.at), NEVER_MS)
         if silent:
             return []
@@ -172,11 +180,11 @@ class _Pairs:
         due = np.flatnonzero(begin & ~firing)
         rule = self.rule[due]
         due = due[
-            (now.at - since[due] >= terms.hold[rule])
-            & (now.at - self.raised[due] >= terms.cooldown[rule])
-            & ~(terms.once[rule] & self.fired[due])
-            & (terms.active[rule, 0] <= ms)
-            & (ms < terms.active[rule, 1])
+            (now.at - since[due] >= self._hold[rule])
+            & (now.at - self.raised[due] >= self._cooldown[rule])
+            & ~(self._once[rule] & self.fired[due])
+            & (self._active[rule, 0] <= ms)
+            & (ms < self._active[rule, 1])
         ]
         firing[due], self.raised[due], self.fired[due] = True, now.at, True
         for pair in due.tolist():
@@ -208,8 +216,8 @@ class _Feed:
     It is what their expressions see.
     """
 
-    def __init__(self, rules: Sequence[Rule], terms: _Terms) -> None:
-        self._rules, self._terms = [(n, rule) for n, rule in enumerate(rules) if rule.scope == "feed"], terms
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._all, self._rules = rules, [(n, rule) for n, rule in enumerate(rules) if rule.scope == "feed"]
         self.index = {n: pair for pair, (n, _) in enumerate(self._rules)}
         self._values: dict[str, float] = {}
         self.forget(None)
@@ -218,7 +226,7 @@ class _Feed:
         return self._values[name]
 
     def forget(self, day: date | None) -> None:
-        self.day, self.pairs = day, _Pairs(self._terms)
+        self.day, self.pairs = day, _Pairs(self._all)
         self.pairs.add([n for n, _ in self._rules], -1, 0)
 
     def take(self, marker: PollMarker, at: int, silent: int = 0, *, live: bool = True) -> list[Change]:
@@ -269,9 +277,8 @@ class Engine:
                 self._by_name.setdefault(name, []).append(n)
             if rule.match.patterns or not rule.match.names:
                 self._others.append(n)
-        self._terms = _Terms(rules)
         self._by_rule = {(rule.name, str(rule.scope)): n for n, rule in enumerate(rules)}
-        self._feed = _Feed(rules, self._terms)
+        self._feed = _Feed(rules)
         self._renderer = Renderer(rules, self.board, self._feed)
         self.open()
 
@@ -286,12 +293,11 @@ class Engine:
     def _clear(self, day: date | None) -> None:
         opened = self._opened[1] if self._opened and self._opened[0] == day else None
         self.board.clear(day, opened)
-        self._pairs = _Pairs(self._terms)
-        self._spans: dict[int, list[slice]] = {}  # per instrument where its pairs are
+        self._pairs = _Pairs(self.rules)
+        self._new: dict[int, list[tuple[int, int]]] = {}  # per instrument rules, and from which row, that become pairs
         self._judged, self._begins = list[bool](), list[bool]()
         self._done, self._closed = 0, False
         self._hole: int | None = None  # the last complete row before incomplete ones
-        self._laid = 0  # the pairs that groups have
         for group in self._groups:
             group.clear()
         self.board.members = {
@@ -299,7 +305,7 @@ class Engine:
             for rule in self.rules if rule.scope == "market"
         }  # fmt: skip
         if day is not None:
-            self._add([n for n, rule in enumerate(self.rules) if rule.scope == "market"], -1)
+            self._new[-1] = [(n, 0) for n, rule in enumerate(self.rules) if rule.scope == "market"]
             self._foresee()
 
     # --- polls --------------------------------------------------------------------------------------------------------
@@ -406,10 +412,9 @@ class Engine:
                 if n in self._feed.index and alert.trading_day == self._feed.day:
                     self._feed.pairs.adopt(self._feed.index[n], alert)
             elif alert.trading_day == self.board.day:
-                place = self.board.index.get(alert.instrument or "", -1)
-                for span in self._spans.get(place, ()):
-                    for k in np.flatnonzero(self._pairs.rule[span] == n).tolist():
-                        self._pairs.adopt(span.start + k, alert)
+                for pair in self._pairs.of(self.board.index.get(alert.instrument or "", -1)).tolist():
+                    if self._pairs.rule[pair] == n:
+                        self._pairs.adopt(pair, alert)
         episodes = (*self._pairs.episodes.values(), *self._feed.pairs.episodes.values())
         ours = {episode.alert_id for episode in episodes}
         left = [each for each in last.values() if each.state is AlertState.FIRING and each.alert_id not in ours]
@@ -449,43 +454,38 @@ class Engine:
     def _add_covered(self, rules: Iterable[int], place: int) -> None:
         code, named = self.board.codes[place], self.board.names[place][-1]
         symbol, row = form(named.symbol or ""), max(self.board.rows - 1, 0)
-        covered = {int(n) for span in self._spans.get(place, ()) for n in self._pairs.rule[span]}
-        new = []
+        new = self._new.setdefault(place, [])
+        covered = {*self._pairs.rule[self._pairs.of(place)].tolist(), *(n for n, _ in new)}
         for n in rules:
             if n in covered or not self.rules[n].covers(code, symbol, is_right=named.is_right):
                 continue
             if self.rules[n].scope == "instrument":
-                new.append(n)
+                new.append((n, row))
                 continue
             at, since = self.board.members[self.rules[n].members]
             if place not in at:
                 self.board.members[self.rules[n].members] = np.append(at, place), np.append(since, row)
-        self._add(new, place)
-
-    def _add(self, rules: Sequence[int], place: int) -> None:
-        if not rules:
-            return
-        first = self._pairs.count
-        self._pairs.add(rules, place, max(self.board.rows - 1, 0))
-        self._spans.setdefault(place, []).append(slice(first, self._pairs.count))
 
     def _lay_out(self) -> None:
-        """Give new pairs to their groups, with the numbers that their rules have in the places of the shape."""
-        pairs, rules = self._pairs, self.rules
-        new = np.arange(self._laid, pairs.count, dtype=np.int32)
-        group_of = self._group_of[pairs.rule[new]]
+        """Make pairs, those of a group next to each other, with the numbers that their rules have in its places."""
+        new, self._new = [(n, who, row) for who, some in self._new.items() for n, row in some], {}
+        if not new:
+            return
+        rules, (which, who, row) = self.rules, np.array(new, np.int32).T
+        order = np.argsort(self._group_of[which], kind="stable")
+        which, who = which[order], who[order]
+        first, group_of = self._pairs.add(which, who, row[order]), self._group_of[which]
         for g in np.unique(group_of).tolist():
-            some = new[group_of == g]
-            who = pairs.who[some]
-            each = zip(pairs.rule[some].tolist(), who.tolist(), strict=True)
+            some = slice(*np.searchsorted(group_of, [g, g + 1]))
+            each = zip(which[some].tolist(), who[some].tolist(), strict=True)
             numbers = [rules[n].fixed or numbers_of(rules[n], self.board, i)[: rules[n].places] for n, i in each]
-            self._groups[g].add(some, who, numbers)
-        self._laid = pairs.count
+            self._groups[g].add(first + some.start, who[some], numbers)
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
     def _judge(self, *, silent: bool = False) -> list[Change]:
         """Judge the rows that were not judged yet; `silent` finds out only since when each condition holds."""
+        self._lay_out()
         board, pairs, day, out = self.board, self._pairs, self.board.day, list[Change]()
         step = max(1, BLOCK // max(len(board.codes), pairs.count, 1))
         while day is not None and self._done < board.rows:
@@ -493,11 +493,10 @@ class Engine:
             b = self._done = min(a + step, board.rows)
             with np.errstate(all="ignore"):
                 board.advance(a, b)
-                self._lay_out()
                 begin, over = np.zeros((b - a, pairs.count), bool), np.zeros((b - a, pairs.count), bool)
                 for group in self._groups:
-                    if len(group.places):
-                        begin[:, group.places], over[:, group.places] = group.judge(board, a, b)
+                    if len(group.at):
+                        group.judge(board, a, b, begin, over)
             for row in range(a, b):
                 if self._judged[row]:
                     now = _Moment(row, int(board.times[row]), board.sequences[row], day)

@@ -21,11 +21,6 @@ import numpy as np
 from bourse_consumers.mistakes import Mistake, near
 from bourse_schemas.events import FeedState
 
-__all__ = [
-    "COLUMNS", "PLAIN", "RESERVED", "STATES", "Compiler", "Expression", "Needs", "Node", "Past", "Side", "Span",
-    "corrected", "fill", "limits", "overlap", "parse", "span",
-]  # fmt: skip
-
 COLUMNS = (
     "open_price", "high_price", "low_price", "last_price", "closing_price", "previous_close", "volume", "value",
     "trade_count", "shares_outstanding", "market_value",

@@ -6,25 +6,12 @@ import ast
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from math import isnan
 from typing import Any, NamedTuple
 
 from bourse_consumers.alerts.expressions import STATES, Expression, Kind, Side, Span
-
-__all__ = [
-    "FIELDS",
-    "LANGUAGES",
-    "SPEC",
-    "Part",
-    "Texts",
-    "describe",
-    "describe_feed",
-    "percent_spec",
-    "show",
-    "split",
-    "usual",
-]
 
 LANGUAGES = ("fa", "en")
 COMMA = {"fa": "، ", "en": ", "}
@@ -80,21 +67,27 @@ def show(value: float | None, kind: Kind, spec: str, language: str, unit: str = 
         return _duration(int(value), language)
     if kind == "state":
         return str(STATES[int(value)])
-    if "." in spec or spec[-1:] in {"f", "%"}:
-        spec += "" if spec[-1] in "f%" else "f"
-    elif float(value).is_integer():
-        value, spec = int(value), spec or ","
-    else:
-        spec = (spec or ",") + ".2f"
-    text = format(value, spec) + unit
-    if text[0] == "-" and not text.strip("-0.,%"):
-        text = text[1:]
+    text = _number(value, spec) + unit
     if language == "en":
         return text
     text = text.translate(PERSIAN)
     return f"{LRI}{text}{PDI}" if text[0] in "+-" or text[-1] == "٪" else text
 
 
+@lru_cache(1 << 12)
+def _number(value: float, spec: str) -> str:
+    """Return a number as English texts show it; it is asked for once per language."""
+    if "." in spec or spec[-1:] in {"f", "%"}:
+        spec += "" if spec[-1] in "f%" else "f"
+    elif float(value).is_integer():
+        value, spec = int(value), spec or ","
+    else:
+        spec = (spec or ",") + ".2f"
+    text = format(value, spec)
+    return text[1:] if text[0] == "-" and not text.strip("-0.,%") else text
+
+
+@lru_cache(1 << 12)
 def _duration(ms: int, language: str) -> str:
     seconds = ms // 1000
     counts = (seconds // 3600, seconds // 60 % 60, seconds % 60 if seconds < 60 else 0)

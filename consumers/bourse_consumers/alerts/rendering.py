@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from hashlib import sha1
 from math import isnan
 from typing import Any, NamedTuple
@@ -20,8 +21,6 @@ from bourse_consumers.alerts.expressions import Node, fill, percent
 from bourse_consumers.alerts.rule import Rule, form
 from bourse_schemas.events import AlertState, PollMarker, PriceAlert, ResolvedBy, Scope
 
-__all__ = ["Change", "Episode", "Renderer", "instant", "millis", "numbers_of"]
-
 NAMESPACE = UUID("5a0e6c0e-6f0f-5c53-9a51-0d8f1b1f7d11")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MS = timedelta(milliseconds=1)
@@ -33,6 +32,7 @@ def millis(at: datetime) -> int:
     return (at - EPOCH) // MS
 
 
+@lru_cache(1 << 12)
 def instant(ms: int) -> datetime:
     """Return milliseconds since 1970 as an instant."""
     return EPOCH + ms * MS

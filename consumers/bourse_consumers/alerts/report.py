@@ -12,8 +12,6 @@ from bourse_consumers.alerts.trial import Trial
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN, AlertState
 
-__all__ = ["page"]
-
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 1000, 260, 70, 14, 24
 COLORS = ("c2410c", "1d4ed8", "15803d", "7e22ce", "be123c", "0e7490", "a16207", "4d7c0f", "9d174d", "3730a3", "115e59")
 STYLE = """

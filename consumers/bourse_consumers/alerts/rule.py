@@ -14,8 +14,6 @@ from bourse_consumers.alerts.expressions import Expression, Needs, Scope
 from bourse_consumers.alerts.messages import Texts
 from bourse_schemas.events import Severity, tidy
 
-__all__ = ["CODE", "MARKETS", "Match", "Rule", "Table", "form"]
-
 CODE = re.compile(r"[A-Z0-9]{12}")
 # By the first four letters of the code.
 MARKETS = {

@@ -36,8 +36,6 @@ from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, poin
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Severity, tidy
 
-__all__ = ["RuleFiles", "compile_rule", "load", "strangers"]
-
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)")
 DAY_MS = 86_400_000
 LONGEST_TEXT, LONGEST_NAME = 4_000, 100

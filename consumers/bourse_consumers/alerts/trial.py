@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from bourse_consumers.alerts.engine import Engine, Poll, columns_of, millis
+from bourse_consumers.alerts.engine import Engine, Poll, columns_of
 from bourse_consumers.alerts.expressions import limits
+from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rule import Rule
 from bourse_schemas.errors import ConfigurationError, counted
 from bourse_schemas.events import TEHRAN, AlertState, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
-
-__all__ = ["Episodes", "Past", "Trial", "day_of", "polls_of", "read", "real_day"]
 
 TICK_MS = 10_000
 LONGEST_SILENCE_MS = 24 * 3_600_000

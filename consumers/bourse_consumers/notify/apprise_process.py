@@ -15,8 +15,6 @@ from typing import Any
 
 from apprise import Apprise, AppriseAsset, NotifyFormat, OverflowMode
 
-__all__ = ["open_service"]
-
 # What Apprise logs may show an address; its results have the reasons, too.
 logging.getLogger("apprise").propagate = False
 logging.getLogger("apprise").addHandler(logging.NullHandler())

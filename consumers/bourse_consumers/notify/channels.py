@@ -33,8 +33,6 @@ from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TEHRAN, PriceAlert
 
-__all__ = ["Apprised", "Channel", "NotSent", "Refused", "Unacceptable", "Webhook", "load"]
-
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 DAY_SECONDS = 86_400
 WAYS = {"url", "webhook", "alertmanager"}

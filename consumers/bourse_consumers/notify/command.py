@@ -13,8 +13,6 @@ from bourse_schemas.errors import ConfigurationError
 if TYPE_CHECKING:
     from bourse_consumers.notify.consumer import Notify
 
-__all__ = ["consume_notify", "notify"]
-
 
 def _consumers(path: Path, language: str = "en", **options: Any) -> dict[str, Notify]:
     try:

@@ -22,8 +22,6 @@ from bourse_consumers.records import dead_letter
 from bourse_schemas.events import AlertState, PriceAlert, Reason, ResolvedBy, Stage
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, Topic
 
-__all__ = ["Alertmanager", "Notify", "consumer_of"]
-
 # How long a stop waits for the answer to the message in hand.
 STOP_SECONDS = 1.0
 

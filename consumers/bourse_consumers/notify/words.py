@@ -19,8 +19,6 @@ from persiantools import digits
 
 from bourse_schemas.events import TEHRAN, AlertState, PriceAlert, ResolvedBy, Scope, Severity
 
-__all__ = ["Message", "Writer", "example", "split"]
-
 LINES = 20
 AGED = timedelta(minutes=2)
 PRACTICE = timedelta(days=366)  # an alert that is older is of a replayed day: it counts as new
