@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -22,8 +23,8 @@ from msgspec import structs
 
 from benchmarks.figures import ROOT, Figure
 from bourse_consumers.alerts.engine import Engine, Poll, columns_of
-from bourse_consumers.alerts.expressions import Compiler, Needs, parse
 from bourse_consumers.alerts.rule import Match, Rule
+from bourse_consumers.alerts.rules_file import compile_rule
 from bourse_consumers.alerts.trial import polls_of, read, real_day
 from bourse_schemas.events import PollMarker, TradeEvent
 
@@ -64,15 +65,9 @@ def rules(number: int, match: Callable[[int], Match]) -> list[Rule]:
     """Return rules of ten shapes and five windows."""
     found = []
     for n in range(number):
-        needs = Needs()
-        compiler = Compiler("instrument", {}, (), needs)
-        text = SHAPES[n % 10].format(w=WINDOWS[n // 10 % 5], x=2 + n // 50 % 10 * 0.5)
-        when = compiler(parse(text), ["truth"])
-        moment = when.node.momentary
-        found.append(Rule(
-            f"r{n}", when, hold=0 if moment else 120_000, cooldown=900_000, match=match(n), needs=needs,
-            numbers=tuple(compiler.numbers), places=len(compiler.numbers),
-        ))  # fmt: skip
+        rule = compile_rule(SHAPES[n % 10].format(w=WINDOWS[n // 10 % 5], x=2 + n // 50 % 10 * 0.5))
+        hold = 0 if rule.momentary else 120_000
+        found.append(replace(rule, name=f"r{n}", hold=hold, cooldown=900_000, match=match(n)))
     return found
 
 

@@ -20,8 +20,9 @@ from structlog.testing import capture_logs
 
 from bourse_cli.health import Monitor
 from bourse_cli.root import bourse
+from bourse_consumers.alerts.board import Named
 from bourse_consumers.alerts.consumer import Alerts
-from bourse_consumers.alerts.engine import Engine, Known, Poll, columns_of
+from bourse_consumers.alerts.engine import Engine, Poll, columns_of
 from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rules_file import RuleFiles, compile_rule, load, strangers
 from bourse_consumers.alerts.trial import Trial, polls_of
@@ -72,7 +73,7 @@ def marker(sequence: int, minute: float, **given: Any) -> PollMarker:
 class Market:
     """An engine, and polls for it."""
 
-    def __init__(self, folder: Path, *rules: str, known: dict[str, Known] | None = None, **files: str) -> None:
+    def __init__(self, folder: Path, *rules: str, known: dict[str, Named] | None = None, **files: str) -> None:
         for name, text in files.items():
             (folder / name.replace("_", ".")).write_text(text, "utf-8")
         path = folder / "rules.yaml"
@@ -227,7 +228,7 @@ def test_conditions_that_could_not_be_said_before(tmp_path: Path) -> None:
         "scope: market, when: share(plp < 0) >= 0.5 and count(plp < 0) >= 1",
         "when: quiet >= 2m, match: {symbols: [غایب]}",
         "when: last_price <= stop, match: {table: levels.csv}",
-        known={"IRO1GONE0001": Known("غایب", "شرکت غایب", is_right=False)},
+        known={"IRO1GONE0001": Named(0, "غایب", "شرکت غایب", is_right=False)},
         levels_csv="\ufeffنماد;stop\nنماد;۹۷۰\nدیگر;\n",
     )
     assert market.poll(0, event(1049, closing_price=1049)) == []

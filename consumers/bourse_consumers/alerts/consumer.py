@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from bourse_cli.logs import get_logger
-from bourse_consumers.alerts.engine import Engine, Known, Poll
+from bourse_consumers.alerts.board import Named
+from bourse_consumers.alerts.engine import Engine, Poll
 from bourse_consumers.alerts.rendering import millis
 from bourse_consumers.alerts.rules_file import RuleFiles, strangers
 from bourse_consumers.api import Day, Emit, MarketConsumer, Reopen, WholePoll
@@ -45,9 +46,9 @@ class Alerts(MarketConsumer):
         """Begin with the trading day under way; episodes published on it continue."""
         self._files.refresh()
         candles = [candle for candle in day.read(CANDLES) if isinstance(candle, Candle)]
-        known = {candle.instrument: Known(candle.symbol, candle.title, candle.is_right) for candle in candles}
+        known = {candle.instrument: Named(0, candle.symbol, candle.title, candle.is_right) for candle in candles}
         if known:
-            for text in strangers(self._files.rules, {code: each.symbol for code, each in known.items()}):
+            for text in strangers(self._files.rules, {code: each.symbol or "" for code, each in known.items()}):
                 self._log.warning("rule names an unknown instrument", error=text)
         self._engine = Engine(self._files.rules, known)
         self._engine.open(alert for alert in day.read(ALERTS) if isinstance(alert, PriceAlert))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec import structs
 
-from bourse_consumers.alerts.board import Board, View
+from bourse_consumers.alerts.board import Board, Named, View
 from bourse_consumers.alerts.expressions import STATES, Needs
 from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of
 from bourse_consumers.alerts.rule import Rule, form
@@ -53,14 +53,6 @@ class Poll(NamedTuple):
     events: Mapping[str, Sequence[Any]]
     replay: bool = False
     complete: bool = True
-
-
-class Known(NamedTuple):
-    """What is known of an instrument before its first event of the day."""
-
-    symbol: str
-    title: str
-    is_right: bool
 
 
 class _Group:
@@ -250,7 +242,7 @@ class Engine:
     `known` are the instruments that earlier days had, by code: rules that name one judge it before its first event.
     """
 
-    def __init__(self, rules: Sequence[Rule], known: Mapping[str, Known] | None = None) -> None:
+    def __init__(self, rules: Sequence[Rule], known: Mapping[str, Named] | None = None) -> None:
         self.rules, self.known = rules, known or {}
         needs = Needs()
         for rule in rules:

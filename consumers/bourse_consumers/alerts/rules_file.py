@@ -41,15 +41,12 @@ DAY_MS = 86_400_000
 LONGEST_TEXT, LONGEST_NAME = 4_000, 100
 
 
-def compile_rule(when: str, scope: Scope = "instrument", **given: Any) -> Rule:
+def compile_rule(when: str) -> Rule:
     """Return a rule of one expression; raise Mistake. Rules of files are made by `load`."""
-    needs, members = Needs(), "one" if scope == "market" else ""
-    compiler = Compiler(scope, {}, (), needs, members)
+    compiler = Compiler("instrument", {}, (), needs := Needs())
     expression = compiler(parse(when), ["truth"])
     numbers = tuple(compiler.numbers)
-    return Rule(
-        "try", expression, scope=scope, needs=needs, numbers=numbers, places=len(numbers), members=members, **given
-    )
+    return Rule("try", expression, needs=needs, numbers=numbers, places=len(numbers))
 
 
 # --- values of keys ---------------------------------------------------------------------------------------------------
@@ -473,7 +470,7 @@ class RuleFiles:
         self._read: dict[Path, _File] = {}
         self.rules: list[Rule] = []
         self.refresh()
-        if wrong := [each.error for each in self._read.values() if each.error]:
+        if wrong := self._errors():
             raise ConfigurationError("\n".join(wrong))
         if not self._read:
             raise ConfigurationError(f"{paths[0]}: the folder has no *.yaml files")
@@ -481,8 +478,11 @@ class RuleFiles:
     @property
     def trouble(self) -> str | None:
         """Return which files are wrong and keep their rules of before."""
-        wrong = [each.error for each in self._read.values() if each.error]
+        wrong = self._errors()
         return f"the rules of before are in force: {'; '.join(wrong)}" if wrong else None
+
+    def _errors(self) -> list[str]:
+        return [each.error for each in self._read.values() if each.error]
 
     def refresh(self, *, force: bool = False) -> bool:
         """Read what has changed; return whether the rules in force have."""
@@ -494,12 +494,9 @@ class RuleFiles:
             if before and not force and before.look == _look([path, *before.depends]):
                 continue
             rules, depends, error = load(path, self._channels, self._language)
-            look = _look([path, *depends])
-            if rules is None:
-                self._read[path] = _File(look, depends, before.rules if before else [], error)
-            else:
-                self._read[path] = _File(look, depends, rules)
-                changed = True
+            kept = rules if rules is not None else before.rules if before else []
+            self._read[path] = _File(_look([path, *depends]), depends, kept, error)
+            changed = changed or rules is not None
         if changed:
             several = len(self._read) > 1
             self.rules = [
