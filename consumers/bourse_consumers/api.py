@@ -274,13 +274,13 @@ class Day:
 class Retry(BourseError):
     """An external system failed: deliver the same batch again later; its partitions are paused meanwhile.
 
-    Without `after` the runner doubles the wait from half a second up to a minute. With it the wait is planned: it takes
-    that many seconds, is not counted as a failure, and the service stays ready.
+    `after` is the wait in seconds; without it the runner doubles the wait from half a second up to a minute. If nothing
+    is at `fault`, the wait is not counted as a failure, and the service stays ready.
     """
 
-    def __init__(self, message: str, after: float | None = None) -> None:
+    def __init__(self, message: str, after: float | None = None, *, fault: bool = True) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.fault = after, fault
 
 
 class Reject(BourseError):

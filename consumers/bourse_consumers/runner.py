@@ -233,16 +233,16 @@ class Runner:
             try:
                 result = method()
             except (Retry, Unreachable) as error:
-                after = error.after if isinstance(error, Retry) else None
+                after, fault = (error.after, error.fault) if isinstance(error, Retry) else (None, True)
                 if self._stop.is_set():
                     raise _GivenUp from error
                 seconds = next(waits) if after is None else after
-                if after is None:
+                if fault:
                     self._log.warning("retrying", error=str(error), wait_seconds=round(seconds, 1))
                     self._metrics.retries.labels(self._name).inc()
                 else:
                     self._log.info("waiting", reason=str(error), wait_seconds=round(seconds, 1))
-                self._monitor.unready("retrying", str(error) if after is None else None)
+                self._monitor.unready("retrying", str(error) if fault else None)
                 self._measure_lag()
                 self._monitor.beat(seconds + TURN_SECONDS)
                 if not self._stream.wait(seconds, self._stop.is_set):

@@ -56,7 +56,7 @@ class Notify(Consumer):
             return []
         if seconds := self._channel.wait(self._now()):
             self._waited = True
-            raise Retry("outside the active hours", after=seconds)
+            raise Retry("outside the active hours", after=seconds, fault=False)
         if self._waited:
             self._waited = False
             raise Reopen("the active hours begin")  # all that has come meanwhile becomes one message
