@@ -108,14 +108,17 @@ class KafkaMarket(KafkaBase):
         """Publish emits and commit the polls, in one transaction; refused if another member is active."""
         if self._reader is None or self._changed or self._election.term() != self._term:
             raise StreamBroken("this member is no longer active")
-        # A new producer fences a member that was elected meanwhile, if this member does not know yet: then it must not
-        # go on with what it has in memory.
-        if self._transactions.prepare() and self._committed_poll(self._reader) != self._committed_at:
-            raise StreamBroken("another member was active meanwhile")
-        at = offsets.get(self._marks, self._committed_at)
+        reader, at = self._reader, offsets.get(self._marks, self._committed_at)
+
+        def renewed() -> None:
+            # A new producer fences a member that was elected meanwhile, if this member does not know yet: then it must
+            # not go on with what it has in memory.
+            if self._committed_poll(reader) != self._committed_at:
+                raise StreamBroken("another member was active meanwhile")
+
         try:
             positions = [TopicPartition(*self._marks, at)]
-            self._transactions.commit(emits, positions, self._reader.consumer_group_metadata())
+            self._transactions.commit(emits, positions, reader.consumer_group_metadata(), renewed)
         except StreamBroken as error:
             cause = error.__cause__
             if isinstance(cause, KafkaException) and cause.args[0].code() in FENCED:

@@ -293,6 +293,7 @@ class KafkaStream(KafkaBase):
                     gone = "the topic no longer has the committed offset: beginning at its start"
                     self._log.warning(gone, **about, committed=at, start=first[partition])
         self.commit((), ends)
+        self._next = dict(begin)  # the lag counts from here while the consumer waits for its store
         before: dict[Partition, int | None] = {**begin, **dict.fromkeys(fresh)}
         ask: dict[str, Any] = {"read": self._read, "identity": self._cluster.identity}
         return Assignment(begin, lambda: self._day_start(before), first, fresh=fresh, **ask)

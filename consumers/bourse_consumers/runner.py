@@ -243,14 +243,21 @@ class Runner:
                 else:
                     self._log.info("waiting", reason=str(error), wait_seconds=round(seconds, 1))
                 self._monitor.unready("retrying", str(error) if fault else None)
-                self._measure_lag()
-                self._monitor.beat(seconds + TURN_SECONDS)
-                if not self._stream.wait(seconds, self._stop.is_set):
+                self._due.pop(self._measure_lag, None)
+                if not self._stream.wait(seconds, self._should_stop):
                     self._opened = self._opened and self._stop.is_set()
                     raise _GivenUp from error
             else:
                 self._monitor.unready("retrying", None)
                 return result
+
+    def _should_stop(self) -> bool:
+        """Return whether a wait is to end; it may last for hours: give signs of life and measure the lag meanwhile."""
+        self._monitor.beat(TURN_SECONDS)
+        if (now := time.monotonic()) >= self._due.get(self._measure_lag, 0.0):
+            self._due[self._measure_lag] = now + LAG_SECONDS
+            self._measure_lag()
+        return self._stop.is_set()
 
     # --- assignment ---------------------------------------------------------------------------------------------------
 
@@ -396,10 +403,11 @@ def _judge(
     if not rejected:
         last.extend([None] * min(len(records), JUDGED_RECORDS))
         return last
-    for record in records:
+    for left, record in zip(range(len(records) - 1, -1, -1), records, strict=True):
         last.append(rejected.get(record.origin))
         bad = len(last) - last.count(None)
-        if bad >= FEW_RECORDS and bad > max_share * len(last):
+        # Only a full window or a whole batch is judged: a start in a short bad spell would stop every time.
+        if (len(last) == JUDGED_RECORDS or not left) and bad >= FEW_RECORDS and bad > max_share * len(last):
             first = next(why for why in last if why is not None)
             raise BourseError(
                 f"{bad / len(last):.0%} of the last {len(last)} records were rejected, the first because: {first}. "

@@ -7,7 +7,7 @@ hangs ends the process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,13 +69,20 @@ class Transactions:
         self._producer = producer
         return True
 
-    def commit(self, emits: Sequence[Emit], offsets: Sequence[TopicPartition], group: Any) -> None:
-        """Publish emits and commit offsets, all or nothing.
+    def commit(
+        self,
+        emits: Sequence[Emit],
+        offsets: Sequence[TopicPartition],
+        group: Any,
+        renewed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Publish emits and commit offsets, all or nothing; `renewed` is called before if the producer is a new one.
 
         Raises StreamBroken; BourseError if an emit is too large.
         """
         records = [self._serializers[emit.topic](emit.event) for emit in emits]
-        self.prepare()
+        if self.prepare():
+            renewed()
         assert self._producer is not None  # noqa: S101  # for the type checker: `prepare` made it
         self._too_large = None
         try:

@@ -315,8 +315,13 @@ def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for
     """While it waits nothing is fetched, nothing is lost, and a rebalance gets through."""
 
     class Down(Copy):
-        down = True
+        away = down = True
         tries = 0
+
+        def open(self, assigned: Assignment) -> Rebuild:
+            if self.away:
+                raise Retry("the database is away", after=0.2)
+            return super().open(assigned)
 
         def process(self, batch: Batch) -> list[Emit]:
             self.tries += 1
@@ -331,6 +336,8 @@ def test_a_retry_holds_the_records_and_the_membership(cluster: Cluster, wait_for
         def lag() -> float:
             return runner._monitor.registry.get_sample_value("bourse_consumer_lag", {"consumer": "test"}) or 0
 
+        wait_for(lambda: lag() >= 3000, 20)
+        one.away = False
         wait_for(lambda: one.tries >= 3 and lag() > 1000, 20)
         before = lag()
         publish(cluster, market(200, first=3001))
