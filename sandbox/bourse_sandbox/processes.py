@@ -163,7 +163,8 @@ def _guard(status: int) -> None:
         signal_group(signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
-    os.write(status, str(child.pid).encode())
+    with contextlib.suppress(BrokenPipeError):  # the parent was interrupted meanwhile
+        os.write(status, str(child.pid).encode())
     os.close(status)
     code = child.wait()
     signal_group(signal.SIGKILL)  # what the child left behind in its group

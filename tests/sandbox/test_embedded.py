@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import bourse_sandbox.kafka
+import bourse_sandbox.processes
 from bourse_sandbox.jars import Artifact, KafkaUnavailable, fetch, read_lock
 from bourse_sandbox.kafka import BOOTSTRAP, Kafka, MockKafka, java
 from bourse_sandbox.processes import spawn
@@ -109,6 +111,24 @@ def test_what_a_child_leaves_behind_is_ended_with_it(wait_for: WaitFor, tmp_path
     assert spawn(_python(code), stdout=log).wait(10) == 0
     grandchild = int(log.read_text().split()[0])
     wait_for(lambda: _gone(grandchild))
+
+
+def test_a_child_ends_with_a_parent_that_was_interrupted_while_it_started(tmp_path: Path, wait_for: WaitFor) -> None:
+    """Nobody reads the child's process id any more; its guardian goes on all the same."""
+    report, status = os.pipe()
+    os.close(report)
+    command = [sys.executable, "-I", "-S", bourse_sandbox.processes.__file__, str(status)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[status]) as guardian:
+        os.close(status)
+        file = tmp_path / "pid"
+        code = f"import os, time, pathlib; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)"
+        assert guardian.stdin
+        guardian.stdin.write(json.dumps(_python(code)).encode() + b"\n")
+        guardian.stdin.flush()
+        pid = int(wait_for(lambda: file.exists() and file.read_text(), 30))
+        assert not _gone(pid)
+        guardian.stdin.close()
+        wait_for(lambda: _gone(pid), 30)
 
 
 def test_a_program_that_is_not_there_is_an_error_at_once() -> None:
