@@ -13,7 +13,7 @@ import msgspec
 
 from bourse_cli.configuration import config_name
 from bourse_cli.options import cluster_options
-from bourse_schemas.errors import ConfigurationError, counted
+from bourse_schemas.errors import ConfigurationError, Unreachable, counted
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, POLLS, TOPICS, Topic
 
@@ -174,6 +174,7 @@ def plan_topics(
             raise ConfigurationError(f"{name} has {held}, which cannot be reduced to {wants}: {advice}")
         # min.insync.replicas depends on the replicas that the topic has: they are not altered here.
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
+        cluster.require_size(name, {**settings, **existing.settings})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
         plans.append(replace(existing, alter=alter))
     return plans
@@ -234,4 +235,6 @@ def apply_topics(cluster: Cluster, plans: list[Plan]) -> None:
         if wanted.keys() == grown == cluster.topic_settings(wanted).keys():
             break
         time.sleep(0.02)
+    else:
+        raise Unreachable(f"not every broker has {', '.join(wanted)} within {TIMEOUT_SECONDS:.0f} s: run it again")
     cluster.require_sizes(wanted)

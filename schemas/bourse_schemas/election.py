@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
-from confluent_kafka import OFFSET_END, KafkaException
+from confluent_kafka import OFFSET_END, KafkaError, KafkaException
 
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS
@@ -137,7 +137,7 @@ class Election:
                     continue
                 if refusal := self._cluster.refusal(error, topic=name, group=self._group):
                     raise refusal
-                if error.fatal():
+                if error.code() == KafkaError._FATAL:  # noqa: SLF001  # its name; `fatal()` is false for it
                     raise KafkaException(error)
         finally:
             self._set(None)

@@ -199,6 +199,18 @@ def test_a_notice_comes_and_goes_and_is_in_the_last_frame(feed: Feed, tmp_path: 
             assert [frame["notice"] for _, frame in frames][-1] == {"fa": "Bye", "en": "Bye"}
 
 
+def test_a_board_that_cannot_make_a_frame_does_not_go_on(
+    feed: Feed, wait_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages would not change any more, and nobody would notice."""
+    publisher = server.Publisher(feed, Monitor("board"))  # type: ignore[arg-type]
+    feed.failed = None
+    with serve(server.application(publisher)) as served:
+        assert snapshot(served.url)["live"] is True
+        monkeypatch.setattr(publisher, "tick", lambda _: 1 / 0)
+        wait_for(lambda: isinstance(feed.failed, ZeroDivisionError))
+
+
 def test_what_an_operator_needs_is_in_the_metrics(
     url: str, feed: Feed, tmp_path: Path, wait_for: Callable[..., Any]
 ) -> None:

@@ -489,7 +489,8 @@ def test_topics_refuse_what_is_too_small_or_too_many(ready: Place) -> None:
     cluster = ready.cluster("admin")
     name = f"{PREFIX}.candles"
     with _setting(ready, name, "max.message.bytes", "1000"):
-        for user, words in {"topics": APPLY, "doctor": DOCTOR, "produce": (*PRODUCE, "--once")}.items():
+        dry = (*APPLY, "--dry-run")
+        for user, words in {"topics": APPLY, "admin": dry, "doctor": DOCTOR, "produce": (*PRODUCE, "--once")}.items():
             run = ready.run(user, *words)
             assert run.returncode != 0
             assert f"{name} refuses our largest batch" in run.stdout + run.stderr

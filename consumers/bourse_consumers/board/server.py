@@ -187,10 +187,14 @@ class Publisher:
             self.clients -= 1
 
     async def run(self) -> None:
-        """Make frames until `stop` is set, and a last one then."""
+        """Make frames until `stop` is set, and a last one then. An error is the feed's, and ends the board."""
         while not self.ended:
             ending = self._stop.is_set()
-            await asyncio.to_thread(self.tick, time.monotonic())
+            try:
+                await asyncio.to_thread(self.tick, time.monotonic())
+            except Exception as error:  # the command waits for this
+                self.feed.failed = error
+                return
             self.monitor.beat(10 * BEAT_SECONDS)
             self.ended = ending
             woken, self.woken = self.woken, asyncio.Event()
