@@ -91,7 +91,7 @@ def _poll_seconds(speed: str) -> float:
         number = float("inf") if speed == "max" else float(speed)
     except ValueError:
         number = 0.0
-    if number <= 0 or (number == float("inf")) != (speed == "max"):
+    if not number > 0 or (number == float("inf")) != (speed == "max"):
         raise ConfigurationError(f"--speed {speed}: give a number above 0, or max")
     return 60 / number
 
@@ -190,11 +190,14 @@ class Demo:
         self._services.push(self._stack)
         self._services.callback(lambda: self._end(*self._children))
         if not self.as_json:
-            board = ["board", "--notice", str(self._folder / "notice")]
-            self._board = self._serve("board", *board, port=_free(BOARD_PORT))
+            self._spawn("board", "board", "--notice", str(self._folder / "notice"))
         with self._step("Kafka, registry, topics"):
             self._stack.__enter__()
-        self._let("board", "archive", "alerts")
+        if not self.as_json:
+            port = _free(BOARD_PORT)  # not earlier: another demo may have taken it meanwhile
+            self._board = f"http://127.0.0.1:{port}"
+            self._let("board", BOURSE_BOARD_HTTP=str(port))
+        self._let("archive", "alerts")
         if self._stack.note:
             click.echo(self._stack.note, err=True)
         registry, prefix = self._stack.cluster.registry(), self._stack.cluster.prefix
@@ -243,8 +246,8 @@ class Demo:
         captured = ["--capture", str(self._folder / "capture" / name)]
         self._serve(name, "produce", "--address", self._exchange, *timing, *captured)
 
-    def _serve(self, name: str, *command: str, port: int = 0) -> str:
-        port = port or free_port()
+    def _serve(self, name: str, *command: str) -> str:
+        port = free_port()
         self._spawn(name, *command, "--http", str(port))
         return f"http://127.0.0.1:{port}"
 
@@ -254,10 +257,10 @@ class Demo:
         warm = [sys.executable, "-m", "bourse_sandbox.warm", str(begin), IMPORTS[name]]
         self._children[name] = spawn([*warm, *command], stdout=log, stderr=log)
 
-    def _let(self, *names: str) -> None:
+    def _let(self, *names: str, **more: str) -> None:
         """Let services begin, in the environment of the cluster."""
         for name in names:
-            new = private_file(self._logs / "new", json.dumps(self._stack.environment))
+            new = private_file(self._logs / "new", json.dumps(self._stack.variables | more))
             new.replace(self._logs / f"{name}.begin")
 
     def _answers(self, url: str) -> bool:
@@ -371,7 +374,8 @@ class Demo:
     def _is_settled(self) -> bool:
         """Return whether every event was archived, and read by the alerts."""
         table = self._archive()
-        if sum(file.rows for file in table.files()) != len(self._events) if table else self._events:
+        rows = sum(file.rows for file in table.files()) if table else 0
+        if rows != len(self._events):
             return False
         if not self._events or self._stack.kind == "mock":  # which forgets offsets committed in a transaction
             return True

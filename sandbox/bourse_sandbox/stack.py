@@ -71,8 +71,12 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """Return the environment that points our commands at this cluster."""
+        return os.environ | self.variables
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Return the variables that do so; they hold no secret, the account is that of the practice exchange."""
         return {
-            **os.environ,
             "BOURSE_BOOTSTRAP_SERVERS": self.cluster.bootstrap_servers,
             "BOURSE_REGISTRY_URL": self.cluster.registry_url,
             "BOURSE_TOPIC_PREFIX": self.cluster.prefix,

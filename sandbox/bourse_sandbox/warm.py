@@ -1,7 +1,7 @@
 """A command of ours that begins later: `warm FILE MODULE ARGUMENT…`.
 
-It imports the module at once, which takes a second, waits until the file has the environment to run in, as JSON, and
-then is `bourse ARGUMENT…`.
+It imports the module at once, which takes a second, waits until the file has variables of its environment, as JSON,
+and then is `bourse ARGUMENT…`.
 """
 
 import json

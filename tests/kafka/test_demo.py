@@ -138,7 +138,8 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(
     """
     out = tmp_path / "out"
     command = [*BOURSE, "demo", "--broker", "kafka", "--speed", "300"]
-    with spawn(command, cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
+    environment = {**os.environ, "OF_THE_USER": "a secret of another program"}
+    with spawn(command, env=environment, cwd=tmp_path, stdout=out, stderr=tmp_path / "err") as demo:
 
         def shown() -> str:
             return out.read_text("utf-8") if out.is_file() else ""
@@ -157,6 +158,9 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(
         expect(tab.locator("#notice")).to_be_hidden()
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0, shown() + (tmp_path / "err").read_text("utf-8")
+    written = [path.read_bytes() for path in tmp_path.glob("data/*/logs/*")]
+    assert written
+    assert not any(b"of another program" in each for each in written)
     proof = re.search("Proof: (.*)\\.", shown())
     assert proof
     tab.click("#lang")
@@ -201,6 +205,7 @@ def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any], br
     [
         (["--speed", "0"], "--speed"),
         (["--speed", "fast"], "--speed"),
+        (["--speed", "nan"], "--speed"),
         (["--replay", "nowhere.gz"], "nowhere.gz"),
         (["--broker", "nonsense"], "HOST:PORT"),
         (["--rules", "nowhere.yaml"], "nowhere.yaml"),
