@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
 from bourse_cli.configuration import configure, origin, read_config
 from bourse_schemas.errors import BourseError, ConfigurationError, did_you_mean
+
+# The name of threads that may be in a call which does not return, and which the end of the process does not wait for.
+UNATTENDED = "unattended"
 
 
 class EntryPoint(NamedTuple):
@@ -185,4 +190,20 @@ def main() -> None:
     except BourseError as error:
         click.echo(f"Error: {error}", err=True)
         code = 2 if isinstance(error, ConfigurationError) else 1
-    sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:  # a bug: Python's own traceback
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    _end(code if isinstance(code, int) else 0)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process, at once if there are unattended threads.
+
+    One that comes back from Rust or C++ while Python ends would abort it.
+    """
+    if any(thread.name == UNATTENDED for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

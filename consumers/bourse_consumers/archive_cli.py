@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import click
 
 from bourse_cli.options import cluster_options
 from bourse_consumers.archive.command import NAMES, TO, TOPIC, one_table, tables
-from bourse_schemas.errors import ConfigurationError, counted
+from bourse_schemas.errors import BourseError, ConfigurationError, counted
 from bourse_schemas.events import TEHRAN
 from bourse_schemas.kafka import Cluster
 
@@ -24,6 +26,17 @@ DAY: dict[str, Any] = {
     "metavar": "DATE",
     "callback": lambda _, __, value: value and value.date(),
 }
+
+
+@contextmanager
+def whole_days() -> Iterator[None]:
+    """Raise the store's error as what it means to the operator of a command that changes a table."""
+    from bourse_consumers.archive.storage import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        raise BourseError(f"{error}; no day is half changed: run it again when the cause is gone") from error
 
 
 @click.group
@@ -72,6 +85,7 @@ def verify(
 @click.option("--from-topic", is_flag=True, help="Write them again. Without it they are listed.")
 @cluster_options
 @click.pass_context
+@whole_days()
 def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, from_topic: bool) -> None:
     """Verify an archive and write the days and partitions that have findings again, from what the topics still have.
 
@@ -107,6 +121,7 @@ def repair(ctx: click.Context, cluster: Cluster, *, to: str, topic: str | None, 
 @click.option("--day", **DAY, help="Only this day.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
+@whole_days()
 def optimize(
     ctx: click.Context, *, to: str, topic: str | None, before: date | None, day: date | None, as_json: bool
 ) -> None:
@@ -141,6 +156,7 @@ def optimize(
 @TO
 @TOPIC
 @click.option("--before", **DAY, required=True, help="Remove the days before this one.")
+@whole_days()
 def forget(*, to: str, topic: str, before: date) -> None:
     """Remove old days from the table. Their files are deleted when it is optimized, seven days later."""
     from bourse_consumers.archive.maintenance import forget as remove

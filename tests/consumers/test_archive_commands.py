@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from deltalake import DeltaTable
 from bourse_cli.health import Monitor
 from bourse_cli.root import bourse
 from bourse_consumers.api import Assignment
-from bourse_consumers.archive import maintenance
+from bourse_consumers.archive import maintenance, verify
 from bourse_consumers.archive.maintenance import optimize, unoptimized
 from bourse_consumers.archive.sink import DeltaArchive
+from bourse_consumers.archive.storage import StoreError
+from bourse_consumers.archive.table import Table
 from bourse_consumers.testing import Memory, marker, run, trade
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN
-from bourse_schemas.topics import POLLS
+from bourse_schemas.topics import POLLS, TRADES
+from tests.consumers.test_archive_harms import kept
 from tests.consumers.test_archive_table import TODAY, TOMORROW, TRADES_0, archived, events, ids, table
 
 LATER, PAST = date(2027, 1, 1), date(2019, 8, 21)
@@ -230,6 +234,34 @@ def test_mistakes_are_one_line(tmp_path: Path, words: tuple[str, ...], message: 
     assert isinstance(ran.exception, ConfigurationError)
     assert message in str(ran.exception)
     assert "\n" not in str(ran.exception)
+
+
+@pytest.mark.parametrize(
+    "words", [("optimize",), ("forget", "--before", f"{TOMORROW}"), ("repair", "--from-topic")], ids=itemgetter(0)
+)
+def test_a_store_that_fails_halfway_changes_no_day_by_half(
+    tmp_path: Path,
+    bourse: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """The commands that change a table print that, and end with 1."""
+    memory = archived(tmp_path)
+    if words[0] == "repair":
+        for file in table(tmp_path).files():
+            (tmp_path / "bourse.trades" / file.path).unlink()
+        topic = kept(memory, TRADES)
+        monkeypatch.setattr(verify, "kept_for", lambda *_: lambda _: topic)
+    before = table(tmp_path).files()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Table, "commit", fail)
+    code, _, errors = bourse("archive", words[0], "--to", str(tmp_path), *words[1:])
+    assert errors == "Error: the disk is full; no day is half changed: run it again when the cause is gone\n"
+    assert code == 1
+    assert table(tmp_path).files() == before
 
 
 def test_two_prefixes_in_one_folder_have_to_be_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -20,13 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 
+from bourse_cli.health import Monitor
 from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places, Reopen, Retry
+from bourse_consumers.archive import sink
 from bourse_consumers.archive.maintenance import optimize
 from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.storage import Storage, StoreError
 from bourse_consumers.archive.table import Table
 from bourse_consumers.columns import Columns
-from bourse_consumers.testing import ConsumerContract, Memory, run, trade
+from bourse_consumers.runner import Runner
+from bourse_consumers.testing import ConsumerContract, Memory, MemoryStream, run, trade
 from bourse_schemas.codec import FRAME, Deserializer, Serializer, avro_schema
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TEHRAN, TradeEvent
@@ -444,14 +447,17 @@ def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:
 
 
 SILENT = """
-import sys, threading
+import atexit, sys, threading
+from bourse_cli.root import bourse, main
 from bourse_consumers.api import Assignment, Retry
 from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.table import Table
 from bourse_consumers.testing import Memory
+from bourse_schemas.errors import ConfigurationError
 from tests.consumers.test_archive_table import TRADES_0, batch, events
 
-_, to, step = sys.argv
+_, to, step, end = sys.argv
+sys.argv[1:] = ["end"]
 memory = Memory()
 memory.append(*events(2))
 writer = DeltaArchive(to, patience=0.2)
@@ -465,26 +471,120 @@ if step == "close":
             pass
     writer.process(batch(memory, 0, 2))
 Table.open = Table.commit = lambda *_, **__: threading.Event().wait()
-try:
-    writer.close() if step == "close" else writer.open(assigned)
-except Retry as error:
-    print(error)
-writer.close() if step == "open" else None
+atexit.register(print, "Python ended while the store was at work")
+
+@bourse.command("end")
+def _():
+    try:
+        writer.close() if step == "close" else writer.open(assigned)
+    except Retry as error:
+        print(error)
+    if end != "None":
+        raise {"ConfigurationError": ConfigurationError, "KeyError": KeyError}[end]("the last commit")
+
+main()
 """
 
 
-@pytest.mark.parametrize("step", ["open", "close"])
-def test_a_store_that_does_not_answer_does_not_hold_up_the_end(tmp_path: Path, step: str) -> None:
-    """The process ends with 0, and what was not committed is read again."""
-    command = [sys.executable, "-c", SILENT, str(tmp_path), step]
+@pytest.mark.parametrize(
+    ("step", "end", "code"),
+    [("close", None, 0), ("close", ConfigurationError, 2), ("close", KeyError, 1), ("open", ConfigurationError, 2)],
+)
+def test_a_store_that_does_not_answer_does_not_hold_up_the_end(
+    tmp_path: Path, step: str, end: type[Exception] | None, code: int
+) -> None:
+    """The process ends with the code of what ended it, and what was not committed is read again."""
+    command = [sys.executable, "-c", SILENT, str(tmp_path), step, end.__name__ if end else "None"]
     ran = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60
     )
-    assert (ran.returncode, ran.stdout) == (0, "the store has not answered within 0.2 s\n"), ran.stderr
+    assert (ran.returncode, ran.stdout) == (code, "the store is slow\n"), ran.stderr
+    assert ("the last commit" in ran.stderr, "Traceback" in ran.stderr) == (code > 0, code == 1)
     memory = Memory()
     memory.append(*events(2))
     run(DeltaArchive(str(tmp_path)), memory)
     assert len(ids(tmp_path)) == 2
+
+
+class _Busy(MemoryStream):
+    """Holds up the commits of a table until the archiver has waited for them three times."""
+
+    def __init__(self, memory: Memory, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+        super().__init__(memory, [TRADES])
+        self.monitor, self.waits = Monitor("test"), list[tuple[float, dict[str, str]]]()
+        self.began, self.answers, self.fails = threading.Event(), threading.Event(), fails
+        commit = Table.commit
+
+        def late(*args: Any, **options: Any) -> None:
+            if self.fails:
+                self.fails = False
+                raise StoreError("the disk is full")
+            self.began.set()
+            assert self.answers.wait(60)
+            commit(*args, **options)
+
+        monkeypatch.setattr(Table, "commit", late)
+
+    def wait(self, seconds: float, stopped: Callable[[], bool]) -> bool:
+        """Note the wait, and what readiness is meanwhile."""
+        if self.began.is_set():
+            self.waits.append((seconds, self.monitor.reasons()))
+            if len(self.waits) == 3:
+                self.answers.set()
+        return super().wait(seconds, stopped)
+
+    def archive(self, to: Path) -> float:
+        """Archive all there is; return how many retries were counted."""
+        consumer = DeltaArchive(str(to), commit_rows=1, patience=0.2)
+        runner = Runner(consumer, self, name="test", batch_size=1, monitor=self.monitor)
+        while runner.step():
+            pass
+        consumer._patience = None
+        runner.stop()
+        runner.run()
+        return self.monitor.registry.get_sample_value("bourse_consumer_retries_total", {"consumer": "test"}) or 0.0
+
+
+def test_a_slow_store_is_waited_for_without_an_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To catch up, with a chunk due while the one before it is written, is no fault: no metric, and ready."""
+    memory = Memory()
+    memory.append(*events(4))
+    stream = _Busy(memory, monkeypatch)
+    assert stream.archive(tmp_path) == 0
+    assert stream.waits[:3] == [(0.1, {})] * 3
+    assert len(ids(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_store_that_is_silent_or_has_failed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is a fault if there is no answer for a minute, or none yet after an error."""
+    memory = Memory()
+    memory.append(*events(4))
+    if not fails:
+        monkeypatch.setattr(sink, "SILENT_SECONDS", 0.0)
+    stream = _Busy(memory, monkeypatch, fails=fails)
+    assert stream.archive(tmp_path) >= 3
+    assert [list(reasons) for _, reasons in stream.waits[:3]] == [["retrying"]] * 3
+    assert "the store has not answered for" in stream.waits[0][1]["retrying"]
+    assert stream.monitor.reasons() == {"stopping": "stopping"}
+    assert len(ids(tmp_path)) == 4
+
+
+def test_a_silent_store_is_reported_if_nothing_more_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
+) -> None:
+    """The day's last chunk is not followed by one that would wait for it."""
+    memory = Memory()
+    memory.append(*events(1))
+    monkeypatch.setattr(sink, "SILENT_SECONDS", 0.0)
+    stream = _Busy(memory, monkeypatch)
+    consumer = DeltaArchive(str(tmp_path), commit_rows=1, patience=0.2)
+    runner = Runner(consumer, stream, name="test", monitor=stream.monitor)
+    wait_for(lambda: (runner.step(), stream.waits)[1], 60)
+    assert "retrying" in stream.waits[0][1]
+    assert consumer.durable() == {TRADES_0: 1}
 
 
 class _Gate(BaseHTTPRequestHandler):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +14,7 @@ import pyarrow as pa
 
 import bourse_consumers.columns  # noqa: F401  # now, not when the first batch is there
 from bourse_cli.logs import get_logger
+from bourse_cli.root import UNATTENDED
 from bourse_consumers.api import Assignment, Batch, Consumer, Offsets, Own, Partition, Reopen, Retry
 from bourse_consumers.archive.maintenance import Optimizer
 from bourse_consumers.archive.storage import Storage, StoreError
@@ -27,6 +26,20 @@ __all__ = ["DeltaArchive"]
 
 
 T = TypeVar("T")
+# A store that has not answered for this long is at fault; before, it is slow.
+SILENT_SECONDS = 60.0
+
+
+class _Task(Future[T]):
+    """What a thread does in the store, which may never answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.since = time.monotonic()
+
+    @property
+    def silent(self) -> bool:
+        return not self.done() and time.monotonic() - self.since >= SILENT_SECONDS
 
 
 @dataclass
@@ -79,8 +92,9 @@ class DeltaArchive(Consumer):
         self._next: dict[Partition, int] = {}
         self._chunk: _Chunk | None = None
         self._full: _Chunk | None = None
-        self._opening: tuple[Assignment, Future[Table]] | None = None
-        self._writing: Future[None] | None = None
+        self._opening: tuple[Assignment, _Task[Table]] | None = None
+        self._writing: _Task[None] | None = None
+        # The store failed, and has done nothing since.
         self._failed = False
         self._required = False
         try:
@@ -103,7 +117,9 @@ class DeltaArchive(Consumer):
         try:
             table = self._table = task.result()
         except (StoreError, Unreachable) as error:
+            self._failed = True
             raise Retry(str(error)) from error
+        self._failed = False
         self._stored = {partition: table.stored(partition) for partition in assigned}
         first = table.about["first"]
         self._next = {each: at or first[f"{each.number}"] for each, at in self._stored.items()}
@@ -175,14 +191,15 @@ class DeltaArchive(Consumer):
         if self._optimizer is not None:
             self._optimizer.stop()
         self._submit(everything=True)
-        try:
-            self._collect(everything=True)
-        finally:
-            atexit.register(_leave, [self._writing, self._opening and self._opening[1]])
+        self._collect(everything=True)
 
-    def _wait(self, task: Future[Any] | None) -> None:
-        if task is not None and not wait([task], self._patience).done:
-            raise Retry(f"the store has not answered within {self._patience} s", after=0.5)
+    def _wait(self, task: _Task[Any] | None) -> None:
+        """Raise Retry if the store does not answer in this turn."""
+        if task is None or wait([task], self._patience).done:
+            return
+        if self._failed or task.silent:
+            raise Retry(f"the store has not answered for {time.monotonic() - task.since:.0f} s")
+        raise Retry("the store is slow", after=0.1, fault=False)
 
     def _submit(self, *, everything: bool = False) -> None:
         """Give the writer the chunk that is due, or the one that failed."""
@@ -192,11 +209,12 @@ class DeltaArchive(Consumer):
             self._writing = _start(self._write, self._full)
 
     def _collect(self, *, everything: bool = False) -> None:
-        """Raise what the writing came to; wait for it if it failed last time, or if the next chunk is due."""
+        """Raise what the writing came to; wait for it if the store failed or is silent, or if the next chunk is due."""
         while self._writing is not None and (
             everything
             or self._failed
             or self._writing.done()
+            or self._writing.silent
             or (self._chunk is not None and self._is_due(self._chunk))
         ):
             self._wait(self._writing)
@@ -236,9 +254,9 @@ class DeltaArchive(Consumer):
                 raise Reopen(f"{partition.topic}-{partition.number} was written by another archiver")
 
 
-def _start(work: Callable[..., T], *args: Any) -> Future[T]:
+def _start(work: Callable[..., T], *args: Any) -> _Task[T]:
     """Do something in a thread of its own, which does not hold up the end of the process."""
-    task: Future[T] = Future()
+    task = _Task[T]()
 
     def run() -> None:
         try:
@@ -246,14 +264,5 @@ def _start(work: Callable[..., T], *args: Any) -> Future[T]:
         except BaseException as error:  # the other thread raises it
             task.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=UNATTENDED, daemon=True).start()
     return task
-
-
-def _leave(tasks: Sequence[Future[Any] | None]) -> None:
-    """End the process at once if a store has not answered: what it has not committed is read again.
-
-    A thread that comes back from Rust or C++ while Python ends would abort the process.
-    """
-    if any(task is not None and not task.done() for task in tasks):
-        os._exit(0)
