@@ -85,8 +85,9 @@ def alerts(cluster: Cluster, count: int, rules: str) -> dict[str, float | None]:
     stream = KafkaMarket(cluster, group, consumer.emits)
     runner = Runner(consumer, stream, name="alerts")
     runner.run()
+    seconds = time.perf_counter() - began
     published = sum(1 for _ in read(cluster, ALERTS.full_name(cluster.prefix)))
-    return {"seconds": time.perf_counter() - began, "peak_mb": peak_mb(), "alerts": published}
+    return {"seconds": seconds, "peak_mb": peak_mb(), "alerts": published}
 
 
 def main(kind: str, bootstrap_servers: str, registry: str, count: str, where: str) -> None:

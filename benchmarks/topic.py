@@ -31,11 +31,16 @@ def days() -> list[Path]:
 
 def events(count: int) -> list[TradeEvent]:
     """Return `count` events in the order of their times; each of COPIES repetitions or more has its own instruments."""
-    replay = Replay()
+    replay, originals, polls = Replay(), list[TradeEvent](), 0
     for path in days():
+        before = len(replay.events)
         replay.day(path)
-    copies = max(COPIES, -(-count // len(replay.events)))
-    found = [again for number in range(copies) for again in _copy(replay.events, number)]
+        # Each day's polls count from one.
+        for event in replay.events[before:]:
+            originals.append(msgspec.structs.replace(event, poll_sequence=polls + event.poll_sequence))
+        polls = originals[-1].poll_sequence
+    copies = max(COPIES, -(-count // len(originals)))
+    found = [again for number in range(copies) for again in _copy(originals, number)]
     found.sort(key=lambda event: event.observed_at)
     return found[:count]
 
