@@ -17,7 +17,8 @@ WRITE = {"en": "write", "fa": "بنویسید"}
 class Mistake(ValueError):
     """What is wrong in a text: the name of its explanation, its values, the characters, and what to write instead.
 
-    Without `end` the characters up to the end of the text are meant. `whole` is the whole text without its mistakes.
+    Without `end` the characters up to the end of the text are meant. `whole` is the whole text without its mistakes,
+    empty if nothing is known that could be written instead.
     """
 
     def __init__(

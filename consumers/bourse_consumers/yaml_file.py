@@ -162,6 +162,8 @@ class Document:
         missing = mistake.values["name"] if mistake.text == "missing" else ""
         name = missing or (names[-1] if names else "")
         example = EXAMPLES.get(f"{scope}.{name}", EXAMPLES.get(name, "…" if missing else None))
+        if mistake.whole == "":
+            example = None
         if missing:
             example = f"{missing}: {example}"
         if example and location and isinstance(location[-1], int):

@@ -518,6 +518,9 @@ def test_a_corrected_line_is_correct(tmp_path: Path) -> None:
         ("percent > 3", "percent(last_price, 5m) > 3"),
         ("last_price <= stopp", "last_price <= stop"),
         ("plp > (lim", "plp > (lim1)"),
+        ("percent(last_price, 5x) > 3", "percent(last_price, 5m) > 3"),
+        ("plp > 3x", "plp > 3"),
+        ("quiet >= 90sec", "quiet >= 90s"),
     ],
 )
 def test_an_expression_is_corrected_as_a_whole(tmp_path: Path, written: str, corrected: str) -> None:
@@ -537,6 +540,8 @@ def test_an_expression_to_try_is_corrected(tmp_path: Path) -> None:
     """Like that of a rule, and those in a message."""
     shown = str(invoke("alerts", "try", "abs(percnt(last_price, 5) >= 3").exception)
     assert shown.endswith("    write: abs(percent(last_price, 5)) >= 3")
+    shown = str(invoke("alerts", "try", "percent(last_price, 5x) >= 3").exception)
+    assert shown.startswith("'5x' is neither a number nor a duration\n")
     text = "version: 1\nrules:\n  - {name: a, when: plp > 3, message: '{symbol} {change(volum):,} {abs(plp:.1f}'}\n"
     found = wrong(tmp_path, text)
     assert "{change(volume, 5m):,}" in found
@@ -651,6 +656,18 @@ def test_names_that_nothing_has_are_named_with_the_nearest(tmp_path: Path) -> No
         "rule r0: no instrument is called 'IRO1TEST0009'; did you mean IRO1TEST0001?",
         "rule r0: no instrument is called 'فولاذ'; did you mean فولاد?",
     ]
+    with pytest.raises(ConfigurationError) as caught:
+        RuleFiles([tmp_path / "rules.yaml"], known=known)
+    assert str(caught.value).splitlines()[4:] == [
+        f"{tmp_path}/rules.yaml:3:71: rule r0: no instrument is called 'IRO1TEST0009'; did you mean IRO1TEST0001?",
+        "    - {name: r0, when: plp > 1, match: {symbols: [فولاذ], instruments: [IRO1TEST0009]}}",
+        f"{' ' * 72}{'^' * 12}",
+        "    write: - {name: r0, when: plp > 1, match: {symbols: [فولاذ], instruments: [IRO1TEST0001]}}",
+    ]
+    with pytest.raises(ConfigurationError) as caught:
+        RuleFiles([tmp_path / "rules.yaml"], known={"XXXXXXXXXXXX": "?"})
+    assert str(caught.value).count("no instrument is called") == 2
+    assert "write:" not in str(caught.value)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -716,6 +733,19 @@ def test_trying_rules_on_the_real_day(tmp_path: Path) -> None:
     assert "<bdi>حرکت</bdi>" in page
     assert "http" not in page.replace("http-equiv", "")
     assert len(invoke("alerts", "test", path, "--csv").output.splitlines()) == len(alerts) + 1
+
+
+def test_what_a_trial_cannot_do_is_one_line(tmp_path: Path) -> None:
+    """A page that cannot be written; a day that the files do not have."""
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("version: 1\nrules: [{name: r, when: plp >= 3}]\n", "utf-8")
+    for page, why in ((tmp_path, "Is a directory"), (tmp_path / "none" / "page.html", "No such file or directory")):
+        done = invoke("alerts", "test", str(rules), "--html", str(page))
+        assert isinstance(done.exception, ConfigurationError)
+        assert str(done.exception) == f"--html: {page} cannot be written: {why}"
+    done = invoke("alerts", "test", str(rules), "--day", "2020-01-01", "--day", "2019-08-21")
+    assert isinstance(done.exception, ConfigurationError)
+    assert str(done.exception) == "--day 2020-01-01: nothing is known of that day; the days are: 2019-08-21"
 
 
 def test_trying_an_expression(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_a_failure_has_a_reason_and_no_secret(web: Web, apprised: Callable[..., 
         (apprised(web.url.replace("http://", "ntfy://trader:passw0rd@") + "/secret-topic"), True, "error=403"),
         (apprised(f"json://trader:passw0rd@{gone}/secret-topic"), False, "onnection error"),
         (Webhook(f"{web.url}/secret-topic?token=passw0rd"), True, "127.0.0.1 answers 403 Forbidden"),
-        (Webhook(f"http://{gone}/secret-topic?token=passw0rd"), False, "ConnectError"),
+        (Webhook(f"http://{gone}/secret-topic?token=passw0rd"), False, "no answer from 127.0.0.1: ConnectError"),
         (Webhook("http://hooks.invalid/secret-topic", proxy=f"http://me:passw0rd@{gone}"), False, "ConnectError"),
     ]
     for sender, refused, reason in ways:
@@ -450,7 +450,7 @@ channels:
   j: {url: {env: DESK}, proxy: "http://me:hidden-token@127.0.0.1:1080"}
 """,
         )
-    shown = str(caught.value)
+    shown = str(caught.value).replace(f"{tmp_path}/channels", "channels")
     for expected in (
         "channels.yaml:2:12: defaults.langauge: unknown key; did you mean language?",
         "channels.yaml:5:5: channels.plain.url: a secret: write {env: …}, {file: …}, or",
@@ -462,9 +462,9 @@ channels:
         "channels.yaml:14:3: channels.a b",
         "channels.yaml:15:3: none: the key is given twice",
         "channels.robot.fallback: no channel is called 'robot'",
-        "channels.yaml:17:7: channels.c.url: NOWHERE is empty or does not exist",
+        "channels.yaml:17:7: channels.c.url: NOWHERE is empty or does not exist: set NOWHERE\n    url\n    ^^^\nch",
         "channels.yaml:18:7: channels.d.url: EMPTY is empty",
-        "channels.yaml:19:7: channels.e.url: cannot read nofile: No such file",
+        f"channels.yaml:19:7: channels.e.url: {tmp_path}/nofile does not exist: create it\n    url\n    ^^^\nch",
         "channels.yaml:20:7: channels.f.url: Apprise does not know this address",
         "channels.yaml:21:7: channels.g.webhook: an address such as https://host/path is expected here",
         "channels.yaml:22:29: channels.h.key: a key has 24 to 64 bytes",
@@ -515,7 +515,7 @@ channels:
 
 
 def test_every_mistake_has_a_corrected_line_in_two_languages(tmp_path: Path) -> None:
-    """With the lines pasted the file has no mistake; in Persian no sentence is English."""
+    """With the lines pasted and the variable set the file has no mistake; in Persian no sentence is English."""
     path = tmp_path / "channels.yaml"
     key = base64.b64encode(b"0123456789" * 4).decode()
     variables = VARIABLES | {"DESK_URL": VARIABLES["DESK"], "HOOK_URL": VARIABLES["HOOK"], "HOOK_KEY": key}
@@ -523,10 +523,11 @@ def test_every_mistake_has_a_corrected_line_in_two_languages(tmp_path: Path) -> 
     with pytest.raises(ConfigurationError) as caught:
         load(path, variables, "fa")
     found = re.findall(r"^\S+:\d+:\d+: (.*)$", str(caught.value), re.MULTILINE)
-    assert len(found) == len(re.findall("^    بنویسید: ", str(caught.value), re.MULTILINE)) == 19, str(caught.value)
+    written = re.findall("^    بنویسید: ", str(caught.value), re.MULTILINE)
+    assert (len(found), len(written)) == (19, 18), str(caught.value)
     assert all(re.search("[آ-ی].*[آ-ی].*[آ-ی]", mistake.rpartition(": ")[2]) for mistake in found), found
     assert "hidden" not in str(caught.value)
-    text = WRONG
+    text, variables["NOWHERE"] = WRONG, VARIABLES["DESK"]
     for _ in range(4):
         path.write_text(text, "utf-8")
         try:
@@ -713,10 +714,19 @@ def test_a_channel_is_tried_out(web: Web, tmp_path: Path) -> None:
     assert web.bodies()[0]["data"]["alerts"][0]["rule"] == "notify-test"
     web.status = 500
     error = CliRunner().invoke(bourse, [*command, "desk"]).exception
-    assert str(error) == "127.0.0.1 answers 500 Internal Server Error"
+    assert str(error) == "channel desk: 127.0.0.1 answers 500 Internal Server Error"
     error = CliRunner().invoke(bourse, [*command, "dekc"]).exception
     assert isinstance(error, ConfigurationError)
     assert "there are desk" in str(error)
+    path.write_text(
+        f"version: 1\nchannels:\n  desk: {{webhook: {{clear: '{web.url}'}}, fallback: mail}}\n"
+        "  mail: {url: {env: UNSET_ADDRESS}}\n  hook: {webhook: {file: none}}\n", "utf-8"
+    )  # fmt: skip
+    web.status = 200
+    assert CliRunner().invoke(bourse, [*command, "desk"]).exit_code == 0, "the secrets of others are not asked for"
+    error = CliRunner().invoke(bourse, [*command, "mail"]).exception
+    assert "UNSET_ADDRESS is empty or does not exist: set UNSET_ADDRESS" in str(error)
+    assert "none" not in str(error)
 
 
 # --- the consumer -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def check(
     if _asked(ctx):
         known = {candle.instrument: candle.symbol for candle in _events(cluster, CANDLES, Candle)}
         if lost := list(strangers(found, known, language)):
+            RuleFiles(rules, language=language, known=known)
             raise ConfigurationError("\n".join(lost))
     click.echo(f"{', '.join(map(str, rules))}: {len(found)} rules, ok")
 
@@ -137,11 +139,18 @@ def test(
     if topics and files:
         raise ConfigurationError("give files or --topics, not both")
     found, dates = RuleFiles([rules]).rules, {day.date() for day in days}
-    trial = _tried(found, _topics(cluster, dates) if topics else _files(files, dates))
+    polls_on = partial(_topics, cluster) if topics else partial(_files, files)
+    polls = polls_on(dates)
+    if missing := dates - _days(polls):
+        there = ", ".join(map(str, sorted(_days(polls_on()))[-SHOWN:]))
+        raise ConfigurationError(f"--day {min(missing)}: nothing is known of that day; the days are: {there or 'none'}")
+    if html is not None:
+        _write(html)
+    trial = _tried(found, polls)
     if html is not None:
         from bourse_consumers.alerts.report import page
 
-        html.write_text(page(trial, instruments), "utf-8")
+        _write(html, page(trial, instruments))
     if form == "csv":
         _csv(trial.alerts)
     elif form is not None:
@@ -215,6 +224,21 @@ def _files(files: Sequence[Path], days: Collection[date] = ()) -> list[Past]:
     from bourse_consumers.alerts.trial import polls_of, read, real_day
 
     return polls_of(read(files or [real_day()], days), days)
+
+
+def _days(polls: Sequence[Past]) -> set[date]:
+    from bourse_consumers.alerts.trial import day_of
+
+    return {day_of(poll.marker) for poll in polls}
+
+
+def _write(html: Path, text: str | None = None) -> None:
+    """Write a page; without a text only see that it can be written."""
+    try:
+        with html.open("a" if text is None else "w", encoding="utf-8") as file:
+            file.write(text or "")
+    except OSError as error:
+        raise ConfigurationError(f"--html: {html} cannot be written: {error.strerror}") from error
 
 
 def _tried(rules: Sequence[Rule], polls: Sequence[Past]) -> Trial:

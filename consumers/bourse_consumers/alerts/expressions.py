@@ -36,6 +36,7 @@ ALIASES = {
 NOT_SENT = re.compile(r"tmax|tmin|bvol|eps|pe|cs|mv|[pqz][do]\d?|ct|ih|is\d*|l18|l30|buy_\w+|sell_\w+", re.IGNORECASE)
 UNITS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 DURATION = re.compile(r"(?<![\w.])(?:\d{1,9}[hms])+(?!\w)")
+NO_NUMBER = re.compile(r"(?<![\w.])(\d{1,9})[^\W\d_]\w*")
 TOLERANCE = 1e-9
 LONGEST, LARGEST, MOST_VARIANTS = 2_000, 4_000, 40
 # What people type and Excel or a phone inserts; invisible marks become spaces.
@@ -165,6 +166,11 @@ def parse(text: str) -> ast.expr:
         tree: Any = _tree(source)
     except SyntaxError as error:
         at = min(max((error.offset or 1) - 1, 0), len(source))
+        for found in NO_NUMBER.finditer(source) if error.msg == "invalid decimal literal" else ():
+            if found.start() <= at < found.end():
+                end, digits = chars[found.end() - 1] + 1, found[1]
+                fix = near("expression", found[0], span) or f"{digits}m"
+                raise Mistake("no_number", chars[found.start()], end, fix, name=found[0], digits=digits) from None
         raise Mistake("not_an_expression", chars[at], chars[at] + 1, why=error.msg) from None
     except (ValueError, RecursionError, MemoryError, OverflowError):
         raise Mistake("too_deep") from None
@@ -211,7 +217,9 @@ def corrected(text: str, check: Callable[[str], object]) -> str | None:
 def _variants(text: str, mistake: Mistake) -> Iterator[str]:
     """Yield what may be meant by an expression with a mistake."""
     if mistake.fix is not None:
-        yield text[: mistake.at] + mistake.fix + ("" if mistake.end is None else text[mistake.end :])
+        digits = [mistake.values["digits"]] if mistake.text == "no_number" else []
+        for fix in (mistake.fix, *digits):
+            yield text[: mistake.at] + fix + ("" if mistake.end is None else text[mistake.end :])
         return
     plain = text.translate(PLAIN).strip()
     yield near("expression", plain, bool) or text

@@ -129,6 +129,13 @@ def _pieces(value: Any) -> Any:
         raise Mistake("brace", at, at + 1, text[at] * 2) from None
 
 
+def _instrument(name: str, info: ValidationInfo[Any], kind: int) -> str:
+    known = info.context.known
+    if known is not None and (mistake := _stranger(name, known[kind])):
+        raise mistake
+    return name
+
+
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], BeforeValidator(_many)]
 Text = Annotated[str, BeforeValidator(_text)]
@@ -137,8 +144,8 @@ Pieces = Annotated[Any, BeforeValidator(_pieces)]
 
 
 class _Match(Strict):
-    instruments: Many[Annotated[Text, AfterValidator(_code)]] = ()
-    symbols: Many[Annotated[Text, AfterValidator(form)]] = ()
+    instruments: Many[Annotated[Text, AfterValidator(_code), AfterValidator(partial(_instrument, kind=0))]] = ()
+    symbols: Many[Annotated[Text, AfterValidator(form), AfterValidator(partial(_instrument, kind=1))]] = ()
     patterns: Many[Annotated[str, BeforeValidator(partial(_text, most=LONGEST_NAME)), AfterValidator(form)]] = ()
     lists: Many[Annotated[Any, BeforeValidator(lambda name, info: info.context.names(name))]] = ()
     market: Many[Literal["bourse", "farabourse", "base", "rights", "funds"]] = ()
@@ -211,8 +218,11 @@ def _matched(*given: _Match | None) -> tuple[Match, Table]:
 class _Reader:
     """Reads one file of rules. `depends` are the other files it was made of, `wrong` the mistakes in those."""
 
-    def __init__(self, document: Document, language: str, channels: Sequence[str] | None) -> None:
+    def __init__(
+        self, document: Document, language: str, channels: Sequence[str] | None, known: Mapping[str, str] | None
+    ) -> None:
         self.document, self.language, self.channels = document, language, channels
+        self.known = None if known is None else _spellings(known)
         self.depends: list[Path] = []
         self.wrong: list[str] = []
 
@@ -464,9 +474,15 @@ class RuleFiles:
     A file that has changed and is wrong keeps its rules of before; `trouble` says why.
     """
 
-    def __init__(self, paths: Sequence[Path], channels: Sequence[str] | None = None, language: str = "en") -> None:
-        """Read the rules; raise ConfigurationError with every mistake in any of the files."""
-        self._paths, self._channels, self._language = paths, channels, language
+    def __init__(
+        self, paths: Sequence[Path], channels: Sequence[str] | None = None, language: str = "en",
+        known: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Read the rules; raise ConfigurationError with every mistake in any of the files.
+
+        With `known`, symbols by code, other names are mistakes too, but for those of lists and tables.
+        """
+        self._paths, self._channels, self._language, self._known = paths, channels, language, known
         self._read: dict[Path, _File] = {}
         self.rules: list[Rule] = []
         self.refresh()
@@ -493,7 +509,7 @@ class RuleFiles:
             before = self._read.get(path)
             if before and not force and before.look == _look([path, *before.depends]):
                 continue
-            rules, depends, error = load(path, self._channels, self._language)
+            rules, depends, error = load(path, self._channels, self._language, self._known)
             kept = rules if rules is not None else before.rules if before else []
             self._read[path] = _File(_look([path, *depends]), depends, kept, error)
             changed = changed or rules is not None
@@ -527,11 +543,11 @@ def _look(paths: Iterable[Path]) -> Any:
 
 
 def load(
-    path: Path, channels: Sequence[str] | None = None, language: str = "en"
+    path: Path, channels: Sequence[str] | None = None, language: str = "en", known: Mapping[str, str] | None = None
 ) -> tuple[list[Rule] | None, list[Path], str | None]:
     """Return the rules of a file, the other files they were made of, and every mistake; no rules if there is one."""
     try:
-        reader = _Reader(Document(path, "the rules", language=language), language, channels)
+        reader = _Reader(Document(path, "the rules", language=language), language, channels, known)
     except ConfigurationError as error:
         return None, [], str(error)
     rules = reader.rules()
@@ -543,11 +559,24 @@ def load(
 
 def strangers(rules: Iterable[Rule], known: Mapping[str, str], language: str = "en") -> Iterator[str]:
     """Yield what rules name and no instrument is called, with the nearest; `known` are symbols by code."""
-    symbols = {form(symbol): symbol for symbol in known.values()}
+    codes, symbols = _spellings(known)
     for rule in rules:
         for match in filter(None, (rule.match, rule.excluded)):
-            for name in sorted((match.symbols - symbols.keys()) | (match.instruments - known.keys())):
-                nearest = get_close_matches(name, symbols if name in match.symbols else [*known], 1, 0.5)
-                text = explain(Mistake("nothing_matches", rule=rule.name, name=name), language)
-                meant = [explain(Mistake("meant", meant=symbols.get(each, each)), language) for each in nearest]
-                yield "".join([text, *meant])
+            for name in sorted(match.symbols | match.instruments):
+                if mistake := _stranger(name, symbols if name in match.symbols else codes):
+                    yield f"rule {rule.name}: {explain(mistake, language)}"
+
+
+def _spellings(known: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return the codes and the symbols as they are written, by their matching form; `known` are symbols by code."""
+    return {code: code for code in known}, {form(symbol): symbol for symbol in known.values()}
+
+
+def _stranger(name: str, known: Mapping[str, str]) -> Mistake | None:
+    """Return that no instrument is called this, with the nearest name; None if one is."""
+    if name in known:
+        return None
+    nearest = next(iter(get_close_matches(name, known, 1, 0.5)), None)
+    return Mistake(
+        "nothing_matches", fix=nearest and known[nearest], whole="" if nearest is None else None, name=name, known=""
+    )

@@ -95,7 +95,8 @@ class Webhook:
             with self._client.stream("POST", self._url, content=body.encode(), headers=sent) as answer:
                 status = f"{answer.status_code} {answer.reason_phrase}"
         except (httpx2.HTTPError, httpx2.InvalidURL, SOCKSError, OSError, UnicodeError) as error:
-            raise NotSent(self._scrub(f"{type(error).__name__}: {error}")) from None
+            why = self._scrub(f"{type(error).__name__}: {error}")
+            raise NotSent(f"no answer from {self._host}: {why}") from None
         if not answer.is_success:
             raise REFUSALS.get(answer.status_code, NotSent)(f"{self._host} answers {status}")
 
@@ -170,29 +171,36 @@ def _secret(check: Callable[[str], object], mistake: str, *, plain: bool = False
 
     def read(value: Any, info: ValidationInfo[Any]) -> str:
         folder, environment, _ = info.context
+        # No other line of this file corrects what is wrong in a variable or in another file.
+        whole: str | None = ""
+        empty = "no_value"
         match [*value.items()] if isinstance(value, dict) else value:
+            case [("env" | "file", str())] if environment is None:
+                return ""
             case [("env", str(name))]:
-                found = str(environment.get(name, ""))
+                found, empty = str(environment.get(name, "")), "no_variable"
             case [("file", str(name))]:
                 try:
                     found = (folder / name).read_text("utf-8")
+                except FileNotFoundError:
+                    raise Mistake("no_file", whole=whole, name=folder / name) from None
                 except (OSError, ValueError) as error:
                     why = getattr(error, "strerror", None) or "not UTF-8 text"
-                    raise Mistake("unreadable", name=name, why=why) from None
+                    raise Mistake("unreadable", whole=whole, name=name, why=why) from None
             case [("clear", str(found))]:
-                name = "clear"
+                name, whole = "clear", None
             case str(found) if plain and "@" not in found:
-                name = "clear"
+                name, whole = "clear", None
             case _:
                 raise Mistake("secret")
         if not (found := found.strip()):
-            raise Mistake("no_value", name=name)
+            raise Mistake(empty, whole=whole, name=name)
         try:
             good = check(found)
         except (ConfigurationError, ValueError, httpx2.InvalidURL):
             good = False
         if not good:
-            raise Mistake(mistake)
+            raise Mistake(mistake, whole=whole)
         return found
 
     return BeforeValidator(read)
@@ -304,13 +312,18 @@ class _File(Strict):
     channels: dict[str, Any]
 
 
-def load(path: Path, environment: Mapping[str, str] = os.environ, language: str = "en") -> dict[str, Channel]:
-    """Return the channels of a file by name; raise ConfigurationError with every mistake."""
+def load(
+    path: Path, environment: Mapping[str, str] = os.environ, language: str = "en", only: str | None = None
+) -> dict[str, Channel]:
+    """Return the channels of a file by name; raise ConfigurationError with every mistake.
+
+    With `only` the secrets of other channels are not read: they are empty.
+    """
     document = Document(path, "the channels", language=language, secret=True)
     written: Any = document.data.get("channels")
     channels: dict[str, Any] = written if isinstance(written, dict) else {}
     people = [name for name, each in channels.items() if isinstance(each, dict) and "alertmanager" not in each]
-    context = path.parent, environment, people
+    context: Any = path.parent, environment, people
     file = document.check(_File, document.data, context=context)
     if written is not None and not 1 <= len(channels) <= MOST_CHANNELS:
         document.mistake(("channels",), Mistake("how_many_channels", most=MOST_CHANNELS))
@@ -321,6 +334,7 @@ def load(path: Path, environment: Mapping[str, str] = os.environ, language: str 
             document.mistake(at, Mistake("channel_name", fix=re.sub(r"[^\w.-]", "-", name)[:32] or "desk"))
         if not isinstance(each, dict) or sum(each.get(way) is not None for way in WAYS) != 1:
             document.mistake(at, Mistake("one_way", fix="{url: {env: DESK_URL}}"))
+        context = path.parent, environment if only in {None, name} else None, people
         channel = document.check(Channel, each, at, context=context) if isinstance(each, dict) else None
         if channel is None:
             continue

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bourse_consumers.notify.consumer import Notify
 
 
-def _consumers(path: Path, language: str = "en", **options: Any) -> dict[str, Notify]:
+def _consumers(path: Path, language: str = "en", only: str | None = None, **options: Any) -> dict[str, Notify]:
     try:
         from bourse_consumers.notify.channels import load
         from bourse_consumers.notify.consumer import consumer_of
@@ -22,8 +22,10 @@ def _consumers(path: Path, language: str = "en", **options: Any) -> dict[str, No
         raise ConfigurationError(
             f"notifications need the module {error.name}: in the folder of bourse-stream run pip install '.[notify]'"
         ) from error
-    channels = load(path, language=language)
-    return {name: consumer_of(name, channels, **options) for name in channels}
+    channels = load(path, language=language, only=only)
+    if only is not None and only not in channels:
+        raise ConfigurationError(f"{path} has no channel {only!r}: there are {', '.join(channels)}")
+    return {name: consumer_of(name, channels, **options) for name in channels if only in {None, name}}
 
 
 CHANNELS = click.option(
@@ -51,8 +53,9 @@ def notify() -> None:
 @CHANNELS
 @language_option
 def test(*, channel: str, channels: Path, language: str) -> None:
-    """Send a sample to a channel. Exit 1 if it does not accept it, 2 with every mistake in the file."""
-    consumers = _consumers(channels, language)
-    if channel not in consumers:
-        raise ConfigurationError(f"{channels} has no channel {channel!r}: there are {', '.join(consumers)}")
-    click.echo(f"sent to {channel}:\n{consumers[channel].test()}")
+    """Send a sample to a channel. Exit 1 if it does not accept it, 2 with every mistake in the file.
+
+    Of the secrets only those of the channel are read.
+    """
+    text = _consumers(channels, language, channel)[channel].test()
+    click.echo(f"sent to {channel}:\n{text}")

@@ -78,6 +78,8 @@ class Notify(Consumer):
         alert = example(self._now())
         try:
             self._deliver([alert])
+        except NotSent as error:
+            raise NotSent(f"channel {self._name}: {error}") from error
         finally:
             self.close()
         return f"{self._writer.title(alert)}\n{self._writer.text(alert)}"
