@@ -94,8 +94,8 @@ def test_instants_of_any_zone_and_precision_lose_what_is_below_a_millisecond(nai
     [
         (Candle, "volume", 2**63, OverflowError),
         (Candle, "volume", -(2**63) - 1, OverflowError),
-        (DeadLetter, "original_partition", 2**31, ValueError),
-        (DeadLetter, "original_partition", -(2**31) - 1, ValueError),
+        (DeadLetter, "original_partition", 2**31, OverflowError),
+        (DeadLetter, "original_partition", -(2**31) - 1, OverflowError),
         (TradeEvent, "op", "BOUGHT", KeyError),
         (Candle, "observed_at", datetime(2019, 8, 24), TypeError),  # noqa: DTZ001
         (Candle, "symbol", "\ud800", UnicodeEncodeError),
