@@ -26,7 +26,8 @@ __all__ = ["main", "pinned_uv", "pip_settings_for_uv", "require_space"]
 NEEDED_MB = 600  # an environment with everything in it has 0.5 GB
 # What every start of `bourse` imports: where Python may not write bytecode, it would compile it each time.
 COMPILE = """
-import compileall, importlib.util
+import compileall, importlib.util, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 for name in ("click", "bourse_schemas", "bourse_cli", "bourse_producer", "bourse_consumers", "bourse_sandbox"):
     compileall.compile_dir(importlib.util.find_spec(name).submodule_search_locations[0], quiet=2)
 """
@@ -151,6 +152,8 @@ def main(environment: Path, lock: Path, what: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    except KeyboardInterrupt:
+        fail("stopped; the next make goes on")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail(f"no disk space left: {error}")

@@ -176,8 +176,22 @@ def plan_topics(
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
         cluster.require_size(name, {**settings, **existing.settings})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
+        if "retention.ms" in alter and "retention.ms" not in plan.config:
+            _require_longer(name, plan.topic.name, *alter["retention.ms"])
         plans.append(replace(existing, alter=alter))
     return plans
+
+
+def _require_longer(name: str, topic: str, old: str | None, new: str) -> None:
+    """Raise ConfigurationError if a topic would keep its records for a shorter time: brokers delete them at once."""
+    before, after = int(old or -1), int(new)
+    if after >= 0 and not 0 <= before <= after:
+        kept = "for ever" if before < 0 else f"for {before} ms"
+        raise ConfigurationError(
+            f"{name} keeps its records {kept}; the brokers would delete those older than the declared {after} ms: put "
+            f'the time that is wanted under [topic.{topic}.config] in {config_name()}, as "retention.ms" = "{before}"; '
+            "or pass --any-time"
+        )
 
 
 def _read_overrides(tables: Any) -> dict[str, Override]:

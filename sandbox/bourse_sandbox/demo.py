@@ -76,6 +76,11 @@ def demo(*, loop: bool, rules: Path, speed: str, replay: str, faults: Sequence[s
         Fault.parse(fault)
     if not rules.is_file():
         raise ConfigurationError(f"--rules {rules}: no such file")
+    if rules != RULES:
+        from bourse_consumers.alerts.rules_file import load
+
+        if wrong := load(rules)[2]:
+            raise ConfigurationError(wrong)
     if replay != "real" and not Path(replay).is_file():
         raise ConfigurationError(f"--replay {replay}: no such file; `real` is the bundled day")
     market = ["--replay", replay, "--days", "1", *(word for fault in faults for word in ("--fault", fault))]
@@ -158,9 +163,13 @@ class Demo:
             "Real: the market's data, Apache Kafka, every service. Simulated: the exchange's server, and its clock.\n"
             "practice exchange → two producers → Kafka → alerts, archive, board. Ctrl-C ends it.\n"
         )
-        with suppress(_Stopped), ExitStack() as self._services:
-            with _ended_by_signals():
-                self._start()
+        with ExitStack() as self._services:
+            try:
+                with _ended_by_signals():
+                    self._start()
+            except _Stopped:
+                self._show("\nStopped before the day began.")
+                return
             finished = self._play()
             summary = self._summary()
             click.echo(json.dumps(summary) if self.as_json else _text(summary, self._folder))
@@ -224,7 +233,7 @@ class Demo:
         with self._step("exchange"):
             self._let("exchange")
             self._await("exchange", lambda: self._answers(f"{self._exchange}/practice/state"))
-        with self._step("producer: first poll published"):
+        with self._step("producer: first poll"):
             self._let("producer")
             self._await("producer", lambda: self._last)
         # Only now: the one that is to be killed is to be the leader.
@@ -233,7 +242,11 @@ class Demo:
         self._show(f"\nKill the producer and see the standby take over: kill -9 {self._children['producer'].pid}\n")
 
     def _introduce(self) -> None:
-        seen = f"    The board, which fills in a moment: {self._board}/"
+        cluster = self._stack.cluster
+        seen = (
+            f"    The board, which fills in a moment: {self._board}/\n    For commands that the page shows: "
+            f"export BOURSE_BOOTSTRAP_SERVERS={cluster.bootstrap_servers} BOURSE_REGISTRY_URL={cluster.registry_url}"
+        )
         if "SSH_CONNECTION" in os.environ:
             port = self._board.rpartition(":")[2]
             seen += f"\n    From your own machine: ssh -L {port}:127.0.0.1:{port} {os.uname().nodename}"
@@ -305,7 +318,7 @@ class Demo:
                 self._take_alert(self._decode[topic](record.value))
             else:
                 self._last = marker = self._decode[topic](record.value)
-                at = f"{marker.requested_at.astimezone(TEHRAN):%H:%M}"
+                at = f"{(marker.received_at or marker.requested_at).astimezone(TEHRAN):%H:%M}"
                 self._show(f"{at} poll {marker.poll_sequence:<4} {_poll(marker)}")
 
     def _take_alert(self, alert: PriceAlert) -> None:
@@ -445,7 +458,8 @@ class Demo:
     def _show_on_board(self, proof: dict[str, int]) -> None:
         """Give the board the proof: it shows it within a second, or before it ends."""
         new = self._folder / "notice.new"
-        new.write_text("\n".join(_sentences(proof)), "utf-8")
+        persian, english = _sentences(proof)
+        new.write_text(f"اثبات: {persian}\nProof: {english}", "utf-8")
         new.replace(self._folder / "notice")
 
 
@@ -469,6 +483,8 @@ def _poll(marker: PollMarker) -> str:
 def _sentences(proof: dict[str, int]) -> tuple[str, str]:
     """Return the proof in Persian and in English."""
     derived, kafka, archive = (proof[name] for name in ("derived", "kafka", "archive"))
+    if not (derived or kafka or archive):
+        return "هیچ رویدادی منتشر نشد", "no event was published"
     one, two = ("=" if pair else "≠" for pair in (derived == kafka, kafka == archive))
     left = max(0, kafka - archive - proof["lost"])  # after Ctrl-C
     persian = (

@@ -84,10 +84,10 @@ def stop_on_signals(seconds: float = STOP_SECONDS) -> threading.Event:
     theirs.setblocking(False)
 
     def listen() -> None:
-        while ours.recv(1)[0] not in STOPPING:
-            pass
-        stop.set()
-        _arm("the orderly stop", seconds)
+        while True:  # a second signal has to find a reader too
+            if ours.recv(1)[0] in STOPPING and not stop.is_set():
+                stop.set()
+                _arm("the orderly stop", seconds)
 
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
     for number in STOPPING:

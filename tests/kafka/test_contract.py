@@ -113,6 +113,13 @@ def test_apply_alters_what_differs(bourse: Run, cluster: Cluster, tmp_path: Path
         "[topic.trades]\npartitions = 8\nreplication_factor = 1\n"
         '[topic.trades.config]\n"retention.ms" = 1000\npreallocate = true\n"compression.type" = "zstd"\n'
     )
+    for options in ([], ["--dry-run"]):
+        code, _, err = bourse("topics", "apply", *options)
+        assert (code, _settings(cluster, "polls")["retention.ms"]) == (2, "-1")
+        assert f"{cluster.prefix}.polls keeps its records for ever" in err
+    kept = "".join(f'[topic.{name}.config]\n"retention.ms" = -1\n' for name in ("polls", "alerts", "dead-letters"))
+    with (tmp_path / "bourse.toml").open("a") as file:
+        file.write(kept)
     code, out, _ = bourse("topics", "apply")
     assert code == 0
     assert f"{cluster.prefix}.trades: partitions 6 → 8, retention.ms -1 → 1000, " in out

@@ -164,7 +164,7 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(
     proof = re.search("Proof: (.*)\\.", shown())
     assert proof
     tab.click("#lang")
-    expect(tab.locator("#notice span")).to_have_text(proof[1])
+    expect(tab.locator("#notice span")).to_have_text(f"Proof: {proof[1]}")
     text = shown()
     assert "Traceback" not in text + (tmp_path / "err").read_text("utf-8")
     for part in ("21 August 2019", "Nothing here is live", "Simulated:", "Ctrl-C", "lost 0, twice 0, unknown 0"):
@@ -219,6 +219,15 @@ def test_mistakes_are_named_in_a_line_or_two(tmp_path: Path, arguments: list[str
     assert hint in ran.stderr
     assert "Traceback" not in ran.stderr
     assert len(ran.stderr.splitlines()) <= 2
+
+
+def test_a_mistake_in_the_rules_is_reported_as_a_whole_before_anything_starts(tmp_path: Path) -> None:
+    """With its place, as `bourse alerts check` does."""
+    (tmp_path / "rules.yaml").write_text("version: 1\nrules:\n  - {name: a, when: lastprice > 1}\n")
+    ran = bourse("demo", "--rules", "rules.yaml", cwd=tmp_path, timeout=30)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("Error: rules.yaml:3:")
+    assert "last_price" in ran.stderr
 
 
 @pytest.mark.parametrize("command", [["demo"], ["sandbox", "up"], ["sandbox", "exchange"]])

@@ -35,10 +35,16 @@ for thread in threads:
 print(sum(thread.name == "watchdog" for thread in threading.enumerate()))
 """
 STOP = """
-import ctypes, sys
+import ctypes, signal, sys, time
 from bourse_schemas.watchdog import stop_on_signals
 stop = stop_on_signals()
 print("ready", flush=True)
+if sys.argv[1] == "twice":
+    stop.wait(60)
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.2)
+    signal.raise_signal(signal.SIGTERM)
+    sys.exit(0)
 if sys.argv[1] == "hangs":
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     library.pthread_mutex_lock(mutex)
@@ -71,6 +77,18 @@ def test_one_thread_watches_all_calls() -> None:
     """However many threads make the first call at once: each watcher counts the time of every call."""
     ran = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (0, "1\n"), ran.stderr
+
+
+def test_a_second_signal_is_no_error() -> None:
+    """People press Ctrl-C twice."""
+    command = [sys.executable, "-c", STOP, "twice"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", "")
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

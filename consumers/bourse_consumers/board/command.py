@@ -80,8 +80,13 @@ def board(
         thread.start()
         name = f"[{host}]" if ":" in host else host
         get_logger().info("board ready", url=f"http://{name}:{listener.getsockname()[1]}{root.rstrip('/')}/")
+        reported: str | None = "being read"
         while not stop.wait(0.25) and thread.is_alive() and feed.failed is None:
-            pass
+            trouble = feed.trouble()
+            if trouble and trouble != reported:
+                with feed.lock:
+                    get_logger().warning("waiting", reason=trouble, **feed.state.troubles)
+            reported = trouble
         web.should_exit = True
         thread.join(3)
     if feed.failed:

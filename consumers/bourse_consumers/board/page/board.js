@@ -88,7 +88,7 @@ async function begin() {
     const answer = await fetch("api/snapshot");
     if (!answer.ok) throw new Error();
     s = await answer.json();
-  } catch { trouble = t("lost"); headline(); begin.again = setTimeout(begin, 2000); return; }
+  } catch { trouble = lost(); headline(); begin.again = setTimeout(begin, 2000); return; }
   rows.clear(); polls = []; alerts = []; known = null; day = null; lastId = s.id; current = s.columns;
   if (s.font && !begin.font) { begin.font = true; const face = new FontFace("own", "url(font.woff2)"); document.fonts.add(face); face.load().then(redraw); }
   if (selected) selected.changes = null;
@@ -102,7 +102,7 @@ function listen() {
   source.onopen = () => { heard = performance.now(); };
   source.addEventListener("reset", () => { source.close(); begin(); });
   source.onerror = async () => {
-    trouble = t("lost");
+    trouble = lost();
     headline();
     if (source.readyState !== EventSource.CLOSED) return;   // it tries again by itself
     const probe = await fetch("livez").catch(() => null);
@@ -122,6 +122,7 @@ document.addEventListener("visibilitychange", () => {
 // --- head -------------------------------------------------------------------------------------------------------------
 
 const LAMP = { OPEN: "good", FRESH: "good", IDLE: "good", PRE_OPEN: "warn", PARTIAL: "warn", STALE: "bad", FROZEN: "bad", DOWN: "bad" };
+const lost = () => t(head.notice ? "ended" : "lost");   // the last frame of a board that ends has its notice
 const troubleOf = subject => t({ reading: "readingTrouble", groups: "groupsTrouble" }[subject] ?? subject);
 const lately = () => (performance.now() - received) / 1000;
 const outcome = p => p.outcome === "PUBLISHED" ? t("changed", int(p.opened + p.traded + p.revised + p.cancelled)) : t(p.outcome);
@@ -130,7 +131,7 @@ const errorOf = p => [p.error_kind, p.error_code, p.error_message].filter(Boolea
 function banner() {
   const p = polls.at(-1), waiting = heard && source && performance.now() - heard > LOST_MS;
   if (trouble) return trouble;
-  if (waiting) return t("lost");
+  if (waiting) return lost();
   if (!current) return t("reading");
   const found = (head.troubles ?? []).filter(each => each !== "groups").map(troubleOf);   // prices are current without the groups
   if (found.length) return joined([...new Set(found)]);
@@ -153,6 +154,7 @@ function headline() {
   chip("#phase", p?.phase, ""); chip("#feed", p?.feed_state, "lamp");
   $("#feed").title = t("feedState");
   put($("#banner"), text); $("#banner").hidden = !text;
+  $("#banner").classList.toggle("calm", text === t("ended"));
   document.body.classList.toggle("stale", !!text && !(p?.outcome === "SKIPPED"));
   $("#simulated").hidden = !p?.simulated;
   put($("#simulated"), t("simulated", units.shortDate(day, chosen.lang)));

@@ -23,6 +23,7 @@ export const WORDS = {
   FAILED: ["بدون داده", "no data"], SKIPPED: ["بدون پرسش", "not polled"], noData: ["بدون داده", "No data"], notSent: ["بورس این مقدار را نفرستاده است", "The exchange did not send it"],
   reading: ["در حال خواندن روز…", "Reading the day…"], noPoll: ["هنوز پرسشی ثبت نشده است", "No poll yet"],
   lost: ["ارتباط با تابلو قطع است؛ دوباره تلاش می‌شود", "The board does not answer; trying again"],
+  ended: ["نمایش پایان یافت", "The board has ended"],
   full: ["تابلو جای خالی ندارد؛ دوباره تلاش می‌شود", "The board has too many clients; trying again"],
   kafka: ["کافکا پاسخ نمی‌دهد؛ قیمت‌ها به‌روز نیستند", "Kafka does not answer; prices are not current"],
   readingTrouble: ["خواندن موضوع‌ها ممکن نیست", "The topics cannot be read"], registry: ["مخزن شِماها پاسخ نمی‌دهد", "The schema registry does not answer"],
