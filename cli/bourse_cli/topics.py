@@ -110,6 +110,8 @@ def apply(
             click.echo("\n".join(plan.commands(cluster.bootstrap_servers)))
         return
     plans = plan_topics(cluster, overrides, replication_factor, any_time=any_time)
+    for plan in plans:
+        _require_longer(plan)
     if not dry_run:
         apply_topics(cluster, plans)
     for plan in plans:
@@ -176,21 +178,20 @@ def plan_topics(
         existing, settings = replace(plan, has=has, replicas=found[name].replicas), current.get(name, {})
         cluster.require_size(name, {**settings, **existing.settings})
         alter = {key: (settings.get(key), new) for key, new in existing.settings.items() if settings.get(key) != new}
-        if "retention.ms" in alter and "retention.ms" not in plan.config:
-            _require_longer(name, plan.topic.name, *alter["retention.ms"])
         plans.append(replace(existing, alter=alter))
     return plans
 
 
-def _require_longer(name: str, topic: str, old: str | None, new: str) -> None:
-    """Raise ConfigurationError if a topic would keep its records for a shorter time: brokers delete them at once."""
+def _require_longer(plan: Plan) -> None:
+    """Raise ConfigurationError if a topic would keep records for a shorter time, which nobody asked for."""
+    old, new = plan.alter.get("retention.ms", (None, "-1"))
     before, after = int(old or -1), int(new)
-    if after >= 0 and not 0 <= before <= after:
+    if after >= 0 and not 0 <= before <= after and "retention.ms" not in plan.config:
         kept = "for ever" if before < 0 else f"for {before} ms"
         raise ConfigurationError(
-            f"{name} keeps its records {kept}; the brokers would delete those older than the declared {after} ms: put "
-            f'the time that is wanted under [topic.{topic}.config] in {config_name()}, as "retention.ms" = "{before}"; '
-            "or pass --any-time"
+            f"{plan.name} keeps its records {kept}; the brokers would delete those older than the declared {after} ms: "
+            f"put the time that is wanted under [topic.{plan.topic.name}.config] in {config_name()}, as "
+            f'"retention.ms" = "{before}"; or pass --any-time'
         )
 
 
