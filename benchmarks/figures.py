@@ -134,9 +134,10 @@ What is not reached:
   commit. Other threads wait for the broker meanwhile. A smaller poll does not make the commit shorter, and both sides
   pay for it, which limits the ratio if a third of the rows changed. Encoders in C were slower for whole events, and
   keeping the bytes of what does not change saved 2 %.
-* **PostgreSQL.** The server is what is measured: without any client's work a COPY of these rows into the table with its
-  key takes it 8 µs a row, and the commit's way to the disk 6 µs, of 20. `executemany` of psycopg 3 sends its statements
-  in a pipeline, and costs the server less than twice that.
+* **Alert rules.** Of 4.1 s for 200,000 events 1.6 s are judging and the texts of 15,166 alerts, 1.4 s reading, decoding
+  and putting polls together, 1.1 s forty transactions. The other judges an event when it comes; the product judges each
+  pair of rule and instrument at every poll, also those that did not trade. Imports alone hold 100 MB.
+* **Verify.** 7 to 8 µs of CPU time a row in one thread: 3 reading Parquet, 2.8 decoding the topic, 1 the sequences.
 
 How it is measured:
 

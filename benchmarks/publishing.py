@@ -101,7 +101,7 @@ def _read(cluster: Cluster) -> Iterator[Record]:
 def publishing(kind: str, polls: int, every: int = 1) -> Figure:
     """Return the ratio of the peers' medians to ours, and how the first one's spread from poll to poll."""
     wanted = 5.0 if every > 1 else {"mock": 3.5, "kafka": 2.7}[kind]
-    mix = "2,000 rows, a third changed," if every > 1 else "2,000 changed rows"
+    mix = "2,000 rows, a third changed" if every > 1 else "2,000 changed rows"
     what, target = f"{mix}, GET → committed, {BROKERS[kind]}", f"≥ {wanted:g} × quixstreams"
     try:
         laps = publish(kind, 2000, polls, {"ours": Path(sys.executable), "peer": PEER, "aio": PEER}, every)

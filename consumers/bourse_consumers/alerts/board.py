@@ -17,7 +17,7 @@ from bourse_consumers.alerts.expressions import Needs, Node, Past
 
 NEVER = 2**31 - 1
 EXACT = 2**53
-SPARE = 8
+SPARE = 32
 ALWAYS = ("last_price", "previous_close", "traded_at")
 
 
