@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from confluent_kafka import Consumer as Client
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
 from bourse_consumers.api import Assignment, Decoders, Emit
 from bourse_consumers.kafka_stream import KafkaBase
@@ -22,7 +22,7 @@ from bourse_consumers.runner import Poll, StreamBroken
 from bourse_consumers.transactions import ASK_SECONDS
 from bourse_schemas.election import Election
 from bourse_schemas.errors import Undecodable, Unreachable
-from bourse_schemas.kafka import Cluster, abandon
+from bourse_schemas.kafka import FENCED, Cluster, abandon
 from bourse_schemas.reading import LAST, read
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
@@ -33,7 +33,6 @@ OWED_SECONDS = 120.0
 REFRESH_SECONDS, RECOMMIT_SECONDS = 30.0, 86_400.0
 # Clocks are set back by less than this between a request and its events.
 SLACK_MS = 60_000
-FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}  # noqa: SLF001  # its names
 
 
 class KafkaMarket(KafkaBase):

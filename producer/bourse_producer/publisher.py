@@ -15,7 +15,7 @@ from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, UnknownSchema
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker
-from bourse_schemas.kafka import Cluster, abandon, producer_id
+from bourse_schemas.kafka import FENCED, Cluster, abandon, producer_id
 from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DAY_MS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import deadline
@@ -29,7 +29,6 @@ TAILS = (2_000, 20_000, None)
 # they are back. Whether it was committed is not guessed: the next producer settles it, and it is read back. The process
 # ends if the client ignores its limit.
 COMMIT_SECONDS, STUCK_SECONDS = 25.0, 60.0
-FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}  # noqa: SLF001  # public
 
 
 class NoRoom(ConfigurationError):

@@ -43,6 +43,8 @@ BATCH_BYTES, RECORD_BYTES = 1_000_000, 128 * 1024
 REFUSALS = {29: ("topic", ""), 30: ("group", "READ"), 31: ("cluster", ""), 53: ("transactional id", "WRITE")}
 # UNKNOWN_TOPIC_OR_PART, _UNKNOWN_TOPIC, _UNKNOWN_PARTITION, _FATAL: trying again does not help.
 PERMANENT = {3, -188, -190, -150}
+# INVALID_PRODUCER_EPOCH, PRODUCER_FENCED, _FENCED: another producer of this transactional id was initialised.
+FENCED = {47, 90, -144}
 
 
 class TopicState(NamedTuple):
