@@ -88,7 +88,7 @@ def test_a_live_account_is_one_variable_away_and_stays_out_of_the_repository() -
 def test_what_it_starts_with() -> None:
     """Every image can be replaced by a variable; ours are the versions that the tests run."""
     images = {name: service["image"] for name, service in SERVICES.items()}
-    assert images["kafka"] == "${KAFKA_IMAGE:-apache/kafka:4.3.1}"
+    assert images["kafka"] == "${KAFKA_IMAGE:-apache/kafka:4.2.2}"
     assert images["registry"] == "${REGISTRY_IMAGE:-apicurio/apicurio-registry:3.3.3}"
     assert {images[name] for name in OURS} == {"${STREAM_IMAGE:-bourse-stream:local}"}
     assert set(SERVICES) == {"kafka", "registry", *OURS}

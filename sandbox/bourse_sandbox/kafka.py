@@ -31,7 +31,7 @@ from bourse_schemas.errors import ConfigurationError
 
 __all__ = ["Kafka", "KafkaUnavailable", "MockKafka", "are_free", "free_port", "java"]
 
-VERSION = "4.3.1"
+VERSION = "4.2.2"
 # What `kafka-storage format` of this version writes for a first broker: a JVM less to wait for at each start.
 BOOTSTRAP = Path(__file__).parent / "data" / "bootstrap.checkpoint"
 

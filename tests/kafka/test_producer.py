@@ -452,6 +452,28 @@ def test_closing_without_a_broker_does_not_hang(own_kafka: Callable[..., Kafka],
         assert read(cluster, TRADES).events == []
 
 
+def test_a_poll_is_there_although_the_broker_died_at_once(own_kafka: Callable[..., Kafka], prefix: str) -> None:
+    """A broker answers a commit before it writes the transaction's end; some versions never write it after a kill."""
+    broker = own_kafka()
+
+    class Last(Publisher):
+        def publish(self, *poll: Any) -> None:
+            super().publish(*poll)
+            broker.kill()
+
+    with serve_registry() as registry, practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
+        cluster = Cluster(broker.bootstrap_servers, registry.url, prefix)
+        prepare(cluster)
+        producer = in_process(cluster, server.url, client)
+        producer._new_publication = lambda: Last(cluster)
+        poll(producer, 1)
+        broker.start()
+        again = Publisher(cluster)
+        assert again.restore().poll_sequence == 1
+        again.close()
+        check(cluster)
+
+
 def test_state_that_cannot_be_read_is_no_empty_state(cluster: Cluster) -> None:
     """A topic that is not there any more must not look like a market that was never seen."""
     publisher = Publisher(cluster)

@@ -232,8 +232,8 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
 def test_the_lock_pins_every_jar() -> None:
     """Kafka itself among them; each once."""
     lock = read_lock(Path(bourse_sandbox.kafka.__file__).with_name("jars.lock"))
-    assert [artifact.path for artifact in lock if artifact.coordinate == "org.apache.kafka:kafka_2.13:4.3.1"] == [
-        "org/apache/kafka/kafka_2.13/4.3.1/kafka_2.13-4.3.1.jar"
+    assert [artifact.path for artifact in lock if artifact.coordinate == "org.apache.kafka:kafka_2.13:4.2.2"] == [
+        "org/apache/kafka/kafka_2.13/4.2.2/kafka_2.13-4.2.2.jar"
     ]
     assert len({artifact.path for artifact in lock}) == len(lock) == 46
     assert {len(artifact.sha256) for artifact in lock} == {64}
