@@ -94,7 +94,9 @@ func take(ctx context.Context, record *kgo.Record, isTrade bool) error {
 	case err != nil:
 		return err
 	case !isTrade:
-		table[string(record.Key)] = value
+		if isNewer(value, table[string(record.Key)]) {
+			table[string(record.Key)] = value
+		}
 	default:
 		counts[fmt.Sprint(value["trading_day"].(time.Time).Format(time.DateOnly), " ", value["op"])]++
 		if *asJSON {
@@ -102,6 +104,15 @@ func take(ctx context.Context, record *kgo.Record, isTrade bool) error {
 		}
 	}
 	return nil
+}
+
+// isNewer compares candles: a topic that got more partitions has an older candle in the instrument's partition of before.
+func isNewer(candle, known map[string]any) bool {
+	if known == nil {
+		return true
+	}
+	days := candle["trading_day"].(time.Time).Compare(known["trading_day"].(time.Time))
+	return cmp.Or(days, cmp.Compare(candle["sequence"].(int64), known["sequence"].(int64))) > 0
 }
 
 // decode reads the wire format: a zero byte, four bytes of schema id, Avro as the schema of that id wrote it.

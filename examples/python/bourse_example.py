@@ -17,7 +17,7 @@ def main(options):
     # Given our schema, it resolves what other versions wrote.
     avsc = {trades: "TradeEvent.avsc", candles: "Candle.avsc"}
     decode = {topic: AvroDeserializer(registry, (options.schemas / avsc[topic]).read_text("utf-8")) for topic in avsc}
-    # No group: every start reads all there is. Of what goes wrong librdkafka says the same on stderr unless told.
+    # No group: every start reads all there is. Of what goes wrong librdkafka prints the same on stderr by default.
     settings = {"bootstrap.servers": options.bootstrap_servers, "group.id": "unused", "enable.auto.commit": False}
     settings |= {"isolation.level": "read_committed", "enable.partition.eof": True, "log_level": 0}
     consumer = Consumer(settings)
@@ -44,13 +44,18 @@ def main(options):
             try:
                 value = decode[topic](message.value())
                 if topic == candles:
-                    table[message.key()] = value
+                    # A topic that got more partitions has an older candle in the instrument's partition of before.
+                    table[message.key()] = max(table.get(message.key(), value), value, key=day_and_sequence)
                 else:
                     counts[value["trading_day"], value["op"]] += 1
             except Exception as error:
                 raise ValueError(f"cannot read {topic} [{partition}] at {message.offset()}: {error!r}") from error
             if options.json and topic == trades:
                 print(json.dumps(value, default=str, ensure_ascii=False), flush=True)
+
+
+def day_and_sequence(candle):
+    return candle["trading_day"], candle["sequence"]
 
 
 def show(table, counts):

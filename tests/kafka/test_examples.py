@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from bourse_sandbox.registry import serve_registry
 from bourse_schemas.codec import FRAME, avro_schema
 from bourse_schemas.compatibility import gate
 from bourse_schemas.errors import ConfigurationError, SchemaIncompatible
-from bourse_schemas.events import TradeEvent
+from bourse_schemas.events import Candle, TradeEvent
 from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TOPICS, TRADES
+from bourse_schemas.topics import CANDLES, TOPICS, TRADES
 from reliability.alone import Alone
+from tests.samples import DAY, event
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,31 @@ def test_all_read_a_real_day_field_by_field_as_we_do(
         ran = example([*program, "--json"], cluster)
         assert (ran.returncode, ran.stderr) == (0, ""), language
         assert in_order(ran.stdout.splitlines()) == trades, language
+
+
+def test_the_newest_of_an_instruments_candles_is_shown(cluster: Cluster, programs: Commands) -> None:
+    """After partitions were added an instrument may have candles in two of them; these are read in any order."""
+    encode = cluster.registry().serializer(CANDLES, cluster.prefix)
+
+    def candle(name: str, day: date, sequence: int, value: int) -> Candle:
+        whole = event(instrument=name, symbol=name, trading_day=day, sequence=sequence, value=value)
+        return Candle(**{field: getattr(whole, field) for field in Candle.__struct_fields__})
+
+    here = candle("A", DAY, 9, 2_000), candle("B", DAY, 9, 5_000)
+    there = candle("A", DAY, 8, 5_000), candle("B", DAY + timedelta(days=1), 1, 1_000)
+    producer = cluster.transactional_producer(f"{cluster.prefix}-other")
+    producer.init_transactions(20)
+    producer.begin_transaction()
+    for partition, candles in enumerate((here, there)):
+        for each in candles:
+            record = encode(each)
+            producer.produce(record.topic, record.value, record.key, partition)
+    producer.commit_transaction(20)
+    for language, program in programs.items():
+        ran = example(program, cluster)
+        assert (ran.returncode, ran.stderr) == (0, ""), language
+        rows = [line.split("\t") for line in ran.stdout.splitlines()[1:]]
+        assert [(row[0], row[4]) for row in rows] == [("A", "2000"), ("B", "1000")], language
 
 
 def test_the_pinned_client_is_the_tested_one() -> None:

@@ -6,9 +6,11 @@ import java.io.PrintStream;
 import java.nio.charset.StandardCharsets;
 import java.time.Duration;
 import java.util.ArrayList;
+import java.util.Comparator;
 import java.util.HashMap;
 import java.util.Map;
 import java.util.TreeMap;
+import java.util.function.BinaryOperator;
 import org.apache.kafka.clients.consumer.KafkaConsumer;
 import org.apache.kafka.common.KafkaException;
 import org.apache.kafka.common.TopicPartition;
@@ -16,6 +18,8 @@ import org.apache.kafka.common.serialization.StringDeserializer;
 
 /** Reads bourse.trades and bourse.candles: a live table and each day's counts, or the trades as lines of JSON. */
 public final class Subscriber {
+  private static final Comparator<Candle> BY_DAY_AND_SEQUENCE =
+      Comparator.comparing(Candle::getTradingDay).thenComparing(Candle::getSequence);
   private final Map<String, Candle> table = new HashMap<>();
   private final Map<String, Long> counts = new TreeMap<>(); // by day and op
 
@@ -44,7 +48,7 @@ public final class Subscriber {
     Map<String, Object> settings = Map.of("bootstrap.servers", options.get("--bootstrap-servers"),
         "isolation.level", "read_committed", // Java's default is read_uncommitted
         "allow.auto.create.topics", false,
-        "auto.offset.reset", "none", // said aloud where records were deleted before they were read
+        "auto.offset.reset", "none", // fails if records were deleted before they were read
         "default.api.timeout.ms", 5000, "request.timeout.ms", 4000);
     var values = new RegistryDeserializer(options.get("--registry-url"));
     try (var consumer = new KafkaConsumer<>(settings, new StringDeserializer(), values)) {
@@ -62,7 +66,8 @@ public final class Subscriber {
         var records = consumer.poll(Duration.ofMillis(500));
         for (var record : records) {
           if (record.value() instanceof Candle candle) {
-            table.put(record.key(), candle);
+            // A topic that got more partitions has an older candle in the instrument's partition of before.
+            table.merge(record.key(), candle, BinaryOperator.maxBy(BY_DAY_AND_SEQUENCE));
           } else if (record.value() instanceof TradeEvent trade) {
             counts.merge(trade.getTradingDay() + " " + trade.getOp(), 1L, Long::sum);
             if (json) {
