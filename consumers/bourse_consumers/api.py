@@ -303,7 +303,14 @@ class Unreadable(Undecodable):
 
 
 class Reopen(BourseError):
-    """The state is void, for example because another writer was faster or rules changed: call `open` again."""
+    """The state is void, for example because another writer was faster or rules changed: call `open` again.
+
+    If nothing is at `fault`, it is no warning, and the service stays ready.
+    """
+
+    def __init__(self, message: str, *, fault: bool = True) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 # --- what is implemented ----------------------------------------------------------------------------------------------

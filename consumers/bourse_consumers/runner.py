@@ -195,8 +195,11 @@ class Runner:
     def _start_over(self, error: BourseError) -> None:
         self._opened = False
         pause = next(self._outage_waits)
-        self._log.warning("starting over from what is committed", error=str(error), wait_seconds=round(pause, 1))
-        self._monitor.unready("starting over", str(error))
+        if isinstance(error, Reopen) and not error.fault:
+            self._log.info("opening again", reason=str(error), wait_seconds=round(pause, 1))
+        else:
+            self._log.warning("starting over from what is committed", error=str(error), wait_seconds=round(pause, 1))
+            self._monitor.unready("starting over", str(error))
         self._monitor.beat(pause + TURN_SECONDS)
         with suppress(Unreachable):
             self._stream.wait(pause, self._stop.is_set)

@@ -521,6 +521,10 @@ def test_a_corrected_line_is_correct(tmp_path: Path) -> None:
         ("percent(last_price, 5x) > 3", "percent(last_price, 5m) > 3"),
         ("plp > 3x", "plp > 3"),
         ("quiet >= 90sec", "quiet >= 90s"),
+        ("quiet >= 5M", "quiet >= 5m"),
+        ("volume > 5M and plp > 3", "volume > 5_000_000 and plp > 3"),
+        ("change(value, 5m) > 2b", "change(value, 5m) > 2_000_000_000"),
+        ("volume > 5m", "volume > 5_000_000"),
     ],
 )
 def test_an_expression_is_corrected_as_a_whole(tmp_path: Path, written: str, corrected: str) -> None:
@@ -534,6 +538,27 @@ def test_an_expression_is_corrected_as_a_whole(tmp_path: Path, written: str, cor
         path = tmp_path / "rules.yaml"
         path.write_text("version: 1\nrules:\n" + text.replace("WHEN", corrected), "utf-8")
         assert load(path)[2] is None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "plp > 5M",
+        "pcp >= 3k",
+        "percent(volume, 5m) > 5M",
+        "move > 2b",
+        "quiet > 5K",
+        "volume / 2 > 5M",
+        "plp > 5m",
+        "plp > quiet",
+    ],
+)
+def test_an_amount_is_proposed_for_amounts_only(tmp_path: Path, written: str) -> None:
+    """A percentage of millions, or of minutes, is not what was meant: the place is shown, and nothing to paste."""
+    rule = f"{{name: a, let: {{move: plp}}, when: '{written}', message: '{{{written.partition(' >')[0]} + 5K}}'}}"
+    found = wrong(tmp_path, f"version: 1\nrules:\n  - {rule}\n")
+    assert re.findall(r":3:(\d+): a: when: ", found), found
+    assert "write:" not in found
 
 
 def test_an_expression_to_try_is_corrected(tmp_path: Path) -> None:

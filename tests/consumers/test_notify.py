@@ -470,7 +470,9 @@ channels:
         "channels.yaml:22:29: channels.h.key: a key has 24 to 64 bytes",
         "channels.yaml:23:25: channels.i.proxy: a proxy is expected here: http, https, socks5",
         "channels.yaml:24:25: channels.j.proxy: a secret",
-        "    url\n    ^^^\n    write: url: {env: DESK_URL}\n",
+        "    url\n    ^^^\n    write: url: {env: PLAIN_URL}\n",
+        "    proxy\n    ^^^^^\n    write: proxy: {env: J_PROXY}",
+        "    both\n    ^^^^\n    write: both: {url: {env: BOTH_URL}}\n",
         "    active\n    ^^^^^^\n    write: active: 09:30-12:15\n",
     ):
         assert expected in shown
@@ -518,7 +520,8 @@ def test_every_mistake_has_a_corrected_line_in_two_languages(tmp_path: Path) -> 
     """With the lines pasted and the variable set the file has no mistake; in Persian no sentence is English."""
     path = tmp_path / "channels.yaml"
     key = base64.b64encode(b"0123456789" * 4).decode()
-    variables = VARIABLES | {"DESK_URL": VARIABLES["DESK"], "HOOK_URL": VARIABLES["HOOK"], "HOOK_KEY": key}
+    addresses = dict.fromkeys(("ONE_URL", "THREE_URL", "FIVE_URL"), VARIABLES["DESK"])
+    variables = VARIABLES | addresses | {"TWO_KEY": key, "HOOK_KEY": key}
     path.write_text(WRONG, "utf-8")
     with pytest.raises(ConfigurationError) as caught:
         load(path, variables, "fa")
@@ -544,6 +547,21 @@ def test_every_mistake_has_a_corrected_line_in_two_languages(tmp_path: Path) -> 
         else:
             return
     pytest.fail(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [("desk", "DESK_WEBHOOK"), ("night-desk.2", "NIGHT_DESK_2_WEBHOOK"), ("میز", "WEBHOOK"), ("2nd", "_2ND_WEBHOOK")],
+)
+def test_a_secret_goes_into_a_variable_named_after_its_channel(tmp_path: Path, name: str, variable: str) -> None:
+    """A name that a shell accepts; the line is right when it is pasted and the variable is set."""
+    with pytest.raises(ConfigurationError) as caught:
+        channels(tmp_path, f"version: 1\nchannels: {{{name}: {{webhook: 'https://example.ir/hidden'}}}}")
+    assert str(caught.value).endswith(f"\n    write: webhook: {{env: {variable}}}")
+    assert "hidden" not in str(caught.value)
+    path = tmp_path / "channels.yaml"
+    path.write_text(f"version: 1\nchannels: {{{name}: {{webhook: {{env: {variable}}}}}}}", "utf-8")
+    assert load(path, {variable: VARIABLES["HOOK"]})[name].webhook == VARIABLES["HOOK"]
 
 
 @pytest.mark.parametrize(
@@ -937,4 +955,7 @@ def test_waiting_for_the_active_hours_is_not_a_fault() -> None:
             pass
     assert reasons[0] == {}
     assert 'bourse_consumer_retries_total{consumer="mail"} 0.0' in monitor.answer("/metrics")[1]
-    assert [line["reason"] for line in lines if line["event"] == "waiting"] == ["outside the active hours"]
+    logged = [(line["event"], line["reason"]) for line in lines if "reason" in line]
+    assert logged == [("waiting", "outside the active hours"), ("opening again", "the active hours begin")]
+    assert {line["log_level"] for line in lines} == {"info"}
+    assert not any(reasons)

@@ -36,6 +36,7 @@ ALIASES = {
 NOT_SENT = re.compile(r"tmax|tmin|bvol|eps|pe|cs|mv|[pqz][do]\d?|ct|ih|is\d*|l18|l30|buy_\w+|sell_\w+", re.IGNORECASE)
 UNITS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 DURATION = re.compile(r"(?<![\w.])(?:\d{1,9}[hms])+(?!\w)")
+JOINED = re.compile(r"\b(?:and|or)\b")
 NO_NUMBER = re.compile(r"(?<![\w.])(\d{1,9})[^\W\d_]\w*")
 TOLERANCE = 1e-9
 LONGEST, LARGEST, MOST_VARIANTS = 2_000, 4_000, 40
@@ -57,6 +58,9 @@ FUNCTIONS = {name: f"{name}({given})" for given, names in {
 MARKET = ("count", "share", "total")
 COMPARISONS = {"Lt", "LtE", "Gt", "GtE", "Eq", "NotEq"}
 RESERVED = {*COLUMNS, *ALIASES, *FUNCTIONS, *STATES, "quiet", "silent", "feed_state"}
+# What has amounts, unlike percentages, shares and counts, and the zeros of a suffix that people give them.
+AMOUNTS = {*COLUMNS, *ALIASES, *FUNCTIONS} - {"plp", "pcp", "percent", "share", "count"}
+ZEROS = {"k": "_000", "m": "_000_000", "b": "_000_000_000"}
 Kind = Literal["number", "truth", "time", "state"]
 Scope = Literal["instrument", "market", "feed"]
 # What a corrected line has if another kind is expected.
@@ -168,9 +172,13 @@ def parse(text: str) -> ast.expr:
         at = min(max((error.offset or 1) - 1, 0), len(source))
         for found in NO_NUMBER.finditer(source) if error.msg == "invalid decimal literal" else ():
             if found.start() <= at < found.end():
-                end, digits = chars[found.end() - 1] + 1, found[1]
-                fix = near("expression", found[0], span) or f"{digits}m"
-                raise Mistake("no_number", chars[found.start()], end, fix, name=found[0], digits=digits) from None
+                at, end, (name, digits) = chars[found.start()], chars[found.end() - 1] + 1, (found[0], found[1])
+                if (suffix := name[len(digits) :].lower()) in ZEROS:
+                    around = JOINED.split(source[: found.start()])[-1] + JOINED.split(source[found.end() :])[0]
+                    others = (digits + suffix, _in_full(name, around))
+                    raise Mistake("amount", at, end, whole="", name=name, others=others) from None
+                fix = near("expression", name, span) or f"{digits}m"
+                raise Mistake("no_number", at, end, fix, name=name, others=(digits,)) from None
         raise Mistake("not_an_expression", chars[at], chars[at] + 1, why=error.msg) from None
     except (ValueError, RecursionError, MemoryError, OverflowError):
         raise Mistake("too_deep") from None
@@ -216,9 +224,8 @@ def corrected(text: str, check: Callable[[str], object]) -> str | None:
 
 def _variants(text: str, mistake: Mistake) -> Iterator[str]:
     """Yield what may be meant by an expression with a mistake."""
-    if mistake.fix is not None:
-        digits = [mistake.values["digits"]] if mistake.text == "no_number" else []
-        for fix in (mistake.fix, *digits):
+    if fixes := [fix for fix in (mistake.fix, *mistake.values.get("others", ())) if fix is not None]:
+        for fix in fixes:
             yield text[: mistake.at] + fix + ("" if mistake.end is None else text[mistake.end :])
         return
     plain = text.translate(PLAIN).strip()
@@ -447,8 +454,11 @@ class Compiler:
             raise self._wrong("not_part", tree, what=name)
         x, y = self._want(left, "number", "time", "state"), self._node(right)
         if x.kind != y.kind:
-            wrong, wanted = (left, y.kind) if x.constant is not None and y.kind == "time" else (right, x.kind)
-            raise self._wrong("compared", wrong, _as(wanted, wrong), left=x.kind, right=y.kind)
+            wrong, other, wanted = right, left, x.kind
+            if x.constant is not None and y.kind == "time":
+                wrong, other, wanted = left, right, y.kind
+            fix = _in_full(_written(wrong), _written(other)) if wanted == "number" else _as(wanted, wrong)
+            raise self._wrong("compared", wrong, fix, whole="" if fix is None else None, left=x.kind, right=y.kind)
         if x.kind == "state" and name not in {"Eq", "NotEq"}:
             raise self._wrong("no_order", tree, f"{_written(left)} == {_written(right)}")
         self._side(left, x)
@@ -583,6 +593,12 @@ class Compiler:
             return true.astype(float) if name == "count" else divide(true, known)
 
         return Node("number", f"{name}({x.key}) of {members}", run)
+
+
+def _in_full(number: str, around: str) -> str | None:
+    """Return a number with a suffix, such as 5M, without it, if all that is around it are amounts."""
+    zeros, names = ZEROS.get(number.lstrip("0123456789").lower()), set(re.findall(r"\b[^\W\d]\w*", around))
+    return number[:-1] + zeros if zeros and names and names <= AMOUNTS and "/" not in around else None
 
 
 def _written(tree: ast.expr) -> str:

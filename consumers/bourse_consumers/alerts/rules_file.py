@@ -288,7 +288,7 @@ class _Reader:
             return read(text := _text(value))
         except Mistake as mistake:
             if mistake.text not in {"text", "long_text"}:
-                mistake.whole = corrected(text, read)
+                mistake.whole = corrected(text, read) or mistake.whole
             self.document.mistake(at, mistake, prefix, scope)
             return None
 

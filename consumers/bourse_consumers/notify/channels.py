@@ -166,11 +166,18 @@ def _scrubber(*urls: str | None) -> Callable[[str], str]:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+def _variable(channel: str, key: str | None) -> str:
+    """Return what a secret of a channel is replaced with: a variable of its own, with a name that a shell accepts."""
+    name = re.sub(r"\W+", "_", f"{channel}_{key}".upper(), flags=re.ASCII).lstrip("_")
+    return f"{{env: {'_' * name[0].isdigit()}{name}}}"
+
+
 def _secret(check: Callable[[str], object], mistake: str, *, plain: bool = False) -> BeforeValidator:
     """Return a reader of what a variable or a file holds; `plain` ones may be in the channels file, but for users."""
 
     def read(value: Any, info: ValidationInfo[Any]) -> str:
-        folder, environment, _ = info.context
+        folder, environment, _, channel = info.context
+        own = _variable(channel, info.field_name)
         # No other line of this file corrects what is wrong in a variable or in another file.
         whole: str | None = ""
         empty = "no_value"
@@ -188,11 +195,11 @@ def _secret(check: Callable[[str], object], mistake: str, *, plain: bool = False
                     why = getattr(error, "strerror", None) or "not UTF-8 text"
                     raise Mistake("unreadable", whole=whole, name=name, why=why) from None
             case [("clear", str(found))]:
-                name, whole = "clear", None
+                name, whole = "clear", None if plain else own
             case str(found) if plain and "@" not in found:
                 name, whole = "clear", None
             case _:
-                raise Mistake("secret")
+                raise Mistake("secret", fix=own)
         if not (found := found.strip()):
             raise Mistake(empty, whole=whole, name=name)
         try:
@@ -232,7 +239,7 @@ def _hours(value: Any) -> tuple[int, int]:
 
 
 def _fallback(name: str, info: ValidationInfo[Any]) -> str:
-    if name not in (known := info.context[-1]):
+    if name not in (known := info.context[2]):
         fix, first = (next(iter(some), None) for some in (get_close_matches(name, known, 1), known))
         raise Mistake("channel", fix=fix, whole=first, name=name, known=", ".join(known))
     return name
@@ -323,8 +330,7 @@ def load(
     written: Any = document.data.get("channels")
     channels: dict[str, Any] = written if isinstance(written, dict) else {}
     people = [name for name, each in channels.items() if isinstance(each, dict) and "alertmanager" not in each]
-    context: Any = path.parent, environment, people
-    file = document.check(_File, document.data, context=context)
+    file = document.check(_File, document.data, context=(path.parent, environment, people, "defaults"))
     if written is not None and not 1 <= len(channels) <= MOST_CHANNELS:
         document.mistake(("channels",), Mistake("how_many_channels", most=MOST_CHANNELS))
     found: dict[str, Channel] = {}
@@ -333,8 +339,8 @@ def load(
         if not re.fullmatch(r"[\w.-]{1,32}", name):
             document.mistake(at, Mistake("channel_name", fix=re.sub(r"[^\w.-]", "-", name)[:32] or "desk"))
         if not isinstance(each, dict) or sum(each.get(way) is not None for way in WAYS) != 1:
-            document.mistake(at, Mistake("one_way", fix="{url: {env: DESK_URL}}"))
-        context = path.parent, environment if only in {None, name} else None, people
+            document.mistake(at, Mistake("one_way", fix=f"{{url: {_variable(name, 'url')}}}"))
+        context = path.parent, environment if only in {None, name} else None, people, name
         channel = document.check(Channel, each, at, context=context) if isinstance(each, dict) else None
         if channel is None:
             continue

@@ -59,7 +59,7 @@ class Notify(Consumer):
             raise Retry("outside the active hours", after=seconds, fault=False)
         if self._waited:
             self._waited = False
-            raise Reopen("the active hours begin")  # all that has come meanwhile becomes one message
+            raise Reopen("the active hours begin", fault=False)  # all that has come meanwhile becomes one message
         alerts = [alert for _, alert in wanted]
         try:
             self._deliver(alerts, [record.origin for record, _ in wanted])
