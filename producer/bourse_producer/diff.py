@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from bourse_schemas.events import Candle, Change, Op, Reason, TradeEvent
+from bourse_schemas.events import Candle, Change, DeadLetter, Op, TradeEvent
 from bourse_schemas.topics import event_id
 
 InstrumentCode = str
@@ -28,18 +28,11 @@ PROVENANCE = {
 _business = attrgetter(*(name for name in Candle.__struct_fields__ if name not in PROVENANCE))
 
 
-@dataclass(frozen=True, slots=True)
-class RejectedRow:
-    """A row that could not be used: `identity` is equal for the same mistake of the same instrument.
+class Rejected(NamedTuple):
+    """A row that could not be used: `identity` is equal for the same mistake of the same instrument."""
 
-    `track_id` is that of the call which returned it.
-    """
-
-    reason: Reason
-    message: str
-    payload: bytes
     identity: str
-    track_id: str
+    letter: DeadLetter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ class Snapshot:
     candles: Mapping[InstrumentCode, Candle]
     received_at: datetime
     session_day: date | None
-    rejected: Sequence[RejectedRow] = ()
+    rejected: Sequence[Rejected] = ()
     rows: int = 0
     duplicate_rows: int = 0
     oddities: Mapping[str, int] = field(default_factory=dict)

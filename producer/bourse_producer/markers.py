@@ -13,7 +13,7 @@ from bourse_producer.beats import Beats
 from bourse_producer.freshness import GOOD, Freshness
 from bourse_producer.responses import Answer, Derived
 from bourse_schemas.errors import ExchangeError
-from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker, Stage
+from bourse_schemas.events import TEHRAN, DeadLetter, FeedState, Op, Outcome, Phase, PollMarker
 
 COUNTS = {"opened": Op.OPENED, "traded": Op.TRADED, "revised": Op.REVISED, "cancelled": Op.CANCELLED}
 ODD = ("stale_rows", "rejected_rows", "duplicate_rows")
@@ -165,25 +165,6 @@ def _fields(poll: Poll, derived: Derived, history: History, timing: Timing) -> d
         "duplicate_rows": snapshot.duplicate_rows,
         "gap_from": history.last_good_at if timing.dropped or failed or gap else None,
     }
-
-
-def letters(derived: Derived, marker: PollMarker, known: set[tuple[date | None, str]]) -> list[DeadLetter]:
-    """Return the dead letters of rejected rows that are not `known`: the same bad row once a run and day."""
-    new = {row.identity: row for row in derived.rejected if (marker.session_day, row.identity) not in known}
-    return [
-        DeadLetter(
-            reason=row.reason,
-            message=row.message,
-            stage=Stage.PARSE,
-            origin=marker.source,
-            payload=row.payload,
-            original_headers={},
-            poll_sequence=marker.poll_sequence,
-            poll_id=row.track_id,
-            failed_at=marker.received_at or marker.requested_at,
-        )
-        for row in new.values()
-    ]
 
 
 @dataclass(frozen=True, slots=True)

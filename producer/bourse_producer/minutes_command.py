@@ -61,7 +61,7 @@ def minutes(
     if not candles:
         click.echo("no rows: is the company listed, and was it traded in this period?", err=True)
     if rejected:
-        click.echo(f"{counted(len(rejected), 'row')} cannot be used. The first: {rejected[0].message}", err=True)
+        click.echo(f"{counted(len(rejected), 'row')} cannot be used. The first: {rejected[0].letter.message}", err=True)
 
 
 def _print(candles: Sequence[Candle], form: str) -> None:

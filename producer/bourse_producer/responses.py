@@ -21,10 +21,10 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct
 
 from bourse_producer.calendar import parse_day
-from bourse_producer.diff import Changes, InstrumentCode, RejectedRow, Snapshot, diff
+from bourse_producer.diff import Changes, InstrumentCode, Rejected, Snapshot, diff
 from bourse_producer.refusals import UNREADABLE, Envelope, refusal
 from bourse_schemas.errors import ExchangeError, ExchangeNonsense
-from bourse_schemas.events import TEHRAN, Candle, Reason, tidy
+from bourse_schemas.events import TEHRAN, Candle, DeadLetter, Reason, Stage, tidy
 
 FUTURE = timedelta(minutes=5)
 # With fewer bad rows than this a response is not taken for a changed API; else this many rows are kept as a sample.
@@ -168,19 +168,19 @@ def parse(body: bytes, reading: Reading, memo: Memo | None = None) -> Snapshot:
     return Snapshot(best, at, reading.session_day, rejected, rows, duplicates, oddities, seen, memo)
 
 
-def parse_minutes(body: bytes, reading: Reading) -> tuple[list[Candle], Sequence[RejectedRow]]:
+def parse_minutes(body: bytes, reading: Reading) -> tuple[list[Candle], Sequence[Rejected]]:
     """Return the rows of a response of minute rows, oldest first, and those that cannot be used; raises as `parse`."""
     candles, rejected, _, _ = _read(body, reading, {})
     return sorted(candles, key=lambda candle: candle.traded_at), rejected
 
 
-def _read(body: bytes, reading: Reading, memo: Memo) -> tuple[list[Candle], list[RejectedRow], Counter[str], Memo]:
+def _read(body: bytes, reading: Reading, memo: Memo) -> tuple[list[Candle], list[Rejected], Counter[str], Memo]:
     result = _result(body, reading.track_id)
     oddities: Counter[str] = Counter()
     if b'"' + reading.track_id.encode() + b'"' not in body:
         oddities["foreign_track_id"] += 1
     candles: list[Candle] = []
-    rejected: list[RejectedRow] = []
+    rejected: list[Rejected] = []
     remembered: dict[str, tuple[_Row, Candle, Sequence[str]]] = {}
     raws: Sequence[Raw] = ()
     latest = reading.dated + FUTURE
@@ -197,7 +197,7 @@ def _read(body: bytes, reading: Reading, memo: Memo) -> tuple[list[Candle], list
                 known = row, candle, _oddities(row, candle)
         except _BadRow as bad:
             raws = raws or _raw_rows.decode(result)
-            rejected.append(_rejected(bytes(raws[number]), bad, reading.track_id))
+            rejected.append(_rejected(bytes(raws[number]), bad, reading))
             continue
         candles.append(known[1])
         if known[2]:
@@ -345,15 +345,25 @@ def _lenient(raw: Raw) -> _Row:
         raise _BadRow(reason, f"{name}: {error}", name) from error
 
 
-def _rejected(payload: bytes, bad: _BadRow, track_id: str) -> RejectedRow:
+def _rejected(payload: bytes, bad: _BadRow, reading: Reading) -> Rejected:
     try:
         fields = _anything.decode(payload)
     except UNREADABLE:
         fields = None
     named = {name.lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
     who = named.get("tsesymbolcode") or named.get("coid") or sha256(payload).hexdigest()
-    identity = f"{str(who)[:64]}/{bad.reason}/{bad.field}"
-    return RejectedRow(bad.reason, str(bad)[:MOST_MESSAGE], payload[:MOST_PAYLOAD], identity, track_id)
+    letter = DeadLetter(
+        reason=bad.reason,
+        message=str(bad)[:MOST_MESSAGE],
+        stage=Stage.PARSE,
+        origin=PROFILES[reading.profile].source,
+        payload=payload[:MOST_PAYLOAD],
+        original_headers={},
+        poll_sequence=reading.poll_sequence,
+        poll_id=reading.track_id,
+        failed_at=reading.received_at,
+    )
+    return Rejected(f"{str(who)[:64]}/{bad.reason}/{bad.field}", letter)
 
 
 @lru_cache(1 << 16)
@@ -396,7 +406,7 @@ class Derived:
 
     snapshot: Snapshot | None
     changes: Changes
-    rejected: Sequence[RejectedRow] = ()
+    rejected: Sequence[Rejected] = ()
     errors: Mapping[bool, ExchangeError] = field(default_factory=dict)
     memos: Mapping[bool, Memo] = field(default_factory=dict)
 
@@ -409,7 +419,7 @@ def derive(
 ) -> Derived:
     """Return what the responses of a poll change. A response with a larger share of bad rows is not used."""
     parts: list[Snapshot] = []
-    rejected: list[RejectedRow] = []
+    rejected: list[Rejected] = []
     errors: dict[bool, ExchangeError] = {}
     memos = dict(memos or {})
     for body, reading in answers:
@@ -423,7 +433,7 @@ def derive(
         if bad >= FEW_REJECTED and bad > max_rejected_share * part.rows:
             # A changed API must not pour the market into dead letters.
             rejected += part.rejected[:SAMPLE]
-            first = part.rejected[0].message
+            first = part.rejected[0].letter.message
             message = f"{bad} of {part.rows} rows cannot be used: has the API changed? The first: {first}"
             errors[reading.is_right] = ExchangeNonsense("nonsense", message, track_id=reading.track_id)
         else:

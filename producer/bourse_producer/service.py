@@ -18,7 +18,7 @@ from bourse_producer.clock import Clock
 from bourse_producer.diff import Changes, InstrumentCode
 from bourse_producer.finnotech import Reply
 from bourse_producer.freshness import Freshness
-from bourse_producer.markers import History, Poll, Timing, Trial, letters, mark, was_committed, was_overtaken
+from bourse_producer.markers import History, Poll, Timing, Trial, mark, was_committed, was_overtaken
 from bourse_producer.patience import Call
 from bourse_producer.publisher import NoRoom, State
 from bourse_producer.refusals import clock_skew
@@ -136,7 +136,7 @@ class Producer:
         self._unpublished: Counter[date] = Counter()
         self._last_started: float | None = None
         self._not_before = 0.0
-        # Why beats are missed, and what has been reported already.
+        # Why beats are missed, and what has been reported already: a bad row once a run and day.
         self._reason, self._dropped = NEVER_RAN, False
         self._pause = 1.0
         self._started = self._published = self._resting = False
@@ -428,7 +428,9 @@ class Producer:
         next_beat = now + timedelta(seconds=self._next_beat() - self._clock.monotonic())
         timing = Timing(self._beats, now, next_beat, missed, self._reason, self._dropped or self._is_late(poll))
         markers, history = mark(poll, derived, self._history, timing, self._settings.profile.source)
-        return Trial(derived, markers, letters(derived, markers[-1], self._lettered), history)
+        day = markers[-1].session_day
+        new = {row.identity: row.letter for row in derived.rejected if (day, row.identity) not in self._lettered}
+        return Trial(derived, markers, list(new.values()), history)
 
     def _publish(self, poll: Poll) -> PollMarker:
         """Publish a poll in one transaction, and only then take it for known."""

@@ -271,7 +271,7 @@ def test_future_rows() -> None:
     tehran = edge + timedelta(hours=3, minutes=30)
     assert only(read(row(TradeDateGre=f"{tehran:%Y/%m/%d %H:%M:%S}"))).traded_at == edge
     (bad,) = read(row(TradeDateGre=f"{tehran + timedelta(seconds=1):%Y/%m/%d %H:%M:%S}")).rejected
-    assert bad.reason is Reason.FUTURE_ROW
+    assert bad.letter.reason is Reason.FUTURE_ROW
     assert not read(row(TradeDateGre="2020/01/19 09:10:00"), dated=NOW + timedelta(hours=1)).rejected
 
 
@@ -328,7 +328,7 @@ def test_a_bad_row_is_reported_and_the_rest_is_used(bad: object, reason: Reason,
     other = row(TseSymbolCode="IRO1XXXX0001")
     found = read(ROW, bad, other)
     assert list(found.candles) == ["IRO1MADN0001", "IRO1XXXX0001"]
-    (rejected,) = found.rejected
+    ((_, rejected),) = found.rejected
     assert (rejected.reason, rejected.payload, found.rows) == (reason, json.dumps(bad).encode(), 3)
     assert message in rejected.message
     assert len(rejected.message) <= 1000
@@ -358,7 +358,7 @@ def test_unreadable_rows(bad: bytes) -> None:
     bad += b'"}' * bad.endswith(b"x")
     found = parse(body(ROW).replace(b"]", b"," + bad + b"]"), context())
     assert len(found.candles) == 1
-    (rejected,) = found.rejected
+    ((_, rejected),) = found.rejected
     assert rejected.payload == bad[:100_000]
 
 
@@ -509,7 +509,7 @@ def survive(text: bytes) -> None:
         encoder(Candle)(candle)
     assert not diff({each.instrument: each for each in changes.candles}, found).events
     for rejected in found.rejected:
-        rejected.message.encode()
+        rejected.letter.message.encode()
 
 
 @given(st.binary(max_size=300))
@@ -654,7 +654,7 @@ def test_an_unchanged_row_is_not_read_again() -> None:
     (candle,) = diff({}, second).candles
     assert (candle.poll_sequence, candle.observed_at) == (8, NOW + timedelta(seconds=60))
     early = parse(body(ROW), context(dated=NOW - timedelta(minutes=10)), first.memo)
-    assert [bad.reason for bad in early.rejected] == [Reason.FUTURE_ROW]
+    assert [bad.letter.reason for bad in early.rejected] == [Reason.FUTURE_ROW]
 
 
 # --- the successor, and minute rows -----------------------------------------------------------------------------------
@@ -715,7 +715,7 @@ def test_estimated_times_are_not_of_the_future() -> None:
     ahead = context(profile="realTimeTrades", received_at=NOW + timedelta(minutes=6))
     assert only(parse(text, ahead)).traded_at == ahead.received_at
     (bad,) = parse(text.replace(b"-19T", b"-20T"), ahead).rejected
-    assert bad.reason is Reason.FUTURE_ROW
+    assert bad.letter.reason is Reason.FUTURE_ROW
 
 
 def test_minute_rows_come_oldest_first_and_all_of_them() -> None:
@@ -723,7 +723,7 @@ def test_minute_rows_come_oldest_first_and_all_of_them() -> None:
     clocks = ["09:03:00", "09:01:00", "09:02:00"]
     rows = [row(TradeDateGre=f"2020/01/19 {clock}") for clock in clocks] + [row(TradeVolume=-1)]
     found, rejected = parse_minutes(body(*rows), context())
-    assert [row.track_id for row in rejected] == [TRACK_ID]
+    assert [row.letter.poll_id for row in rejected] == [TRACK_ID]
     assert [candle.traded_at.minute for candle in found] == [31, 32, 33]
     with pytest.raises(ExchangeNonsense):
         parse_minutes(b"<html>", context())
