@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from bourse_consumers.columns import Columns, Decoded
+    from bourse_consumers.columns import Columns
     from bourse_schemas.codec import Deserializer
 
 __all__ = [
@@ -146,13 +146,21 @@ class Decoders:
         """Return a record's event. Raises Undecodable."""
         return self._by_topic[record.partition.topic](record.value)
 
-    def columns(self, places: Places) -> Decoded | None:
-        """Return records of one topic by columns, None if they have to be decoded one by one."""
-        return self._columns(places).read(places)
+    def frame(self, places: Places) -> pl.DataFrame | None:
+        """Return the events of records of one topic by columns, None if they have to be decoded one by one."""
+        return self._columns(places).read(places.values)
+
+    def table(self, places: Places) -> pa.Table | None:
+        """Return the same as an Arrow table, with `_partition`, `_offset` and `_timestamp`."""
+        if (frame := self.frame(places)) is None:
+            return None
+        from bourse_consumers.rows import as_table  # not every consumer needs pyarrow, and it is 40 MB
+
+        return as_table(frame, self._by_topic[places.partitions[0].topic].event, places)
 
     def unknown(self, places: Places) -> pa.Table | None:
         """Return the fields of newer writers that this release does not know, None if there are none."""
-        return self._columns(places).unknown(places)
+        return self._columns(places).unknown(places.values)
 
     def _columns(self, places: Places) -> Columns:
         from bourse_consumers.columns import Columns  # needs polars
@@ -174,10 +182,8 @@ class Batch:
 
     records: Sequence[Record]
     next: Offsets
+    decoders: Decoders = field(repr=False)
     replay: bool = False
-    decode: Callable[[Record], Any] = field(default=lambda record: record.value, repr=False)
-    columns: Callable[[Places], Decoded | None] = field(default=lambda _: None, repr=False)
-    unknown: Callable[[Places], pa.Table | None] = field(default=lambda _: None, repr=False)
 
     @cached_property
     def events(self) -> Sequence[Any]:
@@ -185,7 +191,7 @@ class Batch:
         events, bad = [], []
         for record in self.records:
             try:
-                events.append(self.decode(record))
+                events.append(self.decoders.event(record))
             except Undecodable as error:
                 bad.append((record, str(error)))
         if bad:
@@ -205,29 +211,27 @@ class Batch:
 
     def all_fields(self) -> pa.Table:
         """Return `table()`, with the fields of newer writers that this release does not know."""
-        table, more = self.table(), self.unknown(Places.of(self.records))
+        table, more = self.table(), self.decoders.unknown(Places.of(self.records))
         for name, column in zip(more.column_names, more.columns, strict=True) if more is not None else ():
             table = table.append_column(name, column)
         return table
 
     def table(self) -> pa.Table:
         """Return the events as an Arrow table, with `_partition`, `_offset` and `_timestamp`. Needs pyarrow."""
-        if found := self._by_columns():
-            return found.table()
+        places = Places.of(self.records)
+        if "events" not in self.__dict__ and (found := self.decoders.table(places)) is not None:
+            return found
         from bourse_consumers.rows import to_table
 
-        return to_table(self.events, Places.of(self.records))
+        return to_table(self.events, places)
 
     def frame(self) -> pl.DataFrame:
         """Return the events as a polars frame. Needs polars only."""
-        if found := self._by_columns():
-            return found.frame
+        if "events" not in self.__dict__ and (found := self.decoders.frame(Places.of(self.records))) is not None:
+            return found
         from bourse_consumers.columns import to_frame
 
         return to_frame(self.events)
-
-    def _by_columns(self) -> Decoded | None:
-        return None if "events" in self.__dict__ else self.columns(Places.of(self.records))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, cast
 import fastavro
 import polars as pl
 
-from bourse_consumers.records import Places
 from bourse_schemas.codec import FRAME, Deserializer, Schema, _bytes, _long, avro_schema
 from bourse_schemas.errors import Undecodable
 from bourse_schemas.events import Event
@@ -30,7 +29,7 @@ from bourse_schemas.events import Event
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Columns", "Decoded", "to_frame"]
+__all__ = ["Columns", "to_frame"]
 
 GUARD = "_guard"
 SYNC = bytes(16)
@@ -49,35 +48,18 @@ class _Plan:
     constants: dict[str, pl.Expr]
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Records of one event type by columns: a polars frame, or an Arrow table like `Batch.table`."""
-
-    event: type[Event]
-    places: Places
-    frame: pl.DataFrame
-
-    def table(self) -> pa.Table:
-        """Return them as an Arrow table, with partition, offset and timestamp."""
-        # Not every consumer needs it, and it is 40 MB.
-        from bourse_consumers.rows import as_table
-
-        return as_table(self.frame, self.event, self.places)
-
-
 class Columns:
     """Decodes batches of one event type; each batch was written with one schema, of any release."""
 
     def __init__(self, deserializer: Deserializer[Any]) -> None:
         self._deserializer = deserializer
-        self._event = cast("type[Event]", deserializer.event)
-        self._fields = [field["name"] for field in avro_schema(self._event)["fields"]]
+        self._fields = [field["name"] for field in avro_schema(cast("type[Event]", deserializer.event))["fields"]]
         self._plans: dict[bytes, _Plan | None] = {}
         self._writers: dict[bytes, tuple[Schema, dict[str, Any]]] = {}
 
-    def read(self, places: Places) -> Decoded | None:
-        """Return the records in their order, None if they have to be decoded one by one. May raise Unreachable."""
-        values = [value or b"" for value in places.values]
+    def read(self, payloads: Sequence[bytes | None]) -> pl.DataFrame | None:
+        """Return the events in their order, None if they have to be decoded one by one. May raise Unreachable."""
+        values = [payload or b"" for payload in payloads]
         writers = {value[: FRAME.size] for value in values}
         if len(writers) > 1 or len(writer := writers.pop()) < FRAME.size:
             return None
@@ -86,14 +68,14 @@ class Columns:
         except Undecodable:
             return None
         frame = _read(plan, [value[FRAME.size :] for value in values]) if plan else None
-        return None if frame is None else Decoded(self._event, places, frame.select(self._fields))
+        return None if frame is None else frame.select(self._fields)
 
-    def unknown(self, places: Places) -> pa.Table | None:
+    def unknown(self, payloads: Sequence[bytes | None]) -> pa.Table | None:
         """Return the fields of the writers' schemas that our schema has not, row by row; None if there are none.
 
         They come from a newer release; decoding them one by one is slow, but nothing is lost until the upgrade.
         """
-        values = [value or b"" for value in places.values]
+        values = [payload or b"" for payload in payloads]
         writers = {writer: self._newer(writer) for writer in {value[: FRAME.size] for value in values}}
         types = {name: kind for _, fields in writers.values() for name, kind in fields.items()}
         if not types:

@@ -92,10 +92,8 @@ class Polls(Decoders):
     def _add_trades(self, records: Sequence[Record]) -> None:
         from bourse_consumers.columns import to_frame
 
-        found = self.columns(Places.of(records))
-        if found is not None:
-            frame = found.frame
-        else:
+        frame = self.frame(Places.of(records))
+        if frame is None:
             good = self._decodable(records)
             records, frame = [record for record, _ in good], to_frame([event for _, event in good], TradeEvent)
         rows = defaultdict[int, list[int]](list)

@@ -300,17 +300,14 @@ class Runner:
             split[self._is_new(record.partition, record.offset), record.partition.topic].append(record)
         for (new, _), records in split.items():
             if not new:
-                yield self._batch(records, Places.of(records).ends(), replay=True)
+                yield Batch(records, Places.of(records).ends(), self._stream.decoders, replay=True)
         ahead = {partition: at for partition, at in poll.positions.items() if self._is_new(partition, at)}
         self._replaying.difference_update(ahead)
         self._show_rebuild()
         for each in [poll.records] if whole else [records for (new, _), records in split.items() if new]:
-            yield self._batch(each, {partition: ahead[partition] for partition in set(Places.of(each).partitions)})
+            ends = {partition: ahead[partition] for partition in set(Places.of(each).partitions)}
+            yield Batch(each, ends, self._stream.decoders)
         self._reached.update(ahead)  # all batches were processed
-
-    def _batch(self, records: Sequence[Record], ends: Offsets, *, replay: bool = False) -> Batch:
-        decoders = self._stream.decoders
-        return Batch(records, ends, replay, decoders.event, decoders.columns, decoders.unknown)
 
     def _is_new(self, partition: Partition, offset: int) -> bool:
         return partition not in self._replaying or offset >= self._committed[partition]

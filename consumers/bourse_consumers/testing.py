@@ -73,6 +73,8 @@ class Memory:
     partition is beyond its last record.
     """
 
+    decoders = Decoders(DECODERS)
+
     def __init__(self, partitions: int = 1, *, markers: bool = False) -> None:
         self.partitions, self.markers = partitions, markers
         self.records: dict[Partition, list[Record | None]] = {}
@@ -102,13 +104,8 @@ class Memory:
         """Yield the events of a topic: those appended, and those published."""
         for place, log in self.records.items():
             if place.topic == topic.full_name():
-                yield from (self.decode(record) for record in log if record is not None)
+                yield from (self.decoders.event(record) for record in log if record is not None)
         yield from (emit.event for emit in self.emitted if emit.topic == topic)
-
-    @staticmethod
-    def decode(record: Record) -> Any:
-        """Return the record's event; raises Undecodable."""
-        return DECODERS[record.partition.topic](record.value)
 
 
 class MemoryStream:
@@ -121,7 +118,7 @@ class MemoryStream:
         self._memory, self._from_end = memory, from_end
         names = [topic.full_name() for topic in topics]
         self._partitions = [Partition(name, number) for name in names for number in range(memory.partitions)]
-        self.decoders = Decoders(DECODERS)
+        self.decoders = memory.decoders
         self._next: dict[Partition, int] = {}
         self._changed = True
         self._generation = self.failing = 0

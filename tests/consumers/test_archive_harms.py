@@ -26,9 +26,8 @@ from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.storage import Storage, StoreError, store_errors
 from bourse_consumers.archive.table import Table
 from bourse_consumers.archive.verify import show, verify
-from bourse_consumers.columns import Columns
 from bourse_consumers.runner import Runner
-from bourse_consumers.testing import DECODERS, SCHEMAS, SERIALIZERS, Memory, marker, stream_of, trade
+from bourse_consumers.testing import SCHEMAS, SERIALIZERS, Memory, marker, stream_of, trade
 from bourse_schemas.codec import FRAME
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import TradeEvent
@@ -36,7 +35,6 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
 DAYS = [date(2026, 11, 23), date(2026, 11, 24), date(2026, 11, 25)]
-COLUMNS = {topic: Columns(DECODERS[topic.full_name()]) for topic in (TRADES, POLLS)}
 # A later release's schema of events.
 NEWER = {
     **SCHEMAS[1],
@@ -52,8 +50,7 @@ def kept(memory: Memory, topic: Topic, first: int = 0) -> Kept:
     def rows(number: int, start: int, end: int) -> Iterator[pa.Table]:
         found = [record for record in logs[number][start:end] if record is not None]
         for at in range(0, len(found), 10):
-            records, columns = found[at : at + 10], COLUMNS[topic]
-            yield Batch(records, {}, False, memory.decode, columns.read, columns.unknown).all_fields()
+            yield Batch(found[at : at + 10], {}, memory.decoders).all_fields()
 
     return Kept({number: (first, len(log)) for number, log in logs.items()}, rows)
 

@@ -21,13 +21,12 @@ import pytest
 from deltalake import write_deltalake
 
 from bourse_cli.health import Monitor
-from bourse_consumers.api import Assignment, Batch, Consumer, Partition, Places, Reopen, Retry
+from bourse_consumers.api import Assignment, Batch, Consumer, Decoders, Partition, Places, Reopen, Retry
 from bourse_consumers.archive import sink
 from bourse_consumers.archive.maintenance import optimize
 from bourse_consumers.archive.sink import DeltaArchive
 from bourse_consumers.archive.storage import Storage, StoreError
 from bourse_consumers.archive.table import Table
-from bourse_consumers.columns import Columns
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import ConsumerContract, Memory, MemoryStream, run, trade
 from bourse_schemas.codec import FRAME, Deserializer, Serializer, avro_schema
@@ -61,7 +60,7 @@ def archived(to: object, *more: TradeEvent, **options: Any) -> Memory:
 def batch(memory: Memory, begin: int, end: int) -> Batch:
     """Return the records of a range."""
     records = [record for record in memory.records[TRADES_0][begin:end] if record is not None]
-    return Batch(records, {TRADES_0: end}, decode=memory.decode)
+    return Batch(records, {TRADES_0: end}, memory.decoders)
 
 
 def table(to: object, topic: str = "bourse.trades") -> Table:
@@ -198,7 +197,8 @@ def test_a_field_of_a_newer_release_is_kept(tmp_path: Path) -> None:
     """An archiver that is upgraded after the producer loses nothing: the table gets the column, older rows are null."""
     schema = {**avro_schema(TradeEvent)}
     schema["fields"] = [*schema["fields"], {"name": "yield_ppm", "type": ["null", "long"], "default": None}]
-    columns = Columns(Deserializer(TradeEvent, {1: avro_schema(TradeEvent), 99: schema}.__getitem__))
+    writers = {1: avro_schema(TradeEvent), 99: schema}
+    decoders = Decoders({"bourse.trades": Deserializer(TradeEvent, writers.__getitem__)})
     other = Table.create(f"{tmp_path}/bourse.trades", "bourse.trades")
     memory = Memory()
     memory.append(*events(3))
@@ -207,7 +207,7 @@ def test_a_field_of_a_newer_release_is_kept(tmp_path: Path) -> None:
     writer = DeltaArchive(str(tmp_path))
     for at in range(3):  # a commit each
         writer.open(Assignment({TRADES_0: at}))
-        part = Batch(records[at : at + 1], {TRADES_0: at + 1}, False, memory.decode, columns.read, columns.unknown)
+        part = Batch(records[at : at + 1], {TRADES_0: at + 1}, decoders)
         assert Places.of(part.records).offsets == (at,)
         other.refresh()
         other.describe(first={"9": at})  # another member changes the metadata meanwhile
@@ -247,7 +247,7 @@ def test_what_other_partitions_buffered_is_read_again(to: str) -> None:
     zombie.open(Assignment({TRADES_0: 0, TRADES_1: 0}, first={TRADES_0: 0, TRADES_1: 0}))
     heir.open(Assignment({TRADES_0: 0}, first={TRADES_0: 0}))
     both = [record for place in (TRADES_0, TRADES_1) for record in memory.records[place] if record is not None]
-    zombie.process(Batch(both, {TRADES_0: 3, TRADES_1: 3}, decode=memory.decode))
+    zombie.process(Batch(both, {TRADES_0: 3, TRADES_1: 3}, memory.decoders))
     heir.process(batch(memory, 0, 3))
     heir.close()
     with pytest.raises(Reopen):
@@ -665,7 +665,7 @@ def test_a_conflict_and_then_a_failed_listing_lose_nothing(bucket: str, monkeypa
     for each in (writer, other):
         each.open(assigned)
     both = [record for place in (TRADES_0, TRADES_1) for record in memory.records[place] if record is not None]
-    writer.process(Batch(both, {TRADES_0: 3, TRADES_1: 3}, decode=memory.decode))
+    writer.process(Batch(both, {TRADES_0: 3, TRADES_1: 3}, memory.decoders))
     other.process(batch(memory, 0, 3))
     other.close()
     with pytest.raises(Reopen):

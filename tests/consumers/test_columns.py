@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from bourse_consumers.api import Batch, Consumer, Decoders, Partition, Places, Record
-from bourse_consumers.columns import Columns
 from bourse_consumers.rows import to_table
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, MemoryStream
@@ -115,14 +114,15 @@ def one_by_one(found: Sequence[Record]) -> tuple[pa.Table | None, dict[int, Unde
 
 def at_once(decode: Deserializer[Any], found: Sequence[Record]) -> pa.Table | None:
     """Return the records as the columns give them, as a table and as a frame."""
-    decoded = Columns(decode).read(Places.of(found))
-    if decoded is None:
+    decoders = Decoders({TRADES.full_name(): decode})
+    places, one_by_one = Places.of(found), Batch(found, {}, decoders)
+    frame = decoders.frame(places)
+    if frame is None:
         return None
-    table = decoded.table()
-    one_by_one = Batch(found, {}, decode=lambda record: decode(record.value))
     with suppress(Undecodable):  # all that may pass, see below
-        assert_frame_equal(decoded.frame, one_by_one.frame())
-    return table
+        assert one_by_one.events
+        assert_frame_equal(frame, one_by_one.frame())
+    return decoders.table(places)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example])

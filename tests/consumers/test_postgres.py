@@ -60,7 +60,7 @@ def events(count: int, **fields: Any) -> list[TradeEvent]:
 def batch(memory: Memory, begin: int, end: int) -> Batch:
     """Return the records of a range."""
     records = [record for record in memory.records[TRADES_0][begin:end] if record is not None]
-    return Batch(records, {TRADES_0: end}, decode=memory.decode)
+    return Batch(records, {TRADES_0: end}, memory.decoders)
 
 
 def kept(memory: Memory, topic: Topic = TRADES) -> Kept:
@@ -70,7 +70,7 @@ def kept(memory: Memory, topic: Topic = TRADES) -> Kept:
 
     def of_topic(number: int, start: int, end: int) -> Iterator[Any]:
         if there := [record for record in logs[number][start:end] if record is not None]:
-            yield to_table([memory.decode(record) for record in there], Places.of(there))
+            yield to_table([memory.decoders.event(record) for record in there], Places.of(there))
 
     return Kept({number: (0, len(log)) for number, log in logs.items()}, of_topic)
 
@@ -295,10 +295,10 @@ def test_what_was_moved_with_a_fenced_partition_is_not_believed(dsn: str) -> Non
     for writer in (zombie, heir):
         writer.open(Assignment({TRADES_0: 0, other: 0}))
     second = [record for record in memory.records[other] if record is not None]
-    heir.process(Batch(second, {other: 2}, decode=memory.decode))
+    heir.process(Batch(second, {other: 2}, memory.decoders))
     both = [*batch(memory, 0, 2).records, *second]
     with pytest.raises(Reopen):
-        zombie.process(Batch(both, {TRADES_0: 2, other: 2}, decode=memory.decode))
+        zombie.process(Batch(both, {TRADES_0: 2, other: 2}, memory.decoders))
     assert zombie.open(Assignment({TRADES_0: 0, other: 0})).offsets == {TRADES_0: 0, other: 2}
 
 

@@ -19,11 +19,10 @@ import click
 import polars as pl
 import pyarrow as pa
 
-from bourse_consumers.api import Batch, Partition, Places, Record, Records
+from bourse_consumers.api import Batch, Decoders, Partition, Places, Record, Records
 from bourse_consumers.archive.proof import COUNTED, Kept, Markers, Report, Stored, prove
 from bourse_consumers.archive.storage import Damaged
 from bourse_consumers.archive.table import File, Table
-from bourse_consumers.columns import Columns
 from bourse_schemas.errors import Undecodable, counted
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import FIRST, LAST, offsets, read_values
@@ -90,12 +89,11 @@ def kept_by(cluster: Cluster, topic: Topic, name: str, done: Done = lambda _: No
     """Return what a topic still has, decoded by its writers' schemas; `done` gets how many offsets were read."""
     places = [(name, number) for number in range(cluster.require_topics([name])[name])]
     first, end = (offsets(cluster, dict.fromkeys(places, which)) for which in (FIRST, LAST))
-    decode = cluster.registry().deserializer(topic.event)
-    columns = Columns(decode)
+    decoders = Decoders({name: cluster.registry().deserializer(topic.event)})
 
     def batch(places: Places) -> Batch:
         records = Records(places, lambda: [Record(*each[:3], None, each[3], {}) for each in zip(*places, strict=True)])
-        return Batch(records, {}, False, lambda record: decode(record.value), columns.read, columns.unknown)
+        return Batch(records, {}, decoders)
 
     def decoded(places: Places) -> list[pa.Table]:
         try:
