@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,33 +53,30 @@ def tail(
     shown = undecodable = 0
     # Python ignores Ctrl-C in the background otherwise.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for record in _records(cluster, declared.full_name(cluster.prefix), from_beginning, exit_at_end):
-            text_key = record.key.decode(errors="replace") if record.key is not None else None
-            if key is not None and text_key != key:
-                continue
-            try:
-                values = decode.fields(record.value)
-            except Undecodable as error:
-                click.echo(f"{record.place[0]}-{record.place[1]}-{record.offset}: {error}", err=True)
-                undecodable += 1
-                if undecodable == MOST_UNDECODABLE:
-                    raise ConfigurationError(
-                        f"{undecodable} records in a row cannot be decoded: is --registry-url {cluster.registry_url} "
-                        "the registry that their producers use?"
-                    ) from error
-                continue
-            undecodable = 0
-            if with_metadata or not names.keys().isdisjoint(METADATA):
-                values |= _metadata(record, text_key)
-            if names:
-                values = {name: values[name] for name in names}
-            click.echo(to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names)))
-            shown += 1
-            if shown == limit:
-                break
-    except KeyboardInterrupt:
-        pass
+    for record in _records(cluster, declared.full_name(cluster.prefix), from_beginning, exit_at_end):
+        text_key = record.key.decode(errors="replace") if record.key is not None else None
+        if key is not None and text_key != key:
+            continue
+        try:
+            values = decode.fields(record.value)
+        except Undecodable as error:
+            click.echo(f"{record.place[0]}-{record.place[1]}-{record.offset}: {error}", err=True)
+            undecodable += 1
+            if undecodable == MOST_UNDECODABLE:
+                raise ConfigurationError(
+                    f"{undecodable} records in a row cannot be decoded: is --registry-url {cluster.registry_url} "
+                    "the registry that their producers use?"
+                ) from error
+            continue
+        undecodable = 0
+        if with_metadata or not names.keys().isdisjoint(METADATA):
+            values |= _metadata(record, text_key)
+        if names:
+            values = {name: values[name] for name in names}
+        click.echo(to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names)))
+        shown += 1
+        if shown == limit:
+            break
 
 
 def _names(fields: str | None, topic: Topic) -> dict[str, None]:
@@ -99,6 +97,7 @@ def _records(cluster: Cluster, name: str, from_beginning: bool, exit_at_end: boo
         return
     trouble = None
     for batch in follow(cluster, {name: tail}):
+        signal.signal(signal.SIGINT, lambda *_: sys.exit())  # the usual end, once Kafka has answered
         yield from batch.records
         if batch.trouble not in {None, trouble}:
             click.echo(f"{name}: {batch.trouble}; trying again", err=True)

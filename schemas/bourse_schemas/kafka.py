@@ -31,7 +31,7 @@ R = TypeVar("R")
 STATISTICS_MS = 15_000
 ABANDON_SECONDS = 2.0
 # Metadata and brokers together take at most 11 s, however the cluster fails.
-METADATA_SECONDS, BROKER_SECONDS = 6.0, 5.0
+METADATA_SECONDS, BROKER_SECONDS, STEP_SECONDS = 6.0, 5.0, 0.5
 # More than any request's own time-out: an answer that takes so long never comes.
 ANSWER_SECONDS = 10.0
 REGISTRY_KEYS = "schema.registry."
@@ -76,6 +76,8 @@ class Cluster:
     on_statistics: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if scheme := re.search(r"\w+://", self.bootstrap_servers):
+            raise ConfigurationError(f"--bootstrap-servers: leave {scheme[0]} out, give HOST:PORT")
         if "@" in self.registry_url:
             remedy = "put them into a file and pass -X schema.registry.basic.auth.user.info=@FILE"
             raise ConfigurationError(f"--registry-url contains credentials: {remedy}")
@@ -298,7 +300,7 @@ class Cluster:
         logger.addHandler(failures)
         admin = self._make(AdminClient, {**self.client({}), "error_cb": failures.note}, logger)
         try:
-            metadata = admin.list_topics(timeout=timeout)
+            metadata = _list_topics(admin, timeout)
         except KafkaException as error:
             admin.poll(0)  # calls back with what the client reported meanwhile
             if failures.refusal:
@@ -366,6 +368,21 @@ def error_code(answer: Future[Any], timeout: float = ANSWER_SECONDS) -> int:
     except TimeoutError:
         return KafkaError._TIMED_OUT  # noqa: SLF001  # its public name
     return error.args[0].code() if isinstance(error, KafkaException) else 0
+
+
+def _list_topics(admin: AdminClient, timeout: float) -> ClusterMetadata:
+    """Return the metadata; until a broker is connected in short calls, as Ctrl-C waits for the end of a call."""
+    from confluent_kafka import KafkaException
+
+    until, step = time.monotonic() + timeout, min(timeout, STEP_SECONDS)
+    while True:
+        try:
+            return admin.list_topics(timeout=step)
+        except KafkaException as error:
+            left, name = until - time.monotonic(), error.args[0].name()
+            if left <= 0 or name not in {"_TRANSPORT", "_TIMED_OUT"}:
+                raise
+            step = left if name == "_TIMED_OUT" else min(step, left)
 
 
 def _id(uuid: Any) -> str:

@@ -248,11 +248,10 @@ class _Reader:
             self._reached(place, at)
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001  # its public name
             raise Unreachable(f"{place[0]}-{place[1]}: the records from offset {self._at[place]} on were deleted")
-        elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
-            pass  # a consumer that was assigned its partitions needs no group
-        elif error.code() in PERMANENT or self.cluster.refusal(error):
-            raise self.cluster.failure(error, f"{place[0]} cannot be read", topic=place[0])
-        else:
+        # A consumer that was assigned its partitions needs no group.
+        elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+            if error.code() in PERMANENT or self.cluster.refusal(error):
+                raise self.cluster.failure(error, f"{place[0]} cannot be read", topic=place[0])
             self.trouble = error.str()
 
 

@@ -11,19 +11,6 @@ from typing import Any, Literal
 
 from bourse_schemas.events import Candle, DeadLetter, Event, PollMarker, PriceAlert, TradeEvent
 
-__all__ = [
-    "ALERTS",
-    "CANDLES",
-    "DEAD_LETTERS",
-    "DEFAULT_PREFIX",
-    "POLLS",
-    "TOPICS",
-    "TRADES",
-    "Topic",
-    "event_id",
-    "topic_of",
-]
-
 DEFAULT_PREFIX = "bourse"
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import pytest
 
 from bourse_cli.options import cluster_options
 from bourse_cli.root import bourse as root
-from bourse_schemas.errors import BourseError, ConfigurationError
-from bourse_schemas.kafka import Cluster
-from bourse_schemas.topics import TOPICS
+from bourse_cli.topics import Plan, apply_topics
+from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable
+from bourse_schemas.kafka import Cluster, TopicState
+from bourse_schemas.topics import TOPICS, TRADES
 
 Run = Callable[..., tuple[int, str, str]]
 HEAVY = {
@@ -454,6 +457,31 @@ def test_a_wrong_override_is_refused_before_the_cluster_is_asked(
     assert says in err
 
 
+class Behind(Cluster):
+    """A cluster whose brokers report the new partitions of a topic only when asked for the third time."""
+
+    known = iter([1, 1, TRADES.partitions])
+
+    def topics(self, names: Iterable[str], *, every_broker: bool = False) -> dict[str, TopicState]:
+        """Return the topics with as many partitions as the next broker knows."""
+        return {name: TopicState(next(self.known, 1), 1, None) for name in names}
+
+    def topic_settings(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return no settings."""
+        return {name: {} for name in names}
+
+
+def test_apply_waits_until_every_broker_has_the_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller has them first; brokers that lag for too long are an error that advises."""
+    cluster = Behind("127.0.0.1:1", "")
+    plans = [Plan(TRADES, "bourse.trades", 1, {}, any_time=True, has=TRADES.partitions)]
+    apply_topics(cluster, plans)
+    assert next(Behind.known, None) is None
+    monkeypatch.setattr("bourse_cli.topics.TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(Unreachable, match=r"^not every broker has bourse.trades within 0 s: run it again$"):
+        apply_topics(cluster, plans)
+
+
 # --- settings and secrets ---------------------------------------------------------------------------------------------
 
 
@@ -546,6 +574,14 @@ def test_credentials_in_the_registrys_address_are_refused(bourse: Run, shown: li
     assert "hush-hush" not in err
 
 
+@pytest.mark.parametrize("servers", ["http://me:hush-hush@127.0.0.1:1", "127.0.0.1:1,SASL_SSL://127.0.0.1:2"])
+def test_a_brokers_address_has_no_scheme(bourse: Run, shown: list[tuple[Cluster, str]], servers: str) -> None:
+    """At once, and with what to change."""
+    code, _, err = bourse("where", "--bootstrap-servers", servers)
+    assert (code, shown) == (2, [])
+    assert re.fullmatch("Error: --bootstrap-servers: leave (http|SASL_SSL):// out, give HOST:PORT\n", err)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("isolation.level", "read_uncommitted"), ("bootstrap.servers", "x:1"), ("group.id", "g")]
 )
@@ -592,6 +628,20 @@ def test_exit_codes(bourse: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseEx
 
     monkeypatch.setitem(root.commands, "fail", fail)
     assert bourse("fail") == (code, "", says)
+
+
+@pytest.mark.parametrize("command", ["tail trades", "tail trades --exit-at-end", "watch", "topics list"])
+def test_ctrl_c_is_not_held_up_by_a_broker_that_does_not_answer(command: str) -> None:
+    """A command that was stopped before it had begun ends with 3, and at once."""
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        at = ["--bootstrap-servers", f"127.0.0.1:{broker.getsockname()[1]}"]
+        program = [sys.executable, "-m", "bourse_cli", *command.split(), *at]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            broker.settimeout(60)
+            with broker.accept()[0]:
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=4)[0] == "\n"
+            assert process.returncode == 3
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["tail"], ["tail", "trades", "--limit", "0"], ["tail", "-z"]])

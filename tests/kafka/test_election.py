@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from bourse_cli.topics import apply_topics, plan_topics
 from bourse_sandbox.kafka import Kafka, MockKafka
 from bourse_schemas.election import Election
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, abandon
 
 pytestmark = pytest.mark.kafka
 WaitFor = Callable[..., Any]
@@ -112,6 +113,23 @@ def test_a_leader_that_polls_stays(kafka: Kafka, prefix: str, wait_for: WaitFor)
         wait_for(lambda: not election.leads)
     finally:
         election.close()
+
+
+def test_a_member_whose_client_fails_for_good_joins_again(kafka: Kafka, prefix: str, wait_for: WaitFor) -> None:
+    """A consumer of the same static member fences it: a fatal error. It takes its place back, in a new term."""
+    static = {"group.instance.id": "one"}
+    cluster = Cluster(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix, static)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    election = Election(cluster, f"{prefix}-producer", 600)
+    with capture_logs() as lines, ExitStack() as stack:
+        stack.callback(election.close)
+        assert election.term(15) == 1
+        other = cluster.consumer(f"{prefix}-producer", partition_assignment_strategy="cooperative-sticky")
+        stack.callback(abandon, other)
+        other.subscribe([f"{prefix}.polls"])
+        wait_for(lambda: (other.poll(0.1), election.term())[1] == 2, 30)
+    (again,) = [line["error"] for line in lines if line["event"] == "joining the group again"]
+    assert "Static consumer fenced" in again
 
 
 def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None:
