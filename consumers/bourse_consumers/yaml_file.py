@@ -29,6 +29,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 
 
+def given(model: Strict | None) -> dict[str, Any]:
+    """Return what is written of a model, in the order of its fields."""
+    return {name: value for name, value in model or () if name in model.model_fields_set}  # type: ignore[union-attr]
+
+
 M = TypeVar("M", bound=Strict)
 Location = Sequence[int | str]
 

@@ -130,11 +130,8 @@ class Board:
                 matrices[..., : self.rows - self.base - drop, :] = matrices[..., drop : self.rows - self.base, :]
             self.base += drop
 
-    def exact(self, name: str, row: int, i: int) -> int | None:
-        """Return a column's value of one row and instrument as the whole number it was; None if it is unknown."""
-        value = self.data[self.columns[name], row - self.base, i]
-        if np.isnan(value) or abs(value) < EXACT:
-            return None if np.isnan(value) else int(value)
+    def exact(self, name: str, row: int, i: int) -> int:
+        """Return a column's value that a float does not hold, as the whole number it was."""
         kept = self._exact[name, i]
         return kept[bisect_right(kept, row, key=lambda each: each[0]) - 1][1]
 
@@ -199,13 +196,9 @@ class View:
         self.first = np.zeros(1, np.int64) if market else board.first[: len(board.codes)]
         self.rows = np.arange(a, b)[:, None]
 
-    def column(self, name: str) -> Any:
-        """Return a column of TradeEvent."""
-        return self._of(self._part(self.board.data[self.board.columns[name]]))
-
-    def past(self, key: str) -> Any:
-        """Return what the board worked out."""
-        return self._of(self._part(self.board.past[key]))
+    def column(self, key: str) -> Any:
+        """Return a column of TradeEvent, or of what the board worked out."""
+        return self._of(self.matrix(key)[self.a - self.board.base : self.b - self.board.base])
 
     def members(self, key: str) -> tuple[View, Any]:
         """Return the view of a market rule's instruments, and where each is one of them."""
@@ -225,9 +218,6 @@ class View:
         board = self.board
         found = board.data[board.columns[key]] if key in board.columns else board.past[key]
         return found[:, : len(self.first)]
-
-    def _part(self, matrix: Any) -> Any:
-        return matrix[self.a - self.board.base : self.b - self.board.base, : len(self.board.codes)]
 
     def _of(self, matrix: Any) -> Any:
         return matrix if self.at is None else np.take(matrix, self.at, axis=1)
@@ -298,7 +288,5 @@ class _Opening:
             return self._view.column("previous_close")
         return np.full((1, 1), np.nan)
 
-    def past(self, *_: Any) -> Any:
+    def shared(self, *_: Any) -> Any:
         return np.full((1, 1), np.nan)
-
-    shared = past

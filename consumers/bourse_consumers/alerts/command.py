@@ -18,8 +18,7 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES
 
 if TYPE_CHECKING:
-    from bourse_consumers.alerts.rule import Rule
-    from bourse_consumers.alerts.trial import Past, Trial
+    from bourse_consumers.alerts.trial import Past
     from bourse_consumers.api import MarketConsumer
 
 PATH = click.Path(path_type=Path)
@@ -88,6 +87,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
     """
     from bourse_consumers.alerts.expressions import corrected
     from bourse_consumers.alerts.rules_file import compile_rule
+    from bourse_consumers.alerts.trial import Trial, past
     from bourse_consumers.mistakes import Mistake, explain
     from bourse_consumers.yaml_file import pointed, printable
 
@@ -98,7 +98,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
         shown = pointed(expression, at, end, corrected(expression, compile_rule), language)
         raise ConfigurationError(f"{printable(explain(mistake, language))}{shown}") from None
     live = _asked(ctx) and not files
-    trial = _tried([rule], _topics(cluster, last_day=True) if live else _files(files))
+    trial = Trial([rule]).run(_topics(cluster, last_day=True) if live else past(files))
     fired = _open(trial.alerts) if live else trial.episodes()[0].fired
     for alert in fired[: None if live else SHOWN]:
         click.echo(_line(alert))
@@ -135,18 +135,19 @@ def test(
     print.
     """
     from bourse_consumers.alerts.rules_file import RuleFiles, strangers
+    from bourse_consumers.alerts.trial import Trial, days_of, past
 
     if topics and files:
         raise ConfigurationError("give files or --topics, not both")
     found, dates = RuleFiles([rules]).rules, {day.date() for day in days}
-    polls_on = partial(_topics, cluster) if topics else partial(_files, files)
+    polls_on = partial(_topics, cluster) if topics else partial(past, files)
     polls = polls_on(dates)
-    if missing := dates - _days(polls):
-        there = ", ".join(map(str, sorted(_days(polls_on()))[-SHOWN:]))
+    if missing := dates - days_of(polls):
+        there = ", ".join(map(str, sorted(days_of(polls_on()))[-SHOWN:]))
         raise ConfigurationError(f"--day {min(missing)}: nothing is known of that day; the days are: {there or 'none'}")
     if html is not None:
         _write(html)
-    trial = _tried(found, polls)
+    trial = Trial(found).run(polls)
     if html is not None:
         from bourse_consumers.alerts.report import page
 
@@ -220,18 +221,6 @@ def _topics(cluster: Cluster, days: Collection[date] = (), *, last_day: bool = F
     return [poll for poll in polls if day_of(poll.marker) == latest] if last_day else polls
 
 
-def _files(files: Sequence[Path], days: Collection[date] = ()) -> list[Past]:
-    from bourse_consumers.alerts.trial import polls_of, read, real_day
-
-    return polls_of(read(files or [real_day()], days), days)
-
-
-def _days(polls: Sequence[Past]) -> set[date]:
-    from bourse_consumers.alerts.trial import day_of
-
-    return {day_of(poll.marker) for poll in polls}
-
-
 def _write(html: Path, text: str | None = None) -> None:
     """Write a page; without a text only see that it can be written."""
     try:
@@ -239,14 +228,6 @@ def _write(html: Path, text: str | None = None) -> None:
             file.write(text or "")
     except OSError as error:
         raise ConfigurationError(f"--html: {html} cannot be written: {error.strerror}") from error
-
-
-def _tried(rules: Sequence[Rule], polls: Sequence[Past]) -> Trial:
-    from bourse_consumers.alerts.trial import Trial
-
-    trial = Trial(rules)
-    trial.run(polls)
-    return trial
 
 
 def _line(alert: PriceAlert, *, as_json: bool = False) -> str:

@@ -80,14 +80,8 @@ class Alerts(MarketConsumer):
     def _emits(self, alerts: Sequence[PriceAlert]) -> list[Emit]:
         for alert in alerts:
             self._log.info(
-                alert.state.value,
-                rule=alert.rule,
-                instrument=alert.instrument,
-                symbol=alert.symbol,
-                when=alert.when,
-                values={name: round(value, 4) for name, value in alert.values.items()},
-                last_price=alert.last_price,
-                at=alert.raised_at.isoformat(),
-                resolved_by=alert.resolved_by,
-            )
+                alert.state.value, rule=alert.rule, instrument=alert.instrument, symbol=alert.symbol, when=alert.when,
+                values={name: round(value, 4) for name, value in alert.values.items()}, last_price=alert.last_price,
+                at=alert.raised_at.isoformat(), resolved_by=alert.resolved_by,
+            )  # fmt: skip
         return [Emit(ALERTS, alert) for alert in alerts]

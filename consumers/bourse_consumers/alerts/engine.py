@@ -14,7 +14,7 @@ from msgspec import structs
 
 from bourse_consumers.alerts.board import Board, Named, View
 from bourse_consumers.alerts.expressions import STATES, Needs
-from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of
+from bourse_consumers.alerts.rendering import Change, Episode, Renderer, instant, millis, numbers_of, view_of
 from bourse_consumers.alerts.rule import Rule, form
 from bourse_schemas.events import (
     TEHRAN,
@@ -34,6 +34,7 @@ BLOCK = 4_000_000
 REBUILT = 64
 DAY_MS = 86_400_000
 NEVER_MS = 2**62
+UNUSED = {"rule": 0, "who": 0, "valid": 0, "since": NEVER_MS, "raised": -NEVER_MS, "fired": False, "firing": False}
 
 
 def columns_of(events: Sequence[TradeEvent], names: Iterable[str]) -> dict[str, list[Any]]:
@@ -101,25 +102,13 @@ class _Moment(NamedTuple):
 class _Pairs:
     """Rules and the instruments they cover: the state of each, one array per property, and the open episodes."""
 
-    KINDS: Mapping[str, tuple[Any, Any]] = {
-        "rule": (np.int32, 0),
-        "who": (np.int32, 0),
-        "valid": (np.int32, 0),  # the row from which it is judged
-        "since": (np.int64, NEVER_MS),  # when the condition began to hold
-        "raised": (np.int64, -NEVER_MS),
-        "fired": (bool, False),
-        "firing": (bool, False),
-    }
-    rule: Any
-    who: Any
-    valid: Any
-    since: Any
-    raised: Any
-    fired: Any
-    firing: Any
-
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.count = 0
+        self.rule, self.who = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self.valid = np.zeros(0, np.int32)  # the row from which it is judged
+        # When the condition began to hold, and when it was raised last.
+        self.since, self.raised = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.fired, self.firing = np.zeros(0, bool), np.zeros(0, bool)
         # What limits the begins, per rule.
         self._hold, self._cooldown = (
             np.array([getattr(rule, name) for rule in rules], np.int64) for name in ("hold", "cooldown")
@@ -127,20 +116,17 @@ class _Pairs:
         self._once = np.array([rule.once for rule in rules], bool)
         self._active = np.array([rule.active or (0, DAY_MS) for rule in rules], np.int64).reshape(-1, 2)
         self.episodes: dict[int, Episode] = {}
-        self._last: dict[
-            int, tuple[int, int]
-        ] = {}  # the poll of a pair's last begin, and which one of that poll it was
-        for name, (kind, value) in self.KINDS.items():
-            setattr(self, name, np.full(0, value, kind))
+        # The poll of a pair's last begin, and which one of that poll it was.
+        self._last: dict[int, tuple[int, int]] = {}
 
     def add(self, rules: Any, who: Any, row: Any) -> int:
         """Add pairs; return the number of the first one."""
         first, end = self.count, self.count + len(rules)
         if end > len(self.rule):
-            for name, (kind, value) in self.KINDS.items():
-                new = np.full(max(end, self.count * 5 // 4, 64), value, kind)
-                new[: self.count] = getattr(self, name)[: self.count]
-                setattr(self, name, new)
+            for name, value in UNUSED.items():
+                old = getattr(self, name)[: self.count]
+                more = np.full(max(end, self.count * 5 // 4, 64) - self.count, value, old.dtype)
+                setattr(self, name, np.concatenate([old, more]))
         self.rule[first:end], self.who[first:end], self.valid[first:end] = rules, who, row
         self.count = end
         return first
@@ -244,31 +230,26 @@ class Engine:
 
     def __init__(self, rules: Sequence[Rule], known: Mapping[str, Named] | None = None) -> None:
         self.rules, self.known = rules, known or {}
-        needs = Needs()
-        for rule in rules:
-            needs.add(rule.needs)
-        self.board = Board(needs)
-        self.columns = ("instrument", "symbol", "title", "is_right", "trading_day", *self.board.columns)
-        shapes: dict[Any, int] = {}
+        needs, shapes = Needs(), dict[Any, int]()
         self._groups: list[_Group] = []
         self._group_of = np.full(len(rules), -1)
-        for n, rule in enumerate(rules):
-            if rule.scope != "feed":
-                until = rule.until and rule.until.node.key
-                shape = (rule.scope == "instrument" or n, rule.when.node.key, until)
-                self._group_of[n] = shapes.setdefault(shape, len(self._groups))
-                if len(shapes) > len(self._groups):
-                    self._groups.append(_Group(rule))
         # Rules that only name instruments, by name; the others are tried on every instrument.
         self._by_name: dict[str, list[int]] = {}
         self._others: list[int] = []
         for n, rule in enumerate(rules):
+            needs.add(rule.needs)
             if rule.scope == "feed":
                 continue
+            shape = (rule.scope == "instrument" or n, rule.when.node.key, rule.until and rule.until.node.key)
+            self._group_of[n] = shapes.setdefault(shape, len(shapes))
+            if len(shapes) > len(self._groups):
+                self._groups.append(_Group(rule))
             for name in (*rule.match.instruments, *rule.match.symbols):
                 self._by_name.setdefault(name, []).append(n)
             if rule.match.patterns or not rule.match.names:
                 self._others.append(n)
+        self.board = Board(needs)
+        self.columns = ("instrument", "symbol", "title", "is_right", "trading_day", *self.board.columns)
         self._by_rule = {(rule.name, str(rule.scope)): n for n, rule in enumerate(rules)}
         self._feed = _Feed(rules)
         self._renderer = Renderer(rules, self.board, self._feed)
@@ -343,11 +324,7 @@ class Engine:
         pairs = np.flatnonzero(self._pairs.rule[: self._pairs.count] == n)
         if not len(pairs) or not self.board.rows:
             return None
-        places = self._pairs.who[pairs]
-        view = View(self.board, 0, self.board.rows, places if self.rules[n].scope == "instrument" else None)
-        numbers = [numbers_of(self.rules[n], self.board, each) for each in places]
-        view.numbers = np.array(numbers, float).T[:, None, :]
-        return view
+        return view_of(self.board, 0, self.board.rows, [(self.rules[n], i) for i in self._pairs.who[pairs].tolist()])
 
     def _good(self, poll: Poll, at: int, day: date, *, live: bool, defer: bool) -> list[PriceAlert]:
         board, out, events, marker = self.board, list[PriceAlert](), poll.events, poll.marker

@@ -38,7 +38,7 @@ UNITS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 DURATION = re.compile(r"(?<![\w.])(?:\d{1,9}[hms])+(?!\w)")
 JOINED = re.compile(r"\b(?:and|or)\b")
 NO_NUMBER = re.compile(r"(?<![\w.])(\d{1,9})[^\W\d_]\w*")
-TOLERANCE = 1e-9
+TOLERANCE, LARGEST_NUMBER = 1e-9, 1.7e308
 LONGEST, LARGEST, MOST_VARIANTS = 2_000, 4_000, 40
 # What people type and Excel or a phone inserts; invisible marks become spaces.
 TYPED = {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0) for digit in range(10)} | {
@@ -151,11 +151,6 @@ def span(text: str) -> Span | None:
     return Span(sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([hms])", text)))
 
 
-def _tree(source: str) -> ast.expr | None:
-    """Return the tree of Python's expression, with a number in the place of each duration."""
-    return ast.parse(DURATION.sub(lambda found: "1" * len(found[0]), source), mode="eval").body
-
-
 def parse(text: str) -> ast.expr:
     """Return the tree of an expression: positions are characters of the text, durations are spans."""
     if len(text) > LONGEST:
@@ -167,7 +162,8 @@ def parse(text: str) -> ast.expr:
         raise Mistake("empty")
     chars = [at for _, at in typed[begin:]] + [len(text)]
     try:
-        tree: Any = _tree(source)
+        # Durations become numbers, as long as they are.
+        tree: Any = ast.parse(DURATION.sub(lambda found: "1" * len(found[0]), source), mode="eval").body
     except SyntaxError as error:
         at = min(max((error.offset or 1) - 1, 0), len(source))
         for found in NO_NUMBER.finditer(source) if error.msg == "invalid decimal literal" else ():
@@ -191,18 +187,11 @@ def parse(text: str) -> ast.expr:
             continue
         node.col_offset, node.end_col_offset = places[node.col_offset], places[(node.end_col_offset or 1) - 1] + 1
         node.written = text[node.col_offset : node.end_col_offset]
-        if isinstance(node, ast.Constant) and type(node.value) in {int, float}:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             node.value = spans.get(node.col_offset, node.value)
-            if not _finite(node.value):
+            if abs(node.value or 0) > LARGEST_NUMBER:
                 raise Mistake("too_large", node.col_offset, node.end_col_offset, "1e15")
     return tree  # type: ignore[no-any-return]
-
-
-def _finite(number: Any) -> bool:
-    try:
-        return isfinite(number)
-    except OverflowError:
-        return False
 
 
 def corrected(text: str, check: Callable[[str], object]) -> str | None:
@@ -328,7 +317,7 @@ def fold(tree: ast.expr) -> float | None:
 
 def fill(text: str, numbers: Mapping[str, float]) -> str:
     """Return a text with the numbers of a table's row in the places of its columns."""
-    if "{" not in text:
+    if not numbers:
         return text
     return re.sub(r"\{(\w+)\}", lambda found: f"{numbers.get(found[1], nan):.15g}", text)
 
@@ -412,9 +401,9 @@ class Compiler:
             if name in STATES:
                 code = float(STATES.index(FeedState(name)))
                 return Node("state", name, lambda _: code, code, fixed=True)
-            if name in {"feed_state", "silent"}:
-                return Node("state" if name == "feed_state" else "time", name, lambda v: v.column(name))
-            raise self._unknown("name", tree, name, ["feed_state", "silent", *STATES, *self._names])
+            if name not in {"feed_state", "silent"}:
+                raise self._unknown("name", tree, name, ["feed_state", "silent", *STATES, *self._names])
+            return Node("state" if name == "feed_state" else "time", name, lambda v: v.column(name))
         if name.startswith("{"):
             if self._deep or self._scope != "instrument":
                 raise self._wrong("table_in_past", tree, name=name.strip("{}"))
@@ -425,12 +414,10 @@ class Compiler:
             raise self._unknown("name", tree, name, ["quiet", *COLUMNS, *self._names, *self._table])
         if self._scope == "market" and not self._inside:
             raise self._wrong("of_one_instrument", tree, f"total({name})", name=name)
+        self._needs.columns |= {"volume", "trade_count"} if name == "quiet" else {name}
         if name == "quiet":
-            self._needs.columns |= {"volume", "trade_count"}
-            self._needs.past.setdefault("quiet", Past(None))
-            return Node("time", name, lambda v: v.past("quiet"))
-        self._needs.columns.add(name)
-        return Node("number", name, lambda v: v.column(name))
+            self._needs.past.setdefault(name, Past(None))
+        return Node("time" if name == "quiet" else "number", name, lambda v: v.column(name))
 
     def _unknown(self, what: str, tree: ast.expr, name: str, known: Sequence[str]) -> Mistake:
         if what == "name" and NOT_SENT.fullmatch(name):

@@ -117,25 +117,20 @@ def describe(tree: ast.expr, language: str) -> str:
             if name in {"min", "max"}:
                 parts = [COMMA[language].join(parts)]
             return FUNCTIONS[name][language].format(*parts)
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
-        case ast.BinOp(left=left, op=op, right=right):
+        case ast.Compare(left=left, ops=[op], comparators=[right]) | ast.BinOp(left=left, op=op, right=right):
             return f"{words(left)} {SIGNS[type(op).__name__]} {words(right)}"
         case ast.BoolOp(op=op, values=values):
             return f" {SIGNS[type(op).__name__][n]} ".join(words(each) for each in values)
     return ast.unparse(tree).strip("{}")
 
 
-def percent_spec(side: Side) -> str:
-    """Return how a side of a comparison is printed that is a percentage; nothing if it is not one."""
-    if side.node.kind != "number" or not side.text.removeprefix("abs(").startswith("percent("):
-        return ""
-    return "+,.2f" if side.text[0] == "p" else ",.2f"
-
-
-def describe_feed(state: str, language: str) -> str:
-    """Return the feed's state in words."""
-    return f"{COLUMNS['feed_state'][language]} {state}"
+@lru_cache(1 << 14)
+def described(side: Side, language: str) -> tuple[str, str]:
+    """Return a side of a comparison in words, and how it is printed: nothing if it is not a percentage."""
+    spec = ""
+    if side.node.kind == "number" and side.text.removeprefix("abs(").startswith("percent("):
+        spec = "+,.2f" if side.text[0] == "p" else ",.2f"
+    return describe(side.tree, language), spec
 
 
 def usual(subject: Mapping[str, str], price: float | None, percent: float, sides: Sequence[str], language: str) -> str:

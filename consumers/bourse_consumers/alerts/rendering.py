@@ -16,7 +16,7 @@ from uuid import UUID
 import numpy as np
 
 from bourse_consumers.alerts import messages
-from bourse_consumers.alerts.board import EXACT, Board, View
+from bourse_consumers.alerts.board import EXACT, Board, Named, View
 from bourse_consumers.alerts.expressions import Node, fill, percent
 from bourse_consumers.alerts.rule import Rule, form
 from bourse_schemas.events import AlertState, PollMarker, PriceAlert, ResolvedBy, Scope
@@ -24,6 +24,7 @@ from bourse_schemas.events import AlertState, PollMarker, PriceAlert, ResolvedBy
 NAMESPACE = UUID("5a0e6c0e-6f0f-5c53-9a51-0d8f1b1f7d11")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MS = timedelta(milliseconds=1)
+NOBODY = Named(0, None, None, is_right=False)
 SCOPES = {"instrument": Scope.INSTRUMENT, "market": Scope.MARKET, "feed": Scope.FEED}
 
 
@@ -76,14 +77,20 @@ def numbers_of(rule: Rule, board: Board, place: int) -> list[float]:
     return [row[each] if isinstance(each, str) else each for each in rule.numbers]
 
 
+def view_of(board: Board, a: int, b: int, pairs: Sequence[tuple[Rule, int]]) -> View:
+    """Return the rows a to b of pairs of a rule and an instrument; the rules differ by their numbers only."""
+    places = np.array([place for _, place in pairs]) if pairs[0][0].scope == "instrument" else None
+    view = View(board, a, b, places)
+    view.numbers = np.array([numbers_of(rule, board, place) for rule, place in pairs], float).T[:, None, :]
+    return view
+
+
 class Renderer:
     """Makes alerts of changes, with the board as it was at their rows. `feed` is what rules about the feed see."""
 
     def __init__(self, rules: Sequence[Rule], board: Board, feed: Any) -> None:
         self._rules, self._board, self._feed = rules, board, feed
         self._shapes: dict[int, Any] = {}
-        # Per rule and language the compared quantities in words, made when first needed.
-        self._phrases: dict[tuple[int, str], Any] = {}
 
     def render(self, changes: Sequence[Change], marker: PollMarker) -> list[PriceAlert]:
         """Return changes as alerts, by row and rule."""
@@ -104,31 +111,29 @@ class Renderer:
         instrument = like.scope == "instrument"
         view: Any = self._feed
         if like.scope != "feed":
-            view = View(board, row, row + 1, np.array([each.place for each in changes]) if instrument else None)
-            numbers = [numbers_of(self._rules[each.rule], board, each.place) for each in changes]
-            view.numbers = np.array(numbers, float).T[:, None, :]
+            view = view_of(board, row, row + 1, [(self._rules[each.rule], each.place) for each in changes])
 
-        def values(node: Node) -> list[float]:
+        def worked_out(node: Node) -> list[float]:
             found = np.asarray(node.run(view), float).reshape(-1)
             return (found if len(found) == count else np.broadcast_to(found, count)).tolist()  # type: ignore[no-any-return]
 
-        sides = [values(side.node) for side in like.when.sides]
-        parts = {place: values(part.expression.node) for place, part in _parts(like) if part.expression}
+        sides = [worked_out(side.node) for side in like.when.sides]
+        parts = {place: worked_out(part.expression.node) for place, part in _parts(like) if part.expression}
         unknown = [np.nan] * count
         prices, times, rises = unknown, unknown, unknown
         if instrument:
             prices, times = (view.column(name)[0].tolist() for name in ("last_price", "traded_at"))
             rises = percent(view.column("last_price"), view.column("previous_close"))[0].tolist()
         for k, change in enumerate(changes):
-            n, i, episode, firing = change.rule, change.place, change.episode, change.state is AlertState.FIRING
-            rule = self._rules[n]
-            named, code = (board.named(i, row), board.codes[i]) if instrument else (None, None)
+            rule, i, episode = self._rules[change.rule], change.place, change.episode
+            firing = change.state is AlertState.FIRING
+            named, code = (board.named(i, row), board.codes[i]) if instrument else (NOBODY, None)
             last = self._whole(prices[k], "last_price", row, i)
             traded = self._whole(times[k], "traded_at", row, i)
             subject = {
                 "rule": rule.name, "title": rule.title or "", "severity": rule.severity, "state": change.state,
-                "instrument": code or "", "symbol": (named and named.symbol) or "",
-                "instrument_title": (named and named.title) or "", "source": marker.source,
+                "instrument": code or "", "symbol": named.symbol or "",
+                "instrument_title": named.title or "", "source": marker.source,
             }  # fmt: skip
             message: dict[str, str] | None = None
             if firing or not rule.momentary:
@@ -141,51 +146,27 @@ class Renderer:
                             for m, part in enumerate(rule.texts[language][state])
                         )
                         continue
-                    shown = [] if rule.scope != "feed" else [messages.describe_feed(marker.feed_state, language)]
-                    for phrase, kind, spec, found in zip(*self._words(n, language), sides, strict=True):
-                        shown.append(f"{phrase} {messages.show(found[k], kind, spec, language, '%' if spec else '')}")
+                    feed = f"{messages.COLUMNS['feed_state'][language]} {marker.feed_state}"
+                    shown = [feed] if rule.scope == "feed" else []
+                    for side, found in zip(rule.when.sides, sides, strict=True):
+                        phrase, spec = messages.described(side, language)
+                        text = messages.show(found[k], side.node.kind, spec, language, "%" if spec else "")
+                        shown.append(f"{phrase} {text}")
                     message[language] = messages.usual(subject, last, rises[k], shown, language)
-            texts = [side.text for side in rule.when.sides]
-            when = rule.when.text
-            if rule.table.columns:
-                row_of = _table_row(rule, board, i)
-                when, texts = fill(when, row_of), [fill(text, row_of) for text in texts]
+            row_of = _table_row(rule, board, i)
+            values = {
+                fill(side.text, row_of): found[k] / 1000 if side.node.kind == "time" else found[k]
+                for side, found in zip(rule.when.sides, sides, strict=True) if not isnan(found[k])
+            }  # fmt: skip
             yield change, PriceAlert(
-                alert_id=episode.alert_id or _alert_id(rule, code, episode),
-                state=change.state,
-                rule=rule.name,
-                title=rule.title,
-                severity=rule.severity,
-                scope=SCOPES[rule.scope],
-                trading_day=episode.day,
-                source=marker.source,
-                instrument=code,
-                symbol=named.symbol if named else None,
-                instrument_title=named.title if named else None,
-                poll_sequence=change.sequence,
-                when=when,
-                values={
-                    text: found[k] / 1000 if side.node.kind == "time" else found[k]
-                    for text, side, found in zip(texts, rule.when.sides, sides, strict=True) if not isnan(found[k])
-                },
-                last_price=last,
-                traded_at=instant(traded) if traded else None,
-                since=instant(episode.since),
-                raised_at=instant(change.at),
-                resolved_by=change.resolved_by,
-                message=message,
-                labels=dict(rule.labels),
-                channels=list(rule.channels),
+                alert_id=episode.alert_id or _alert_id(rule, code, episode), state=change.state, rule=rule.name,
+                title=rule.title, severity=rule.severity, scope=SCOPES[rule.scope], trading_day=episode.day,
+                source=marker.source, instrument=code, symbol=named.symbol, instrument_title=named.title,
+                poll_sequence=change.sequence, when=fill(rule.when.text, row_of), values=values, last_price=last,
+                traded_at=instant(traded) if traded else None, since=instant(episode.since),
+                raised_at=instant(change.at), resolved_by=change.resolved_by, message=message,
+                labels=dict(rule.labels), channels=list(rule.channels),
             )  # fmt: skip
-
-    def _words(self, n: int, language: str) -> Any:
-        if (n, language) not in self._phrases:
-            sides = self._rules[n].when.sides
-            self._phrases[n, language] = (
-                [messages.describe(side.tree, language) for side in sides], [side.node.kind for side in sides],
-                [messages.percent_spec(side) for side in sides],
-            )  # fmt: skip
-        return self._phrases[n, language]
 
     def _whole(self, value: float, name: str, row: int, place: int) -> int | None:
         """Return a column's value as the whole number it was."""

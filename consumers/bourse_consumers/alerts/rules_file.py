@@ -32,7 +32,7 @@ from bourse_consumers.alerts.expressions import (
 )
 from bourse_consumers.alerts.rule import CODE, MARKETS, Match, Rule, Table, form
 from bourse_consumers.mistakes import Mistake, explain, near
-from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, pointed, printable
+from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, given, pointed, printable
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Severity, tidy
 
@@ -192,16 +192,9 @@ class _Head(Strict):
     rules: tuple[Any, ...] = ()
 
 
-def _given(model: Strict | None) -> dict[str, Any]:
-    """Return what is written of a model, in the order of its fields."""
-    if model is None:
-        return {}
-    return {name: getattr(model, name) for name in type(model).model_fields if name in model.model_fields_set}
-
-
-def _matched(*given: _Match | None) -> tuple[Match, Table]:
+def _matched(*written: _Match | None) -> tuple[Match, Table]:
     """Return what the last of the given ones say per key."""
-    found = _Match.model_construct(**{key: value for each in given for key, value in _given(each).items()})
+    found = _Match.model_construct(**{key: value for each in written for key, value in given(each).items()})
     table = found.table or Table()
     named = {*(name for names in found.lists for name in names), *table.rows}
     codes = {name for name in named if CODE.fullmatch(name)}
@@ -300,12 +293,12 @@ class _Reader:
         own = document.check(_Rule, item, at, what, self)
         if own is None:
             return None
-        scope, given = own.scope, {**_given(defaults), **_given(own)}
+        scope, values = own.scope, {**given(defaults), **given(own)}
         for key in ("name", "when"):
             if raw.get(key) is None:
                 document.mistake(at, Mistake("missing", name=key), f"{what}: ", scope)
         match, table = _matched(defaults.match, own.match) if scope != "feed" else (Match(), Table())
-        excluded = _matched(given["excluded"])[0] if given.get("excluded") and scope != "feed" else None
+        excluded = _matched(values["excluded"])[0] if values.get("excluded") and scope != "feed" else None
         if scope == "feed" and own.match:
             document.mistake([*at, "match"], Mistake("feed_match", fix="# match"))
         members = f"{match!r} {excluded!r}" if scope == "market" else ""
@@ -325,20 +318,20 @@ class _Reader:
         when, until = compiled("when", own.when), compiled("until", own.until)
         places = len(compiler.numbers)
         place = [*at, "message"] if own.message else ["defaults", "message"]
-        texts = self._texts(place, given.get("message"), compiler, f"{named}: message: ", scope)
+        texts = self._texts(place, values.get("message"), compiler, f"{named}: message: ", scope)
         if own.name is None or when is None:
             return None
-        if given.get("hold") and when.node.momentary:
+        if values.get("hold") and when.node.momentary:
             document.mistake([*at, "for" if own.hold else "when"], Mistake("moment", fix="0s" if own.hold else None),
                              f"{named}: for: ")  # fmt: skip
         if until is not None and (both := overlap(when.tree, until.tree)) is not None:
             fix = f"not ({str(raw['when']).strip()})"
             document.mistake([*at, "until"], Mistake("overlap", fix=fix, name=both), f"{named}: until: ")
         return Rule(
-            own.name, when, until, scope, own.title, given.get("hold", 0), given.get("cooldown", 0),
-            given.get("once", False), given.get("active"), match, excluded, table,
-            Severity[given.get("severity", "info").upper()], {**(defaults.labels or {}), **(own.labels or {})},
-            tuple(given.get("notify", ())), texts, tuple(compiler.numbers), places, needs, members,
+            own.name, when, until, scope, own.title, values.get("hold", 0), values.get("cooldown", 0),
+            values.get("once", False), values.get("active"), match, excluded, table,
+            Severity[values.get("severity", "info").upper()], {**(defaults.labels or {}), **(own.labels or {})},
+            tuple(values.get("notify", ())), texts, tuple(compiler.numbers), places, needs, members,
         )  # fmt: skip
 
     def _texts(
@@ -346,8 +339,8 @@ class _Reader:
     ) -> messages.Texts:
         """Return the texts of a message: per language and state the parts."""
         found: dict[str, dict[str, list[messages.Part]]] = {}
-        for language, states in _given(message).items():
-            for state, pieces in _given(states).items():
+        for language, states in given(message).items():
+            for state, pieces in given(states).items():
                 parts = found.setdefault(language, {})[state] = []
                 for piece in pieces or ():
                     try:
@@ -447,7 +440,7 @@ NOT_A_NUMBER = float("inf")
 
 def _number(cell: str) -> float:
     """Return a cell as a number, NaN if it is empty, infinite if it is neither."""
-    text = cell.replace("٬", "").replace("٫", ".").translate(PLAIN).replace(" ", "").replace("_", "")
+    text = cell.translate(PLAIN).replace(" ", "").replace("_", "")
     if text in {"", "-"}:
         return float("nan")
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):

@@ -163,6 +163,16 @@ def polls_of(events: Iterable[TradeEvent | PollMarker], days: Collection[date] =
     return [poll for poll in polls if not days or day_of(poll.marker) in days]
 
 
+def past(files: Sequence[Path], days: Collection[date] = ()) -> list[Past]:
+    """Return the whole polls of files, by default of the real day."""
+    return polls_of(read(files or [real_day()], days), days)
+
+
+def days_of(polls: Iterable[Past]) -> set[date]:
+    """Return the days of polls."""
+    return {day_of(poll.marker) for poll in polls}
+
+
 def _marker(sequence: int, events: Sequence[TradeEvent]) -> PollMarker:
     at = max(event.observed_at for event in events)
     clock = f"{at.astimezone(TEHRAN):%H:%M}"
@@ -193,8 +203,8 @@ class Trial:
     symbols: dict[str, str] = field(default_factory=dict)
     prices: dict[str, list[tuple[datetime, int]]] = field(default_factory=lambda: defaultdict(list))
 
-    def run(self, polls: Sequence[Past]) -> None:
-        """Judge polls in order: as live, but many rows at once."""
+    def run(self, polls: Sequence[Past]) -> Trial:
+        """Judge polls in order, as live, but many rows at once; return itself."""
         self._engine = engine = Engine(self.rules)
         before: PollMarker | None = None
         for marker, events in polls:
@@ -213,6 +223,7 @@ class Trial:
                     self.prices[event.instrument].append((event.observed_at, event.last_price))
         self._finish_day()
         self.alerts.sort(key=lambda alert: alert.raised_at)
+        return self
 
     def _wait(self, before: PollMarker, marker: PollMarker) -> None:
         """Let the clock go on while no marker came."""

@@ -28,7 +28,7 @@ from bourse_cli.proxies import proxy_environment, proxy_for
 from bourse_consumers.mistakes import Mistake, near
 from bourse_consumers.notify.apprise_process import open_service
 from bourse_consumers.notify.words import Message, split
-from bourse_consumers.yaml_file import Document, Strict
+from bourse_consumers.yaml_file import Document, Strict, given
 from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TEHRAN, PriceAlert
@@ -344,14 +344,11 @@ def load(
         channel = document.check(Channel, each, at, context=context) if isinstance(each, dict) else None
         if channel is None:
             continue
-        given = {key for key in channel.model_fields_set if getattr(channel, key) is not None}
-        for key in given & ({"key"} if channel.url else ONLY_FOR_PEOPLE if channel.alertmanager else set()):
+        unfit = {"key"} if channel.url else ONLY_FOR_PEOPLE if channel.alertmanager else set[str]()
+        for key in [key for key, value in given(channel).items() if key in unfit and value is not None]:
             document.mistake((*at, key), Mistake("unfit", fix=f"# {key}", name=key))
         found[name] = channel
     if document.wrong or file is None:
         raise document.error()
-    defaults = {key: getattr(file.defaults, key) for key in file.defaults.model_fields_set}
-    return {
-        name: Channel.model_construct(**defaults | {key: getattr(channel, key) for key in channel.model_fields_set})
-        for name, channel in found.items()
-    }
+    defaults = given(file.defaults)
+    return {name: Channel.model_construct(**defaults | given(channel)) for name, channel in found.items()}
