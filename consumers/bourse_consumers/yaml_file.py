@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,8 @@ LARGEST = 16 << 20
 MOST = 100
 # Mistakes of a key, not of its value.
 AT_KEY = {"unknown_key", "let_name", "feed_match", "channel_name", "unfit"}
+# What pydantic finds, as a mistake without more to explain.
+SIMPLE = {"missing": "missing", "string_type": "text", "model_type": "mapping", "dict_type": "mapping"}
 MERGE, NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
@@ -268,27 +270,30 @@ class Document:
         return line, max(column - 1, 0)
 
 
+def known_channel(name: str, known: Collection[str] | None) -> str:
+    """Return the name of a channel; raise Mistake with the nearest, or else the first, if there is no such channel."""
+    if known is not None and name not in known:
+        fix, first = (next(iter(some), None) for some in (get_close_matches(name, known, 1), known))
+        raise Mistake("channel", fix=fix, whole=first if fix is None else None, name=name, known=", ".join(known))
+    return name
+
+
 def _mistake(found: Mapping[str, Any], model: type[Strict]) -> Mistake:
     """Return what pydantic found as a mistake."""
     values, location, kind = found.get("ctx", {}), found["loc"], found["type"]
     if isinstance(mistake := values.get("error"), Mistake):
         return mistake
-    name = str(location[-1]) if location else ""
+    if kind in SIMPLE:
+        return Mistake(SIMPLE[kind], name=str(location[-1]) if location else "")
     if kind == "extra_forbidden":
         known = _known_keys(model, location[:-1])
-        fix = next(iter(get_close_matches(name, known, 1)), None)
+        fix = next(iter(get_close_matches(str(location[-1]), known, 1)), None)
         return Mistake("unknown_key", fix=fix, known=", ".join(known))
     if kind in {"literal_error", "bool_parsing", "bool_type"}:
         expected = values.get("expected", "'true' or 'false'")
         known = re.findall(r"'([^']*)'", expected) or [expected]
         fix = next(iter(get_close_matches(str(found["input"]).lower(), known, 1, 0.5)), known[0])
         return Mistake("one_of", fix=fix, known=expected)
-    if kind == "missing":
-        return Mistake("missing", name=name)
-    if kind in {"string_type", "string_too_short"}:
-        return Mistake("text")
-    if kind in {"model_type", "dict_type"}:
-        return Mistake("mapping")
     return Mistake("plain", why=str(found["msg"]).removeprefix("Value error, "))
 
 

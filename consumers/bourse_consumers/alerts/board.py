@@ -273,8 +273,7 @@ class View:
         times = self.board.times
         age = times[self.a : self.b, None] - ms - times[np.minimum(self.first, self.b - 1)]
         brought = self.ago(key, ms) - self.board.firsts[key][: len(self.first)]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where((age >= ms) & (brought > 0), brought * ms / age, np.nan)
+        return np.where((age >= ms) & (brought > 0), brought * ms / age, np.nan)
 
 
 class _Opening:

@@ -316,8 +316,7 @@ class Engine:
             now = millis(marker.received_at or marker.requested_at) + elapsed
         else:
             silent = max(0, now - millis(marker.next_poll_at)) if marker.next_poll_at else 0
-        out = self._adopt(now, marker)
-        return out + self._render(self._feed.take(marker, now, silent))
+        return self._adopt(now, marker) + self._render(self._feed.take(marker, now, silent))
 
     def view_of(self, n: int) -> View | None:
         """Return the view of all rows of a rule's pairs, None if it has none."""

@@ -62,6 +62,7 @@ RESERVED = {*COLUMNS, *ALIASES, *FUNCTIONS, *STATES, "quiet", "silent", "feed_st
 AMOUNTS = {*COLUMNS, *ALIASES, *FUNCTIONS} - {"plp", "pcp", "percent", "share", "count"}
 ZEROS = {"k": "_000", "m": "_000_000", "b": "_000_000_000"}
 Kind = Literal["number", "truth", "time", "state"]
+KINDS: tuple[Kind, ...] = ("number", "truth", "time", "state")
 Scope = Literal["instrument", "market", "feed"]
 # What a corrected line has if another kind is expected.
 OF_KIND = {"number": "5_000", "truth": "last_price >= 5_000", "time": "5m", "state": "DOWN"}

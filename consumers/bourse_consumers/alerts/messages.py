@@ -56,7 +56,7 @@ def split(text: str) -> list[tuple[int, str, str | None, str]]:
             inside, colon, spec = found[1].rpartition(":")
             pieces.append((found.start() + 1, "", inside if colon else spec, spec if colon else ""))
         at = found.end()
-    return [*pieces, (at, text[at:], None, "")]
+    return [piece for piece in [*pieces, (at, text[at:], None, "")] if piece[1] or piece[2] is not None]
 
 
 def show(value: float | None, kind: Kind, spec: str, language: str, unit: str = "") -> str:

@@ -18,11 +18,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from bourse_consumers.alerts import messages
 from bourse_consumers.alerts.expressions import (
+    KINDS,
     PLAIN,
     RESERVED,
     Compiler,
     Expression,
-    Kind,
     Needs,
     Scope,
     corrected,
@@ -32,7 +32,7 @@ from bourse_consumers.alerts.expressions import (
 )
 from bourse_consumers.alerts.rule import CODE, MARKETS, Match, Rule, Table, form
 from bourse_consumers.mistakes import Mistake, explain, near
-from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, given, pointed, printable
+from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, given, known_channel, pointed, printable
 from bourse_schemas.errors import ConfigurationError
 from bourse_schemas.events import Severity, tidy
 
@@ -101,19 +101,10 @@ def _code(text: str) -> str:
     return form(text)
 
 
-def _channel(name: str, info: ValidationInfo[Any]) -> str:
-    known = info.context.channels
-    if known is not None and name not in known:
-        fix = next(iter([*get_close_matches(name, known, 1), *known]), None)
-        raise Mistake("channel", fix=fix, name=name, known=", ".join(known))
-    return name
-
-
 def _message(value: Any) -> Any:
-    """Return a message per language and state."""
-    if isinstance(value, dict) and value.keys() & {*messages.LANGUAGES}:
-        return {key: _states(each) for key, each in value.items()}
-    return dict.fromkeys(messages.LANGUAGES, _states(value))
+    """Return a message per language."""
+    by_language = isinstance(value, dict) and value.keys() & {*messages.LANGUAGES}
+    return value if by_language else dict.fromkeys(messages.LANGUAGES, value)
 
 
 def _states(value: Any) -> Any:
@@ -159,8 +150,8 @@ class _States(Strict):
 
 
 class _Message(Strict):
-    fa: _States | None = None
-    en: _States | None = None
+    fa: Annotated[_States | None, BeforeValidator(_states)] = None
+    en: Annotated[_States | None, BeforeValidator(_states)] = None
 
 
 class _Common(Strict):
@@ -172,7 +163,7 @@ class _Common(Strict):
     excluded: _Match | None = Field(default=None, alias="except")
     severity: Literal["info", "warning", "critical"] = "info"
     labels: dict[str, Text] | None = None
-    notify: Many[Annotated[Text, AfterValidator(_channel)]] = ()
+    notify: Many[Annotated[Text, AfterValidator(lambda name, info: known_channel(name, info.context.channels))]] = ()
     message: Annotated[_Message, BeforeValidator(_message)] | None = None
 
 
@@ -305,10 +296,9 @@ class _Reader:
         own_lets, needs = self._lets(own.let, [*at, "let"]), Needs()
         names = {**lets, **own_lets}
         alone = Compiler(scope, names, table.columns, Needs())
-        kinds: list[Kind] = ["number", "truth", "time", "state"]
         for name, value in own.let.items() if scope != "market" else ():
             if identifier(name) in own_lets:
-                self._read([*at, "let", name], value, lambda text: alone(parse(text), kinds), f"let {name}: ")
+                self._read([*at, "let", name], value, lambda text: alone(parse(text), KINDS), f"let {name}: ")
         compiler = Compiler(scope, names, table.columns, needs, members)
 
         def compiled(key: str, value: str | None) -> Expression | None:
@@ -344,27 +334,24 @@ class _Reader:
                 parts = found.setdefault(language, {})[state] = []
                 for piece in pieces or ():
                     try:
-                        done = _part(piece, compiler)
+                        parts.append(_part(piece, compiler))
                     except Mistake as mistake:
                         self.document.mistake([*at, language, state], mistake, prefix, scope)
-                    else:
-                        parts += [done] if done else []
         return {language: {"resolved": states.get("firing", []), **states} for language, states in found.items()}
 
 
-def _part(piece: tuple[int, str, str | None, str], compiler: Compiler) -> messages.Part | None:
+def _part(piece: tuple[int, str, str | None, str], compiler: Compiler) -> messages.Part:
     at, literal, inside, spec = piece
     if inside is None:
-        return messages.Part(literal) if literal else None
+        return messages.Part(literal)
     word, end = inside.strip(), at + len(inside)
     if word in messages.FIELDS and not spec:
         return messages.Part("", word=word)
     if not messages.SPEC.fullmatch(spec):
         raise Mistake("spec", end + 1, end + 1 + len(spec), ",")
-    kinds: list[Kind] = ["number", "time", "state"]
 
     def read(text: str) -> Expression:
-        return compiler(parse(text), kinds)
+        return compiler(parse(text), ["number", "time", "state"])
 
     try:
         return messages.Part("", read(inside), spec)

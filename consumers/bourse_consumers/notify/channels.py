@@ -12,7 +12,6 @@ import threading
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +27,7 @@ from bourse_cli.proxies import proxy_environment, proxy_for
 from bourse_consumers.mistakes import Mistake, near
 from bourse_consumers.notify.apprise_process import open_service
 from bourse_consumers.notify.words import Message, split
-from bourse_consumers.yaml_file import Document, Strict, given
+from bourse_consumers.yaml_file import Document, Strict, given, known_channel
 from bourse_schemas.codec import to_json
 from bourse_schemas.errors import BourseError, ConfigurationError
 from bourse_schemas.events import TEHRAN, PriceAlert
@@ -238,13 +237,6 @@ def _hours(value: Any) -> tuple[int, int]:
     return start, (end - start) % DAY_SECONDS
 
 
-def _fallback(name: str, info: ValidationInfo[Any]) -> str:
-    if name not in (known := info.context[2]):
-        fix, first = (next(iter(some), None) for some in (get_close_matches(name, known, 1), known))
-        raise Mistake("channel", fix=fix, whole=first, name=name, known=", ".join(known))
-    return name
-
-
 def _count(value: Any) -> int:
     if not (isinstance(value, int) and 1 <= value <= MOST_ALERTS):
         raise Mistake("whole_number", low=1, high=MOST_ALERTS)
@@ -272,7 +264,7 @@ class _Common(Strict):
     language: Literal["fa", "en"] = "fa"
     digest_above: Annotated[int, BeforeValidator(_count)] = 10
     active: Annotated[tuple[int, int], BeforeValidator(_hours)] | None = None
-    fallback: Annotated[str, AfterValidator(_fallback)] | None = None
+    fallback: Annotated[str, AfterValidator(lambda name, info: known_channel(name, info.context[2]))] | None = None
 
 
 class Channel(_Common):
