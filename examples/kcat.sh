@@ -11,7 +11,7 @@ fail() {
 
 command -v kcat >/dev/null || fail "kcat is not installed"
 listed=$(kcat -b "$servers" -L -t "$topic" -m 5 2>/dev/null) || fail "Kafka at $servers does not answer"
-grep -q "\"$topic\" with [1-9]" <<<"$listed" || fail "there is no topic $topic at $servers"
+grep -q "\"$topic\" with [1-9]" <<<"$listed" || fail "topic $topic not found at $servers"
 
 values=() format='%p %o %k %h %S bytes\n'
 if kcat -V | grep -qi avro; then

@@ -23,7 +23,7 @@ def main(options):
     consumer = Consumer(settings)
     found = {topic: consumer.list_topics(topic, timeout=5).topics[topic] for topic in avsc}
     if missing := [topic for topic in avsc if found[topic].error]:
-        raise ValueError(f"there is no topic {missing[0]}")
+        raise ValueError(f"topic {missing[0]} not found")
     behind = {(topic, partition) for topic in avsc for partition in found[topic].partitions}
     consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in behind])
     table, counts = {}, Counter()

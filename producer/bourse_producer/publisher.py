@@ -108,7 +108,7 @@ def _last_markers(cluster: Cluster, tail: int | None) -> Iterator[PollMarker]:
 
 
 def _committed(cluster: Cluster, topic: Topic, tail: int | None = None) -> Iterator[TopicRecord]:
-    """Yield a topic's committed records; what an open transaction of somebody else hides is waited for."""
+    """Yield a topic's committed records; what is behind another program's open transaction is waited for."""
     name = topic.full_name(cluster.prefix)
     try:
         yield from read(cluster, name, tail=tail, pending=True, timeout=RESTORE_SECONDS)
@@ -119,8 +119,8 @@ def _committed(cluster: Cluster, topic: Topic, tail: int | None = None) -> Itera
 class Publisher:
     """Publishes the polls of a prefix, all or nothing.
 
-    After any PublishError the instance is void: close it, make a new one, `restore()`, poll again. There is no other
-    recovery, and no guess whether a commit succeeded: what is committed is read back.
+    After any PublishError the instance is void: close it, make a new one, `restore()`, poll again. Nothing else
+    recovers it, and whether a commit succeeded is not guessed: what is committed is read back.
     """
 
     def __init__(self, cluster: Cluster) -> None:

@@ -73,7 +73,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, demand: Callable[[str], None
 
 @pytest.fixture(scope="session")
 def programs(build: Callable[[str], list[str]]) -> Commands:
-    """Return the examples by language; those whose tool chain is missing are left out, aloud."""
+    """Return the examples by language; those whose tool chain is missing are left out, and the summary names them."""
     found: Commands = {}
     for language in ("java", "go", "python"):
         with suppress(pytest.skip.Exception):
@@ -169,7 +169,7 @@ DAYS = [
         SECOND_DAY,
         [f"2019-08-24 {each}" for each in ("CANCELLED 80", "OPENED 541", "REVISED 16", "TRADED 41293")],
         id="24",
-        marks=pytest.mark.skipif(not SECOND_DAY.exists(), reason=f"{SECOND_DAY.name} is not beside the checkout"),
+        marks=pytest.mark.skipif(not SECOND_DAY.exists(), reason=f"{SECOND_DAY.name} is not next to the checkout"),
     ),
 ]
 
@@ -241,7 +241,7 @@ def send(cluster: Cluster, *values: bytes | None, commit: bool = True) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "says"),
+    ("mistake", "named"),
     [
         ("broker", "127.0.0.1:9"),
         ("topic", "nosuch.trades"),
@@ -251,27 +251,27 @@ def send(cluster: Cluster, *values: bytes | None, commit: bool = True) -> None:
         ("id", "4040404"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(cluster: Cluster, programs: Commands, mistake: str, says: str) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(cluster: Cluster, programs: Commands, mistake: str, named: str) -> None:
     """Within seconds, never a hang: what is wrong, and with which record."""
     wrong = {
         "broker": replace(cluster, bootstrap_servers="127.0.0.1:9"),
         "topic": replace(cluster, prefix="nosuch"),
         "registry": replace(cluster, registry_url="http://127.0.0.1:9"),
     }
-    values = {"record": b"somebody else's", "null": None}
+    values = {"record": b"another program's", "null": None}
     send(cluster, values.get(mistake, FRAME.pack(0, 4_040_404) + b"x"))
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda program: example(program, wrong.get(mistake, cluster), 30), programs.values()))
     for ran in runs:
         assert ran.returncode == 1, ran
-        assert says in ran.stderr, ran
+        assert named in ran.stderr, ran
         assert ran.stderr.count("\n") == 1, ran
         assert ran.stderr.startswith("error: "), ran
         assert ran.stdout == ""
 
 
 def test_kcat_shows_what_is_committed_and_names_mistakes(cluster: Cluster, demand: Callable[[str], None]) -> None:
-    """Keys and offsets of what is there, and a line where there is none."""
+    """Keys and offsets of what is there, and a line if the topic is not found."""
     demand("kcat")
     send(cluster, b"one", b"two")
     send(cluster, b"never", commit=False)
@@ -280,10 +280,10 @@ def test_kcat_shows_what_is_committed_and_names_mistakes(cluster: Cluster, deman
     ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     lines = [line.split() for line in ran.stdout.splitlines()]
     assert [(line[1], line[2]) for line in lines] == [("0", "IRO1MADN0001"), ("1", "IRO1MADN0001")]
-    for arguments, says in (("nosuch", cluster.bootstrap_servers), "nosuch"), ((topic, "127.0.0.1:9"), "127.0.0.1:9"):
+    for arguments, named in (("nosuch", cluster.bootstrap_servers), "nosuch"), ((topic, "127.0.0.1:9"), "127.0.0.1:9"):
         ran = subprocess.run([command[0], *arguments], capture_output=True, text=True, timeout=30, check=False)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
-        assert says in ran.stderr
+        assert named in ran.stderr
 
 
 # --- evolution --------------------------------------------------------------------------------------------------------
@@ -408,9 +408,9 @@ def test_golden_bytes_are_read_by_javas_avro(build: Callable[[str], list[str]], 
         found = fastavro.schemaless_reader(BytesIO(bytes.fromhex(body)), *schemas)
         expected.append(found)
     jar = build("java")[-1]
-    told = "".join(f"{writer} {reader} {body}\n" for writer, reader, body in lines)
+    given = "".join(f"{writer} {reader} {body}\n" for writer, reader, body in lines)
     command = ["java", "-cp", jar, str(Path(__file__).with_name("Golden.java"))]
-    ran = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    ran = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     read = zip(lines, ran.stdout.splitlines(), strict=True)
     schemas = [json.loads(reader.read_text("utf-8")) for _, reader, _ in lines]

@@ -56,7 +56,7 @@ public final class Subscriber {
       for (String name : new String[] {".trades", ".candles"}) {
         String topic = options.get("--topic-prefix") + name;
         var found = consumer.partitionsFor(topic);
-        if (found.isEmpty()) throw new KafkaException("there is no topic " + topic);
+        if (found.isEmpty()) throw new KafkaException("topic " + topic + " not found");
         found.forEach(each -> partitions.add(new TopicPartition(topic, each.partition())));
       }
       consumer.assign(partitions);
