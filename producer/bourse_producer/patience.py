@@ -15,6 +15,8 @@ from bourse_schemas.errors import ExchangeError, ExchangeRefused
 # A new refusal is often one of a moment; an account that stays refused is rarely fixed within minutes.
 REFUSED_SECONDS, MOST_REFUSED_SECONDS = 60.0, 300.0
 RATE_SECONDS = 60.0
+# A token is asked for this often at most, and this rarely while calls with a new one are refused.
+TOKEN_SECONDS, REFUSED_TOKEN_SECONDS = 60.0, 3600.0
 # A maintenance page asks for a day; only a limit of calls is obeyed for as long.
 MOST_RETRY_AFTER_SECONDS = 900.0
 OF_THE_ACCOUNT = {"quota", "rate", "token", "scope", "address"}
@@ -43,16 +45,13 @@ class Patience:
     """Decides which call may be made now.
 
     `quota_seconds` is the pause after the exchange reports that the paid calls are used up. `max_calls_per_day` limits
-    charged calls; `reserved_calls` of them are kept for the day's final poll. Tokens: one in `token_seconds` at most,
-    and one in `refused_token_seconds` while calls with a new one are refused. No hold is longer than `longest_seconds`,
+    charged calls; `reserved_calls` of them are kept for the day's final poll. No hold is longer than `longest_seconds`,
     except that of the budget.
     """
 
     quota_seconds: float = 3600.0
     max_calls_per_day: int | None = None
     reserved_calls: int = 1
-    token_seconds: float = 60.0
-    refused_token_seconds: float = 3600.0
     longest_seconds: float = math.inf
 
     def __post_init__(self) -> None:
@@ -102,12 +101,12 @@ class Patience:
         else:
             self._token_refusals += error.kind in REFUSED
             hold = self._hold(error, self._token_refusals, now)
-            soonest = now + min(self.token_seconds, self.longest_seconds)
+            soonest = now + min(TOKEN_SECONDS, self.longest_seconds)
             self._holds[Call.TOKEN] = Hold(max(hold.until, soonest), error)
 
     def _new_token_hold(self) -> Hold:
         refused = self._new_token_refused
-        seconds = self.refused_token_seconds if refused else self.token_seconds
+        seconds = REFUSED_TOKEN_SECONDS if refused else TOKEN_SECONDS
         error = refused or ExchangeRefused("token", "a token was issued less than a minute ago")
         return Hold(self._minted_at + min(seconds, self.longest_seconds), error)
 

@@ -614,7 +614,7 @@ def test_every_call_is_counted_and_every_answer_kept() -> None:
     outcomes: list[str] = []
     kept: list[Reply] = []
     script = Script((200, DONE), (500, b"<html>"), (401, b"no"), (200, DONE))
-    patience = Patience(token_seconds=0)
+    patience = Patience(longest_seconds=0)
     with against(script, patience=patience, on_call=outcomes.append, on_response=kept.append) as exchange:
         exchange.fetch(Call.SHARES)
         refused(exchange)
