@@ -124,7 +124,6 @@ def describe(tree: ast.expr, language: str) -> str:
     return ast.unparse(tree).strip("{}")
 
 
-@lru_cache(1 << 14)
 def described(side: Side, language: str) -> tuple[str, str]:
     """Return a side of a comparison in words, and how it is printed: nothing if it is not a percentage."""
     spec = ""

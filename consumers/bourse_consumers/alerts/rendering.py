@@ -90,15 +90,12 @@ class Renderer:
 
     def __init__(self, rules: Sequence[Rule], board: Board, feed: Any) -> None:
         self._rules, self._board, self._feed = rules, board, feed
-        self._shapes: dict[int, Any] = {}
 
     def render(self, changes: Sequence[Change], marker: PollMarker) -> list[PriceAlert]:
         """Return changes as alerts, by row and rule."""
         groups: dict[Any, list[Change]] = {}
         for change in changes:
-            if change.rule not in self._shapes:
-                self._shapes[change.rule] = _shape(change.rule, self._rules[change.rule])
-            groups.setdefault((change.row, self._shapes[change.rule]), []).append(change)
+            groups.setdefault((change.row, self._rules[change.rule].shape), []).append(change)
         with np.errstate(all="ignore"):
             found = [(change, alert) for some in groups.values() for change, alert in self._alerts(some, marker)]
         found.sort(key=lambda each: (each[0].row, each[0].rule))
@@ -118,7 +115,7 @@ class Renderer:
             return (found if len(found) == count else np.broadcast_to(found, count)).tolist()  # type: ignore[no-any-return]
 
         sides = [worked_out(side.node) for side in like.when.sides]
-        parts = {place: worked_out(part.expression.node) for place, part in _parts(like) if part.expression}
+        parts = {place: worked_out(part.expression.node) for place, part in like.parts if part.expression}
         unknown = [np.nan] * count
         prices, times, rises = unknown, unknown, unknown
         if instrument:
@@ -148,8 +145,7 @@ class Renderer:
                         continue
                     feed = f"{messages.COLUMNS['feed_state'][language]} {marker.feed_state}"
                     shown = [feed] if rule.scope == "feed" else []
-                    for side, found in zip(rule.when.sides, sides, strict=True):
-                        phrase, spec = messages.described(side, language)
+                    for side, (phrase, spec), found in zip(rule.when.sides, rule.phrases[language], sides, strict=True):
                         text = messages.show(found[k], side.node.kind, spec, language, "%" if spec else "")
                         shown.append(f"{phrase} {text}")
                     message[language] = messages.usual(subject, last, rises[k], shown, language)
@@ -185,25 +181,10 @@ class Renderer:
         return messages.show(whole, node.kind, part.spec, language)
 
 
-def _parts(rule: Rule) -> Iterator[tuple[tuple[str, str, int], messages.Part]]:
-    """Yield the parts of a rule's texts with their language, state and number."""
-    for language, states in rule.texts.items():
-        for state, parts in states.items():
-            for m, part in enumerate(parts):
-                yield (language, state, m), part
-
-
-def _shape(n: int, rule: Rule) -> Any:
-    """Return what rules have in common whose values are worked out together."""
-    if rule.scope != "instrument":
-        return n
-    parts = tuple((place, part.expression.node.key) for place, part in _parts(rule) if part.expression)
-    return len(rule.numbers), *(side.node.key for side in rule.when.sides), parts
-
-
 def _alert_id(rule: Rule, code: str | None, episode: Episode) -> str:
     """Return the uuid5 of what makes an episode the same one."""
     parts = (rule.name, rule.scope, code or "", episode.day, episode.sequence, episode.ordinal)
+    # uuid5 itself takes three times as long.
     digest = bytearray(sha1(NAMESPACE.bytes + "\0".join(map(str, parts)).encode(), usedforsecurity=False).digest()[:16])
     digest[6], digest[8] = digest[6] & 0x0F | 0x50, digest[8] & 0x3F | 0x80
     text = digest.hex()

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from bourse_consumers.alerts.expressions import Expression, Needs, Scope
-from bourse_consumers.alerts.messages import Texts
+from bourse_consumers.alerts.messages import LANGUAGES, Part, Texts, described
 from bourse_schemas.events import Severity, tidy
 
 CODE = re.compile(r"[A-Z0-9]{12}")
@@ -117,6 +117,25 @@ class Rule:
     def fixed(self) -> tuple[float, ...]:
         """Return the numbers of its conditions if they are the same for every instrument."""
         return () if self.table.columns else tuple(self.numbers[: self.places])  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> list[tuple[tuple[str, str, int], Part]]:
+        """Return the parts of its texts with their language, state and number."""
+        texts = [((language, state), parts) for language, by in self.texts.items() for state, parts in by.items()]
+        return [((*place, n), part) for place, parts in texts for n, part in enumerate(parts)]
+
+    @cached_property
+    def shape(self) -> Any:
+        """Return what rules have in common whose values are worked out together."""
+        if self.scope != "instrument":
+            return self.name
+        parts = tuple((place, part.expression.node.key) for place, part in self.parts if part.expression)
+        return len(self.numbers), *(side.node.key for side in self.when.sides), parts
+
+    @cached_property
+    def phrases(self) -> dict[str, list[tuple[str, str]]]:
+        """Return per language each compared quantity in words, and how it is printed."""
+        return {language: [described(side, language) for side in self.when.sides] for language in LANGUAGES}
 
     @property
     def momentary(self) -> bool:

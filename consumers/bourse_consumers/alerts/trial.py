@@ -278,11 +278,8 @@ class Trial:
                 for text, (value, wanted) in self.reached[name].items() if not np.isnan(value)
             ]  # fmt: skip
             yield f"never fired: {name}" + (f" ({'; '.join(near)})" if near else "")
-        minutes = Counter(
-            alert.raised_at.astimezone(TEHRAN).replace(second=0, microsecond=0)
-            for each in found
-            for alert in each.fired
-        )
+        fired = [alert.raised_at.astimezone(TEHRAN) for each in found for alert in each.fired]
+        minutes = Counter(f"{at:%Y-%m-%d %H:%M}" for at in fired)
         if minutes:
             yield f"\n{'episodes':>8}  {'instruments':>11}  {'median':>8}  {'first':<19}  rule"
         for each in found[: len(found) - len(silent)]:
@@ -292,4 +289,4 @@ class Trial:
         for channel, count in sorted(sent.items()):
             yield f"messages to {channel}: {count:,}"
         for minute, most in minutes.most_common(1):
-            yield f"{counted(sum(minutes.values()), 'alert')}, at most {most:,} in a minute ({minute:%H:%M})"
+            yield f"{counted(sum(minutes.values()), 'alert')}, at most {most:,} in a minute ({minute[-5:]})"
