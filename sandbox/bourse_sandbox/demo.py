@@ -26,7 +26,7 @@ from bourse_sandbox.faults import Fault
 from bourse_sandbox.kafka import are_free, free_port
 from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.options import fault_option
-from bourse_sandbox.processes import Child, spawn
+from bourse_sandbox.processes import Child, interruptible, spawn
 from bourse_sandbox.stack import Stack, private_file, program
 from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable, counted
 from bourse_schemas.events import TEHRAN, AlertState, Op, Outcome, PollMarker, PriceAlert
@@ -101,29 +101,6 @@ def _poll_seconds(speed: str) -> float:
     return 60 / number
 
 
-class _Stopped(BaseException):
-    """Ctrl-C while the services start."""
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Raise _Stopped in the block as soon as a signal comes, whatever it waits for."""
-
-    def handle(*handler: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler[0])
-
-    def interrupt(*_: object) -> None:
-        handle(lambda *_: None)
-        raise _Stopped
-
-    handle(interrupt)
-    try:
-        yield
-    finally:
-        handle(lambda *_: None)
-
-
 @dataclass(kw_only=True)
 class Demo:
     """One day: the services, what they publish, and their end. `market` are options of the practice exchange."""
@@ -150,7 +127,8 @@ class Demo:
 
     def run(self) -> None:
         """Run the day; raise BourseError if not everything was processed. Ctrl-C before the end is no failure."""
-        self._folder = self.data / f"demo-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # for people: their own time
+        now = datetime.now()  # noqa: DTZ005  # for people: their own time
+        self._folder = self.data / f"demo-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
         self._logs = self._folder / "logs"
         try:
             self._logs.mkdir(parents=True)
@@ -165,9 +143,9 @@ class Demo:
         )
         with ExitStack() as self._services:
             try:
-                with _ended_by_signals():
+                with interruptible():
                     self._start()
-            except _Stopped:
+            except KeyboardInterrupt:
                 self._show("\nStopped before the day began.")
                 return
             finished = self._play()
@@ -222,9 +200,7 @@ class Demo:
             with self._step("board"):
                 self._await("board", lambda: self._answers(f"{self._board}/livez"))
             self._introduce()
-        port = free_port()
-        self._exchange = f"http://127.0.0.1:{port}"
-        self._spawn("exchange", "sandbox", "exchange", "--port", str(port), *self.market)
+        self._spawn("exchange", "sandbox", "exchange", "--port", "0", *self.market)
         self._produce("producer")
         for name, url in consumers.items():
             with self._step(name):
@@ -232,13 +208,13 @@ class Demo:
         # Last, as its clock does not wait for the others.
         with self._step("exchange"):
             self._let("exchange")
-            self._await("exchange", lambda: self._answers(f"{self._exchange}/practice/state"))
+            self._exchange = self._await("exchange", self._reported_address)
         with self._step("producer: first poll"):
-            self._let("producer")
+            self._let("producer", BOURSE_ADDRESS=self._exchange)
             self._await("producer", lambda: self._last)
         # Only now: the one that is to be killed is to be the leader.
         self._produce("standby")
-        self._let("standby")
+        self._let("standby", BOURSE_ADDRESS=self._exchange)
         self._show(f"\nKill the producer and see the standby take over: kill -9 {self._children['producer'].pid}\n")
 
     def _introduce(self) -> None:
@@ -257,7 +233,7 @@ class Demo:
     def _produce(self, name: str) -> None:
         timing = ["--schedule", "always", "--clock", "response", "--poll-seconds", str(self.poll_seconds)]
         captured = ["--capture", str(self._folder / "capture" / name)]
-        self._serve(name, "produce", "--address", self._exchange, *timing, *captured)
+        self._serve(name, "produce", *timing, *captured)
 
     def _serve(self, name: str, *command: str) -> str:
         port = free_port()
@@ -282,12 +258,18 @@ class Demo:
         except httpx2.TransportError:
             return False
 
-    def _await(self, name: str, condition: Callable[[], Any]) -> None:
+    def _reported_address(self) -> str:
+        """Return where the practice exchange listens, once it does."""
+        return self._children["exchange"].log_tail(1).partition("practice exchange: ")[2].partition(" ")[0]
+
+    def _await(self, name: str, condition: Callable[[], Any]) -> Any:
+        """Return what is true within START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
-        while not condition():
+        while not (value := condition()):
             self._take_batch()
             if time.monotonic() > deadline:
                 raise BourseError(f"{name} did not start within {START_SECONDS:.0f} s: see {self._logs}")
+        return value
 
     def _require_alive(self) -> None:
         """Raise if a service has ended by itself: the rest would mislead. A killed producer has its standby."""

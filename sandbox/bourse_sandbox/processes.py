@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -124,6 +124,25 @@ class Child:
     def _close(self) -> None:
         if pipe := self._guardian.stdin:
             pipe.close()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block as soon as SIGINT or SIGTERM comes, once; after the block ignore both."""
+
+    def handle(handler: Callable[..., None]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def interrupt(*_: object) -> None:
+        handle(lambda *_: None)
+        raise KeyboardInterrupt
+
+    handle(interrupt)
+    try:
+        yield
+    finally:
+        handle(lambda *_: None)
 
 
 def tail(log: Path, lines: int = 10) -> str:

@@ -49,19 +49,22 @@ def up(
     """Run exchange, Kafka and registry, with topics and schemas, until Ctrl-C."""
     import json
     import tempfile
-    from contextlib import ExitStack
+    from contextlib import ExitStack, suppress
 
     from bourse_sandbox.exchange import practice_exchange
-    from bourse_sandbox.processes import spawn
+    from bourse_sandbox.processes import interruptible, spawn
     from bourse_sandbox.stack import BOURSE, CLIENT_ID, NID, SECRET, Stack, private_file, program
     from bourse_schemas.errors import BourseError
     from bourse_schemas.watchdog import stop_on_signals
 
     stop = stop_on_signals()
-    practice = practice_exchange(client_id=CLIENT_ID, client_secret=SECRET, **market)
     with (
+        suppress(KeyboardInterrupt),
+        interruptible(),
         tempfile.TemporaryDirectory(prefix="bourse-sandbox-") as folder,
-        practice.serve(port=exchange_port) as exchange,
+        (practice := practice_exchange(client_id=CLIENT_ID, client_secret=SECRET, **market)).serve(
+            port=exchange_port
+        ) as exchange,
         Stack("kafka", data=data, kafka_port=kafka_port, registry_port=registry_port) as stack,
         ExitStack() as running,
     ):

@@ -184,20 +184,32 @@ def test_a_killed_producer_ctrl_c_and_what_the_demo_prints(
         assert child.wait(20) == 0
 
 
-@pytest.mark.parametrize(("broker", "sign"), [("mock", "✓ Kafka"), ("kafka", "Ctrl-C ends it")])
-def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any], broker: str, sign: str) -> None:
-    """Exit code 0, no error; while Kafka starts too, and nothing of it is left."""
+@pytest.mark.parametrize(
+    ("command", "sign"),
+    [("demo --broker mock", "✓ Kafka"), ("demo --broker kafka", "Ctrl-C ends it"), ("sandbox up", "")],
+)
+def test_ctrl_c_while_it_starts(tmp_path: Path, wait_for: Callable[..., Any], command: str, sign: str) -> None:
+    """Exit code 0, no error, no addresses; while Kafka starts too, and nothing of it is left."""
     out, err = tmp_path / "out", tmp_path / "err"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [*BOURSE, "demo", "--broker", broker]
-    with spawn(command, cwd=tmp_path, env=environment, stdout=out, stderr=err) as demo:
+    with spawn([*BOURSE, *command.split()], cwd=tmp_path, env=environment, stdout=out, stderr=err) as demo:
         wait_for(lambda: out.is_file() and sign in out.read_text("utf-8"), 40)
-        if broker == "kafka":
+        if "mock" not in command:
             wait_for(lambda: [*tmp_path.glob("bourse-kafka-*/kafka.log")], 40)
         demo.send(signal.SIGINT)
         assert demo.wait(30) == 0
     assert err.read_text("utf-8").strip() in {"", NO_ALERTS}
-    assert not [*tmp_path.glob("bourse-kafka-*")]
+    assert "kcat" not in out.read_text("utf-8")
+    assert not [*tmp_path.glob("bourse-*")]
+
+
+def test_demos_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Eight at once; each makes its folder and fails at its broker."""
+    eight = "import os; from bourse_sandbox.demo import demo; [os.fork() for _ in range(3)]"
+    script = f"{eight}; demo(['--json', '--broker', 'nonsense'], standalone_mode=False)"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert ran.stderr.count(b"ConfigurationError: --broker nonsense") == 8
+    assert len([*tmp_path.glob("data/demo-*/logs")]) == 8
 
 
 @pytest.mark.parametrize(
