@@ -469,17 +469,14 @@ def _sentences(proof: dict[str, int]) -> tuple[str, str]:
         return "هیچ رویدادی منتشر نشد", "no event was published"
     one, two = ("=" if pair else "≠" for pair in (derived == kafka, kafka == archive))
     left = max(0, kafka - archive - proof["lost"])  # after Ctrl-C
+    later = (f"، در راه بایگانی {left:,}", f", not yet in the archive {left:,}") if left else ("", "")
     persian = (
         f"{derived:,} رویداد، دوباره به‌دست‌آمده از بایت‌های بورس {one} {kafka:,} در کافکا {two} {archive:,} در بایگانی؛ "
-        f"گم‌شده {proof['lost']:,}، تکراری {proof['twice']:,}، ناشناخته {proof['unknown']:,}"
-        + f"، در راه بایگانی {left:,}"
-        * bool(left)
+        f"گم‌شده {proof['lost']:,}، تکراری {proof['twice']:,}، ناشناخته {proof['unknown']:,}{later[0]}"
     )
     english = (
         f"{derived:,} events derived again from the exchange's bytes {one} {kafka:,} on Kafka {two} {archive:,} in the "
-        f"archive; lost {proof['lost']:,}, twice {proof['twice']:,}, unknown {proof['unknown']:,}"
-        + f", not yet in the archive {left:,}"
-        * bool(left)
+        f"archive; lost {proof['lost']:,}, twice {proof['twice']:,}, unknown {proof['unknown']:,}{later[1]}"
     )
     return persian.translate(PERSIAN), english
 
@@ -487,11 +484,9 @@ def _sentences(proof: dict[str, int]) -> tuple[str, str]:
 def _text(summary: dict[str, Any], folder: Path) -> str:
     visible, bourse = summary["visible_ms"], program("bourse")
     kinds = ", ".join(f"{count:,} {op}" for op, count in summary["events"].items() if op != "total")
-    shown = (
-        f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.\n"
-        if visible
-        else ""
-    )
+    shown = ""
+    if visible:
+        shown = f"From the exchange's last byte to a consumer: p50 {visible['p50']} ms, p99 {visible['p99']} ms.\n"
     trades = folder / "archive" / TRADES.full_name("bourse")
     columns = "'symbol', 'traded_at', 'last_price', 'op'"
     return (

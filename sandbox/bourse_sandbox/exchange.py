@@ -283,10 +283,11 @@ class PracticeExchange:
         if period:
             if not company:
                 raise _invalid("coId is required when isTimePeriod is true")
-            start, end = query.get("fromTime") or "0000", query.get("toTime") or "2359"
+            times = query.get("fromTime") or "0000", query.get("toTime") or "2359"
+            start, end = (f"{time_of_day[:2]}:{time_of_day[2:]}" for time_of_day in times)
             if start > end:
                 raise _invalid("fromTime is after toTime")
-            rows = self._market.history(self._clock.now(), company, _colon(start), _colon(end))
+            rows = self._market.history(self._clock.now(), company, start, end)
             result = msgspec.json.encode([row for row in rows if row["PrecedencyRight"] is rights])
         elif company:
             rows = self._market.rows(self._clock.now(), rights)
@@ -344,10 +345,6 @@ class PracticeExchange:
     def serve(self, host: str = "127.0.0.1", port: int = 0, tls: Path | None = None) -> Server:
         """Serve in a thread until the handle is closed; port 0 takes any free one."""
         return serve(self.app, host, port, tls)
-
-
-def _colon(time_of_day: str) -> str:
-    return f"{time_of_day[:2]}:{time_of_day[2:]}"
 
 
 def practice_exchange(

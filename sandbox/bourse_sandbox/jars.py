@@ -60,11 +60,9 @@ def fetch(artifacts: Sequence[Artifact], title: str) -> list[Path]:
                 _download([each for each in artifacts if not (cache / each.path).exists()], cache, title)
         except OSError as error:
             megabytes = sum(artifact.size for artifact in artifacts) // 1_000_000
-            if error.errno == errno.ENOSPC:
-                raise KafkaUnavailable(f"no disk space for {title}: {cache} needs {megabytes} MB") from None
-            raise KafkaUnavailable(
-                f"cannot write {title} to {cache}: {error.strerror} (XDG_CACHE_HOME moves it)"
-            ) from None
+            full = f"no disk space for {title}: {cache} needs {megabytes} MB"
+            refused = f"cannot write {title} to {cache}: {error.strerror} (XDG_CACHE_HOME moves it)"
+            raise KafkaUnavailable(full if error.errno == errno.ENOSPC else refused) from None
     return [cache / artifact.path for artifact in artifacts]
 
 

@@ -178,10 +178,9 @@ class _Refused(HTTPException):
 
 
 async def _refusal(_: Request, error: Exception) -> JSONResponse:
-    code = error.code if isinstance(error, _Refused) else getattr(error, "status_code", 500)
-    return JSONResponse(
-        {"error_code": code, "message": getattr(error, "detail", "")}, getattr(error, "status_code", 500)
-    )
+    status = getattr(error, "status_code", 500)
+    body = {"error_code": getattr(error, "code", status), "message": getattr(error, "detail", "")}
+    return JSONResponse(body, status)
 
 
 def _endpoint(call: _Call) -> Callable[[Request], Awaitable[JSONResponse]]:
