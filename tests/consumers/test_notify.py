@@ -550,18 +550,25 @@ def test_every_mistake_has_a_corrected_line_in_two_languages(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "variable"),
-    [("desk", "DESK_WEBHOOK"), ("night-desk.2", "NIGHT_DESK_2_WEBHOOK"), ("میز", "WEBHOOK"), ("2nd", "_2ND_WEBHOOK")],
+    ("name", "place"),
+    [
+        ("desk", "{env: DESK_WEBHOOK}"),
+        ("night-desk.2", "{env: NIGHT_DESK_2_WEBHOOK}"),
+        ("2nd", "{env: _2ND_WEBHOOK}"),
+        ("میز", "{file: میز-webhook}"),
+    ],
 )
-def test_a_secret_goes_into_a_variable_named_after_its_channel(tmp_path: Path, name: str, variable: str) -> None:
-    """A name that a shell accepts; the line is right when it is pasted and the variable is set."""
+def test_a_secret_goes_into_a_place_named_after_its_channel(tmp_path: Path, name: str, place: str) -> None:
+    """A variable, or a file if no shell accepts the name; the line is right when pasted, once the place is filled."""
     with pytest.raises(ConfigurationError) as caught:
         channels(tmp_path, f"version: 1\nchannels: {{{name}: {{webhook: 'https://example.ir/hidden'}}}}")
-    assert str(caught.value).endswith(f"\n    write: webhook: {{env: {variable}}}")
+    assert str(caught.value).endswith(f"\n    write: webhook: {place}")
     assert "hidden" not in str(caught.value)
     path = tmp_path / "channels.yaml"
-    path.write_text(f"version: 1\nchannels: {{{name}: {{webhook: {{env: {variable}}}}}}}", "utf-8")
-    assert load(path, {variable: VARIABLES["HOOK"]})[name].webhook == VARIABLES["HOOK"]
+    path.write_text(f"version: 1\nchannels: {{{name}: {{webhook: {place}}}}}", "utf-8")
+    (tmp_path / "میز-webhook").write_text(VARIABLES["HOOK"], "utf-8")
+    variables = {place[6:-1]: VARIABLES["HOOK"]}
+    assert load(path, variables)[name].webhook == VARIABLES["HOOK"]
 
 
 @pytest.mark.parametrize(

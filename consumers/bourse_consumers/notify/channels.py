@@ -166,7 +166,10 @@ def _scrubber(*urls: str | None) -> Callable[[str], str]:
 
 
 def _variable(channel: str, key: str | None) -> str:
-    """Return what a secret of a channel is replaced with: a variable of its own, with a name that a shell accepts."""
+    """Return what a secret is replaced with: the channel's own variable, or file if no shell accepts such a name."""
+    if not channel.isascii():
+        name = re.sub(r"[^\w.-]", "-", channel)
+        return f"{{file: {name}-{key}}}"
     name = re.sub(r"\W+", "_", f"{channel}_{key}".upper(), flags=re.ASCII).lstrip("_")
     return f"{{env: {'_' * name[0].isdigit()}{name}}}"
 
