@@ -87,7 +87,7 @@ class Stack:
 
     def _start(self) -> str:
         if self._broker not in {"auto", "kafka", "mock"}:
-            if ":" not in self._broker:
+            if ":" not in self._broker or "://" in self._broker:
                 raise ConfigurationError(f"--broker {self._broker}: give auto, kafka, mock or HOST:PORT")
             self.kind = "external"
             return self._broker

@@ -220,6 +220,7 @@ def test_demos_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
         (["--speed", "nan"], "--speed"),
         (["--replay", "nowhere.gz"], "nowhere.gz"),
         (["--broker", "nonsense"], "HOST:PORT"),
+        (["--broker", "http://127.0.0.1:9"], "--broker http://127.0.0.1:9: give"),
         (["--rules", "nowhere.yaml"], "nowhere.yaml"),
         (["--broker", "127.0.0.1:9"], "127.0.0.1:9"),
     ],
