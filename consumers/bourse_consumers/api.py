@@ -309,7 +309,7 @@ class Unreadable(Undecodable):
 class Reopen(BourseError):
     """The state is void, for example because another writer was faster or rules changed: call `open` again.
 
-    If nothing is at `fault`, it is no warning, and the service stays ready.
+    If nothing is at `fault`, it is logged as information, and the service stays ready.
     """
 
     def __init__(self, message: str, *, fault: bool = True) -> None:
