@@ -178,10 +178,11 @@ class Registry:
                 f"the schema registry at {self.url} refuses {self._user} to {right} (HTTP {status}): "
                 "see -X schema.registry.basic.auth.user.info=@FILE and the rights of this user"
             )
-        if status >= 500 or status == 429:
-            raise Unreachable(f"the schema registry at {self.url} fails {text}")
-        if status == 409:
+        # Only to a registration is a conflict an answer about the schema.
+        if status == 409 and method == "POST" and path.endswith("/versions"):
             raise SchemaIncompatible(f"cannot {right}: {reported.message}")
+        if status >= 500 or status in {409, 429}:
+            raise Unreachable(f"the schema registry at {self.url} fails {text}")
         if 40400 <= reported.error_code < 40500:
             raise _Missing(text)
         raise ConfigurationError(f"{self.url} does not answer like a schema registry {text}: is --registry-url right?")

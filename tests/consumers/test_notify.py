@@ -389,7 +389,7 @@ def channels(folder: Path, text: str) -> dict[str, Channel]:
 
 def test_channels_are_read_with_their_defaults(tmp_path: Path) -> None:
     """What a channel has goes before what the defaults have."""
-    (tmp_path / "secret").write_text("ntfy://127.0.0.1/mail\n", "utf-8")
+    (tmp_path / "secret").write_text("ntfy://127.0.0.1/mail\n", "utf-8-sig")  # as some editors save it
     found = channels(
         tmp_path,
         """

@@ -16,7 +16,7 @@ import pytest
 from bourse_sandbox.serving import serve
 from bourse_schemas.codec import avro_schema
 from bourse_schemas.compatibility import gate
-from bourse_schemas.errors import ConfigurationError, Undecodable, Unreachable
+from bourse_schemas.errors import ConfigurationError, SchemaIncompatible, Undecodable, Unreachable
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.registry import Registry
 from bourse_schemas.topics import TOPICS, TRADES
@@ -57,6 +57,7 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
         (500, b'{"error_code": 50001, "message": "store"}', Unreachable, "fails .HTTP 500.: store"),
         (503, b"<html>" + b"x" * 5000, Unreachable, "fails .HTTP 503."),
         (429, b'{"error_code": 429, "message": "slowly"}', Unreachable, "slowly"),
+        (409, b'{"error_code": 409, "message": "not the leader"}', Unreachable, "fails .HTTP 409.: not the leader"),
     ],
 )
 def test_an_answer_that_is_no_registrys(
@@ -76,6 +77,23 @@ def test_an_answer_that_is_no_registrys(
         assert type(caught.value) is error
         assert len(str(caught.value)) < 400
         assert "\n" not in str(caught.value)
+
+
+def test_a_conflict_when_a_schema_is_registered_is_about_the_schema() -> None:
+    """It is refused for good; any other conflict passes."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            status = {"GET": 404, "PUT": 200, "POST": 409}[scope["method"]]
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b'{"error_code": 40401, "message": "it does not fit"}'})
+
+    server = serve(app)
+    try:
+        with pytest.raises(SchemaIncompatible, match=r"cannot write subject bourse\.trades-value: it does not fit"):
+            Registry(server.url).register(TRADES, "bourse")
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid"])

@@ -190,7 +190,7 @@ def _secret(check: Callable[[str], object], mistake: str, *, plain: bool = False
                 found, empty = str(environment.get(name, "")), "no_variable"
             case [("file", str(name))]:
                 try:
-                    found = (folder / name).read_text("utf-8")
+                    found = (folder / name).read_text("utf-8-sig")
                 except FileNotFoundError:
                     raise Mistake("no_file", whole=whole, name=folder / name) from None
                 except (OSError, ValueError) as error:
