@@ -33,7 +33,7 @@ STYLES = {
 }
 MOVERS = f"{{:<12}} {'%':>7} {'last':>9} "
 AMOUNTS = f"{'volume':>6} {'value':>6} "
-# Narrower tables have neither the amounts of movers nor the rules and durations of alerts.
+# Narrower tables have neither the amounts of movers nor the rules, quantities and durations of alerts.
 WIDE = 63
 LRM = "\u200e"
 ALLOWED = {LRM, "\u200c"}  # and the zero-width non-joiner, which Persian words are written with
@@ -86,15 +86,19 @@ def _cell(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 
 
-def _value(alert: PriceAlert) -> str:
-    """Return the first quantity that the rule compares."""
-    return next((f"{value:.2f}" if abs(value) < 1000 else _short(value) for value in alert.values.values()), "")
+def _quantity(alert: PriceAlert) -> tuple[str, str]:
+    """Return the first quantity that the rule compares, as the rule has it, and its value with its unit."""
+    name, value = next(iter(alert.values.items()), ("", None))
+    unit = "%" if name.removeprefix("abs(").startswith("percent(") else " s" if name in {"quiet", "silent"} else ""
+    return name, "" if value is None else (f"{value:.2f}" if abs(value) < 1000 else _short(value)) + unit
 
 
 def line_of(state: State, news: PollMarker | PriceAlert | str) -> str:
     """Return a line for what happened."""
     if isinstance(news, PriceAlert):
-        about = [_fit(part, 200) for part in (_value(news), news.rule, news.when, news.symbol) if part]
+        about = [
+            _fit(part, 200) for part in (" ".join(_quantity(news)).strip(), news.rule, news.when, news.symbol) if part
+        ]
         return f"{_clock(news.raised_at)} {news.state} {news.instrument or news.source} " + "; ".join(about)
     if isinstance(news, str):
         return _clean(news)
@@ -189,14 +193,17 @@ def _mover_row(change: float, candle: Candle, wide: bool) -> Row:
     return left, GOOD if change > 0 else "red", candle.symbol
 
 
-def _alert_row(state: State, episode: Episode, wide: bool) -> Row:
+def _alert_row(state: State, episode: Episode, room: int) -> Row:
+    """Return an alert as a row; `room` is that of the rule and its quantity, 0 if there is none."""
     alert, resolved = episode
+    quantity, value = _quantity(alert)
     newest = state.marker and (state.marker.received_at or state.marker.requested_at)
     until = resolved.raised_at if resolved else newest
     lasted = _age((until - alert.raised_at).total_seconds()) if until and until > alert.raised_at else "-"
-    about = f"{_cell(alert.instrument or alert.scope, 12)} {_value(alert):>8} "
+    about = f"{_cell(alert.instrument or alert.scope, 12)} {value:>8} "
     style = FAINT if resolved else STYLES.get(alert.severity, "bold")
-    left = f"{_clock(alert.raised_at)} " + (f"{lasted:>7} {about}{_cell(alert.rule, 22)} " if wide else about)
+    rule = _cell(": ".join(filter(None, (_fit(alert.rule, room), quantity))), room)
+    left = f"{_clock(alert.raised_at)} " + (f"{lasted:>7} {about}{rule} " if room else about)
     return left, style, alert.symbol or alert.title or alert.when
 
 
@@ -212,11 +219,12 @@ def render(state: State, width: int, height: int, now: float) -> list[Text]:
     rest = max(0, height - len(lines))
     each = width if width < 140 else (width - 3) // 2
     movers, episodes, wide = state.movers(), state.alerts(), each >= WIDE
+    room = min(46, max(22, each - 54)) * wide
     up = [_mover_row(*pair, wide) for pair in movers[:rest] if pair[0] > 0]
     down = [_mover_row(*pair, wide) for pair in reversed(movers[-rest:]) if pair[0] < 0]
     begun, about = f"{sum(resolved is None for _, resolved in episodes)} open", f"{'instrument':<12} {'value':>8} "
-    head = f"{begun:<12} for {about}{'rule':<22} " if wide else f"{begun:<8} {about}"
-    alerts = _table(head, [_alert_row(state, episode, wide) for episode in episodes[:rest]], each)
+    head = f"{begun:<12} for {about}{'rule: quantity':<{room}} " if wide else f"{begun:<8} {about}"
+    alerts = _table(head, [_alert_row(state, episode, room) for episode in episodes[:rest]], each)
     heads = [MOVERS.format(way) + AMOUNTS * wide for way in ("most up", "most down")]
     market = [_table(left, rows, each) for left, rows in zip(heads, (up, down), strict=True)]
     if each == width:

@@ -94,9 +94,10 @@ def test_open_alerts_come_first_with_rule_and_value(width: int) -> None:
     assert first.startswith("09:30:00")
     assert "MARKET" in first
     assert "fast" in first
-    assert "3.20" in first
+    assert " 3.20% fast: percent(last_pric" in first
     assert "IRO1MADN0001" in second
     assert "12 min" in second
+    assert "rule: quantity" in lines[start]
     assert start < next(number for number, line in enumerate(lines) if "most up" in line) or width == 160
 
 
@@ -126,7 +127,34 @@ def test_lines_without_a_terminal_begin_with_the_newest_poll() -> None:
     state.add(alert(alert_id="b"), 0.0)
     first, second = (line_of(state, news) for news in state.news)
     assert first.startswith("2019-08-24 09:32:00 OPEN FRESH poll 2 PUBLISHED; 500 rows, 10 opened, 100 traded")
-    assert second.startswith("09:30:00 FIRING IRO1MADN0001 3.20; fast; percent(last_price, 5m) >= 3; ")
+    assert second.startswith(
+        "09:30:00 FIRING IRO1MADN0001 percent(last_price, 5m) 3.20%; fast; percent(last_price, 5m) >= 3; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "value"),
+    [
+        ({"abs(percent(last_price, 5m))": 3.2, "volume": 1.0}, "abs(percent(last_price, 5m))", "3.20%"),
+        ({"silent": 240.0}, "silent", "240.00 s"),
+        ({"quiet": 3600.0}, "quiet", "3.6K s"),
+        ({"change(volume, 5m)": 12_345_678.0}, "change(volume, 5m)", "12.3M"),
+    ],
+)
+def test_a_value_has_the_name_and_the_unit_of_its_quantity(values: dict[str, float], name: str, value: str) -> None:
+    """Percent and seconds; prices and counts have none. On a wide screen the name is whole."""
+    state = live_state()
+    state.add(alert(alert_id="third", values=values), 3.0)
+    assert line_of(state, state.news[-1]).startswith(f"09:30:00 FIRING IRO1MADN0001 {name} {value}; fast; ")
+    assert f" {value:>8} fast: {name} " in screen(state, 139)
+
+
+def test_an_alert_without_values_has_its_rule_alone() -> None:
+    """Everything that the rule compares may be unknown by its end."""
+    state = live_state()
+    state.add(alert(alert_id="third", values={}), 3.0)
+    assert line_of(state, state.news[-1]).startswith("09:30:00 FIRING IRO1MADN0001 fast; percent")
+    assert f"IRO1MADN0001 {'':>8} fast  " in screen(state, 139)
 
 
 @pytest.mark.parametrize("state", [State(), live_state()], ids=["empty", "full"])
@@ -155,8 +183,8 @@ def test_a_narrow_screen_keeps_what_matters_most(width: int) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("1 open"))
     assert lines[start].startswith("1 open   instrument      value symbol")
     assert [line.split()[:3] for line in lines[start + 1 : start + 3]] == [
-        ["09:30:00", "MARKET", "3.20"],
-        ["09:30:00", "IRO1MADN0001", "3.20"],
+        ["09:30:00", "MARKET", "3.20%"],
+        ["09:30:00", "IRO1MADN0001", "3.20%"],
     ]
 
 
@@ -264,7 +292,7 @@ def test_without_a_terminal_polls_and_alerts_are_lines(
     publish(event(sequence=2, poll_sequence=2), marker(2, **one))
     assert next(line).startswith("2019-08-24 09:32:00 OPEN FRESH poll 2 PUBLISHED; 500 rows")
     publish(alert(alert_id="b"))
-    assert " FIRING IRO1MADN0001 3.20; fast; " in next(line)
+    assert " FIRING IRO1MADN0001 percent(last_price, 5m) 3.20%; fast; " in next(line)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert process.stderr
