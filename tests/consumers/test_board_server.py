@@ -91,6 +91,7 @@ def test_the_day_of_an_instrument_is_its_events_with_their_places(url: str) -> N
     assert changes[4]["partition"] == 2
     assert changes[4]["offset"] == 1005
     assert found["trading_day"] == "2019-08-21"
+    assert list(found["poll_ids"]) == [str(each.poll_sequence) for each in mine[-20:]]
     later = httpx2.get(f"{url}/api/day/{FOLD}?after={mine[-2].sequence}").json()
     assert later["changes"] == found["changes"][-1:]
     assert httpx2.get(f"{url}/api/day/{FOLD}?after={'9' * 5000}").json() == found
@@ -106,6 +107,18 @@ def test_the_poll_of_a_change_has_the_exchanges_id(feed: Feed, url: str) -> None
         feed.state.settle(time.monotonic() + 10)
     assert httpx2.get(f"{url}/api/day/A").json()["poll_ids"] == {"9001": "one"}
     assert httpx2.get(f"{url}/api/day/B").json()["poll_ids"] == {"9001": "two"}
+
+
+def test_the_shapes_of_the_json_are_in_the_manual(url: str, feed: Feed) -> None:
+    """Each field of the snapshot and of an instrument's day, and each column of its changes, in docs/board.md."""
+    page = (Path(__file__).parents[2] / "docs" / "board.md").read_text("utf-8")
+    whole, day = page.split("\nThe snapshot is an object")[1].split("\n## ")[0].split("\nAn instrument's day is")
+    found = httpx2.get(f"{url}/api/day/{FOLD}").json()
+    for text, fields in ((whole, snapshot(url)), (day, found)):
+        rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(fields)
+    columns = next(line for line in day.splitlines() if line.startswith("| `columns`"))
+    assert re.findall(r"`(\w+)`", columns)[1:] == found["columns"]
 
 
 def test_csv_opens_in_a_spreadsheet(url: str, feed: Feed) -> None:
@@ -189,7 +202,7 @@ def test_a_notice_comes_and_goes_and_is_in_the_last_frame(feed: Feed, tmp_path: 
         after = snapshot(served.url)["id"]
         with httpx2.stream("GET", f"{served.url}/api/events?after={after}", timeout=20) as answer:
             frames = events(answer.iter_lines())
-            file.write_text("سلام\nHello\n", "utf-8")
+            file.write_text("سلام\nHello\n", "utf-8-sig")  # as Windows writes it
             assert next(frame for _, frame in frames if frame["notice"])["notice"] == {"fa": "سلام", "en": "Hello"}
             assert snapshot(served.url)["notice"] == {"fa": "سلام", "en": "Hello"}
             file.write_bytes(b"\xff\xfe")

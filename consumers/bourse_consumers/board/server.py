@@ -131,7 +131,7 @@ class Publisher:
     def notice(self) -> dict[str, str] | None:
         """Return the notice by language: the first line of its file is Persian, the last one English."""
         try:
-            lines = self._notice.read_text("utf-8").splitlines() if self._notice else []
+            lines = self._notice.read_text("utf-8-sig").splitlines() if self._notice else []
         except (OSError, UnicodeDecodeError):
             lines = []
         return {"fa": lines[0], "en": lines[-1]} if lines else None
