@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bourse_cli.options import cluster_options, declared_topic
-from bourse_schemas.errors import ConfigurationError, Undecodable, did_you_mean
+from bourse_schemas.errors import ConfigurationError, Undecodable, did_you_mean, printable
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import Topic
 
@@ -73,7 +73,8 @@ def tail(
             values |= _metadata(record, text_key)
         if names:
             values = {name: values[name] for name in names}
-        click.echo(to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names)))
+        line = to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names))
+        click.echo(line if as_json else printable(line))
         shown += 1
         if shown == limit:
             break

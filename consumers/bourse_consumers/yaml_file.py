@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bourse_cli.inputs import read_text
 from bourse_consumers.mistakes import EXAMPLES, WRITE, Mistake, explain
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, printable
 
 LARGEST = 16 << 20
 MOST = 100
@@ -38,11 +38,6 @@ def given(model: Strict | None) -> dict[str, Any]:
 
 M = TypeVar("M", bound=Strict)
 Location = Sequence[int | str]
-
-
-def printable(text: str) -> str:
-    """Return a text without what a terminal would obey: control characters become spaces."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
 def pointed(line: str, column: int, end: int, corrected: str | None, language: str = "en") -> str:

@@ -28,7 +28,7 @@ from bourse_sandbox.market import REAL_DAY
 from bourse_sandbox.options import fault_option
 from bourse_sandbox.processes import Child, interruptible, spawn
 from bourse_sandbox.stack import Stack, private_file, program
-from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable, counted
+from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable, counted, printable
 from bourse_schemas.events import TEHRAN, AlertState, Op, Outcome, PollMarker, PriceAlert
 from bourse_schemas.reading import follow, group_lag, read
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, POLLS, TRADES, Topic
@@ -308,8 +308,8 @@ class Demo:
         self._alerts += fires
         # The end of an alert without a message of its own is no news.
         if text or fires:
-            shown = text or alert.title or alert.rule
-            self._show(f"{alert.raised_at.astimezone(TEHRAN):%H:%M} {alert.state} {alert.rule}: {shown}")
+            shown = printable(f"{alert.rule}: {text or alert.title or alert.rule}")
+            self._show(f"{alert.raised_at.astimezone(TEHRAN):%H:%M} {alert.state} {shown}")
 
     def _play(self) -> bool:
         """Wait for the end: of the day, of the time, or Ctrl-C. Return False if not everything was processed then."""

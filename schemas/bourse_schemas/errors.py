@@ -17,6 +17,7 @@ BourseError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -115,6 +116,11 @@ class Fenced(PublishError):
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 event, 2,000 events."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey: control characters become spaces."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

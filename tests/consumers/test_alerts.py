@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from deltalake import write_deltalake
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from bourse_cli.health import Monitor
@@ -33,8 +35,11 @@ from bourse_consumers.rows import to_table
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import Memory, MemoryMarket, stream_of, trade
 from bourse_producer.capture import Capture
+from bourse_sandbox.demo import Demo
+from bourse_sandbox.kafka import MockKafka
 from bourse_schemas.errors import ConfigurationError
-from bourse_schemas.events import Candle, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
+from bourse_schemas.events import AlertState, Candle, FeedState, Outcome, Phase, PollMarker, PriceAlert, TradeEvent
+from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES
 from tests.producer.test_capture import Service
 
@@ -272,13 +277,64 @@ def test_terminal_escapes_do_not_reach_the_terminal(tmp_path: Path) -> None:
 
     from bourse_schemas.codec import to_json
 
-    lines.write_text(to_json(asdict(event(1050, symbol="\x1b[31mنماد"))) + "\n", "utf-8")
-    (tmp_path / "rules.yaml").write_text("version: 1\nrules: [{name: r, when: plp > 3}]\n", "utf-8")
-    done = invoke("alerts", "test", str(tmp_path / "rules.yaml"), str(lines), "--list")
-    assert "نماد" in done.output
-    assert "\x1b" not in done.output
-    (tmp_path / "rules.yaml").write_text('version: 1\nrules: [{name: "\\e[31m", whem: plp > 3}]\n', "utf-8")
-    assert "\x1b" not in invoke("alerts", "check", str(tmp_path / "rules.yaml")).output
+    # Not only ESC: click removes that itself if output is not a terminal.
+    lines.write_text(to_json(asdict(event(1050, symbol="\x07\x9b31mنماد"))) + "\n", "utf-8")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        'version: 1\nrules:\n  - {name: "r\\a\\e[31m", when: plp > 3}\n  - {name: "n\\a", when: plp > 9}\n'
+    )
+    for form, name in (("--list", "نماد"), ("--csv", "نماد"), ("--instrument=x", "never fired: n")):
+        output = invoke("alerts", "test", str(rules), str(lines), form).output
+        assert name in output
+        assert not re.search(r"[^\n\x20-\x7e\xa0-\uffff]", output), output
+    rules.write_text('version: 1\nrules: [{name: "\\a\\e[31m", whem: plp > 3}]\n', "utf-8")
+    assert re.fullmatch(r"[\n\x20-\x7e\xa0-\uffff]+", str(invoke("alerts", "check", str(rules)).exception))
+
+
+def test_records_of_a_topic_cannot_steer_the_terminal(
+    tmp_path: Path, mock_kafka: MockKafka, small_registry: str, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither with tail, nor in the list of alerts, nor in the demo; of those listed as open the day is the latest."""
+    market = Market(tmp_path, "when: plp >= 3, message: '{symbol}'")
+    market.poll(0, event(1030, symbol="\x07\x9b31mدیروز", trading_day=date(2019, 8, 24)))
+    old = market.alerts[0]
+    new = structs.replace(old, alert_id="2", trading_day=date(2019, 8, 25), message={"en": "\x07\x9b31mامروز"})
+    ended = structs.replace(new, alert_id="3")
+    options = [
+        *("--bootstrap-servers", mock_kafka.bootstrap_servers, "--registry-url", small_registry),
+        *("--topic-prefix", prefix),
+    ]
+    cluster = Cluster(mock_kafka.bootstrap_servers, small_registry, prefix)
+    cluster.registry().register(ALERTS, prefix)
+    serialize = cluster.registry().serializer(ALERTS, prefix)
+    producer = cluster.transactional_producer(f"{prefix}-test")
+    producer.init_transactions(10)
+    producer.begin_transaction()
+    for alert in (old, new, ended, structs.replace(ended, state=AlertState.RESOLVED)):
+        producer.produce(ALERTS.full_name(prefix), serialize(alert).value, b"key", 0)
+    producer.commit_transaction(10)
+    producer.close()
+    listed = invoke("alerts", "list", "--open", *options).output
+    assert ("امروز" in listed, listed.count("\n")) == (True, 1)
+    tailed = invoke("tail", "alerts", "--from-beginning", "--exit-at-end", *options).output
+    assert tailed.count("\n") == 4
+    demo = Demo(
+        rules=tmp_path,
+        market=[],
+        poll_seconds=1,
+        broker="mock",
+        seconds=None,
+        as_json=False,
+        data=tmp_path,
+        no_open=True,
+        loop=False,
+        stop=threading.Event(),
+    )
+    demo._take_alert(old)
+    shown = capsys.readouterr().out
+    assert "دیروز" in shown
+    for output in (listed, tailed, shown):
+        assert not re.search(r"[^\n\x20-\x7e\xa0-\uffff]", output), output
 
 
 # --- semantics --------------------------------------------------------------------------------------------------------

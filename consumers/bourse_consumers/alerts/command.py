@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bourse_cli.options import cluster_options, language_option
-from bourse_schemas.errors import ConfigurationError, Undecodable, counted
+from bourse_schemas.errors import ConfigurationError, Undecodable, counted, printable
 from bourse_schemas.events import TEHRAN, AlertState, Candle, PollMarker, PriceAlert, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import ALERTS, CANDLES, POLLS, TRADES
@@ -89,7 +89,7 @@ def try_out(ctx: click.Context, cluster: Cluster, *, expression: str, files: tup
     from bourse_consumers.alerts.rules_file import compile_rule
     from bourse_consumers.alerts.trial import Trial, past
     from bourse_consumers.mistakes import Mistake, explain
-    from bourse_consumers.yaml_file import pointed, printable
+    from bourse_consumers.yaml_file import pointed
 
     try:
         rule = compile_rule(expression)
@@ -159,20 +159,25 @@ def test(
             click.echo(_line(alert, as_json=form == "json"))
     else:
         for line in (*strangers(found, trial.symbols), *trial.summary()):
-            click.echo(line)
+            click.echo(printable(line))
 
 
 @alerts.command("list")
-@click.option("--open", "only_open", is_flag=True, help="Only what is firing now.")
+@click.option(
+    "--open",
+    "only_open",
+    is_flag=True,
+    help="Only what is firing now: episodes of the latest trading day on the topic.",
+)
 @click.option("--day", type=DAY, metavar="DATE", help="Of this trading day only.")
 @click.option("--json", "as_json", is_flag=True, help="One alert a line, with the fields of the topic.")
 @cluster_options
 def list_alerts(cluster: Cluster, *, only_open: bool, day: Any, as_json: bool) -> None:
     """List the alerts on the topic, the newest last."""
     found = sorted(_events(cluster, ALERTS, PriceAlert), key=lambda alert: alert.raised_at)
+    found = _open(found) if only_open else found
     if day is not None:
         found = [alert for alert in found if alert.trading_day == day.date()]
-    found = _open(found) if only_open else found
     if not found:
         click.echo("none", err=True)
     for alert in found:
@@ -180,9 +185,10 @@ def list_alerts(cluster: Cluster, *, only_open: bool, day: Any, as_json: bool) -
 
 
 def _open(found: Sequence[PriceAlert]) -> list[PriceAlert]:
-    """Return those that have not ended."""
+    """Return those of the latest trading day that have not ended."""
+    latest = max((alert.trading_day for alert in found), default=None)
     ended = {alert.alert_id for alert in found if alert.state is AlertState.RESOLVED}
-    return [alert for alert in found if alert.alert_id not in ended]
+    return [alert for alert in found if alert.trading_day == latest and alert.alert_id not in ended]
 
 
 def _asked(ctx: click.Context) -> bool:
@@ -233,7 +239,6 @@ def _write(html: Path, text: str | None = None) -> None:
 def _line(alert: PriceAlert, *, as_json: bool = False) -> str:
     from msgspec.structs import asdict
 
-    from bourse_consumers.yaml_file import printable
     from bourse_schemas.codec import to_json
 
     if as_json:
@@ -258,4 +263,5 @@ def _csv(found: Sequence[PriceAlert]) -> None:
         cells: dict[str, Any] = {name: getattr(alert, name) for name in names}
         for name in ("raised_at", "since"):
             cells[name] = cells[name].astimezone(TEHRAN).isoformat()
-        writer.writerow([*cells.values(), json.dumps(alert.values, ensure_ascii=False)])
+        cells["values"] = json.dumps(alert.values, ensure_ascii=False)
+        writer.writerow(["" if cell is None else printable(str(cell)) for cell in cells.values()])

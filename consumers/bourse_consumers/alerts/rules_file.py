@@ -32,8 +32,8 @@ from bourse_consumers.alerts.expressions import (
 )
 from bourse_consumers.alerts.rule import CODE, MARKETS, Match, Rule, Table, form
 from bourse_consumers.mistakes import Mistake, explain, near
-from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, given, known_channel, pointed, printable
-from bourse_schemas.errors import ConfigurationError
+from bourse_consumers.yaml_file import LARGEST, Document, Location, Strict, given, known_channel, pointed
+from bourse_schemas.errors import ConfigurationError, printable
 from bourse_schemas.events import Severity, tidy
 
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)")
@@ -544,7 +544,7 @@ def strangers(rules: Iterable[Rule], known: Mapping[str, str], language: str = "
         for match in filter(None, (rule.match, rule.excluded)):
             for name in sorted(match.symbols | match.instruments):
                 if mistake := _stranger(name, symbols if name in match.symbols else codes):
-                    yield f"rule {rule.name}: {explain(mistake, language)}"
+                    yield printable(f"rule {rule.name}: {explain(mistake, language)}")
 
 
 def _spellings(known: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
