@@ -52,6 +52,7 @@ class ProducerMetrics:
         self.rejected_rows = counter("rejected_rows", "Rows that cannot be read. They become dead letters, not events.")
         self.stale_rows = counter("stale_rows", "Rows older than the committed candle. They make no event.")
         self.contradictions = counter("contradictions", "Inconsistent responses. The API may have changed.", ["kind"])
+        self.foreign_records = counter("foreign_records", "Records on polls by others. Every reader skips them.")
         self.feed_state = gauge("feed_state", "1 for the feed's state. Only FRESH and IDLE are reliable.", ["state"])
         self.poll_sequence = gauge("poll_sequence", "Sequence of the last committed poll. It rises with every poll.")
         self.last_good_poll = gauge("last_good_poll_timestamp_seconds", "Last good response. If old, events are late.")

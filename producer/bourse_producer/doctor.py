@@ -27,7 +27,7 @@ from bourse_producer.command import produce
 from bourse_producer.options import ExchangeOptions, exchange_options
 from bourse_producer.refusals import clock_skew, http_date
 from bourse_producer.reporting import KNOWN_DAYS
-from bourse_schemas.errors import BourseError, ExchangeError, counted
+from bourse_schemas.errors import BourseError, ExchangeError, Undecodable, UnknownSchema, counted
 from bourse_schemas.events import TEHRAN, FeedState, PollMarker
 from bourse_schemas.kafka import Cluster, producer_id
 from bourse_schemas.topics import CANDLES, DEAD_LETTERS, POLLS, TOPICS, TRADES
@@ -65,6 +65,7 @@ class Status(StrEnum):
     SKIPPED = "skipped"
 
 
+UNREADABLE = {Status.WARNING: "find out who writes there", Status.FAILED: "restore the registry's schemas"}
 COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "red", Status.SKIPPED: "cyan"}
 
 
@@ -230,13 +231,19 @@ def _polls(subject: Subject) -> list[Finding]:
     """Judge the producers and consumers of the prefix by the latest markers and by the groups' offsets."""
     from bourse_schemas.reading import group_lag, read
 
-    cluster = subject.cluster
+    cluster, markers, skipped = subject.cluster, list[PollMarker](), dict[Status, Finding]()
     decode = cluster.registry().deserializer(PollMarker)
-    records = read(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL, timeout=STEP_SECONDS)
-    markers = [decode(record.value) for record in records]
+    for record in read(cluster, POLLS.full_name(cluster.prefix), tail=MARKERS_TAIL, timeout=STEP_SECONDS):
+        try:
+            markers.append(decode(record.value))
+        except Undecodable as error:
+            # With a schema that is lost no producer starts. Of each kind the latest record is shown.
+            status = Status.FAILED if isinstance(error, UnknownSchema) else Status.WARNING
+            message = f"{'-'.join(map(str, record.place))} at offset {record.offset}: {error}"
+            skipped[status] = Finding("polls", status, message, UNREADABLE[status])
     now = markers[-1].requested_at if markers and markers[-1].simulated else datetime.now(UTC)
     groups = judge_groups(group_lag(cluster, timeout=STEP_SECONDS), producer_id(cluster.prefix), now)
-    return [judge_poll(markers, now), judge_sources(markers), *groups]
+    return [judge_poll(markers, now), judge_sources(markers), *skipped.values(), *groups]
 
 
 def judge_poll(markers: Sequence[PollMarker], now: datetime) -> Finding:
@@ -277,8 +284,7 @@ def judge_groups(groups: Sequence[GroupLag], producers: str, now: datetime) -> l
         running = group.members + members.get(f"{group.group}-election", 0)
         name, message = "producers" if group.group == producers else "consumer", f"{group.group}: {running} running"
         if group.lag is None or group.oldest is None:
-            more = "" if group.lag is None else ", no lag"
-            findings.append(Finding(name, Status.OK, message + more))
+            findings.append(Finding(name, Status.OK, message + ", no lag" * (group.lag is not None)))
             continue
         age = max(now - datetime.fromtimestamp(group.oldest / 1000, UTC), timedelta(0))
         message += f", lag {group.lag} offsets, oldest unread record {_duration(age)} old"

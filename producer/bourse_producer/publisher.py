@@ -37,11 +37,15 @@ class NoRoom(ConfigurationError):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is committed: each instrument's candle, the last poll's sequence, and the latest markers."""
+    """What is committed: each instrument's candle, the last poll's sequence, and the latest markers.
+
+    `foreign` is how many foreign records were skipped among the markers.
+    """
 
     candles: dict[InstrumentCode, Candle]
     poll_sequence: int
     markers: Sequence[PollMarker] = ()
+    foreign: int = 0
 
 
 def committed_state(cluster: Cluster) -> State:
@@ -56,10 +60,10 @@ def committed_state(cluster: Cluster) -> State:
         # In a topic that has grown an instrument's candles are in two partitions, which are read in any order.
         if known is None or (known.trading_day, known.sequence) <= (candle.trading_day, candle.sequence):
             candles[candle.instrument] = candle
-    markers = _markers(cluster)
+    markers, foreign = _markers(cluster)
     # Markers are kept for a month, candles for ever: after a longer pause the sequence goes on from these.
     polls = [candle.poll_sequence for candle in candles.values()] + [marker.poll_sequence for marker in markers]
-    return State(candles, max(polls, default=0), markers)
+    return State(candles, max(polls, default=0), markers, foreign)
 
 
 def _candles(cluster: Cluster) -> Iterator[Candle]:
@@ -70,41 +74,47 @@ def _candles(cluster: Cluster) -> Iterator[Candle]:
         if record.value is not None:
             try:
                 yield decode(record.value)
+            except UnknownSchema as error:
+                raise _unreadable(record, f"unreadable ({error})") from error
             except Undecodable as error:
-                (name, partition), key = record.place, record.key or b""
-                where = f"--bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix}"
-                fault, remedy = "unreadable", "restore the registry's schemas"
-                if not isinstance(error, UnknownSchema):
-                    fault = "not a candle"
-                    remedy = f"remove it: bourse produce {where} --remove-candle {partition}/{quote(key)}"
-                raise ConfigurationError(
-                    f"{name}-{partition} at offset {record.offset}, key {key!r}: {fault} ({error}); "
-                    f"the state cannot be read\n{remedy}"
-                ) from error
+                at = f"--bootstrap-servers {cluster.bootstrap_servers} --topic-prefix {cluster.prefix}"
+                remedy = f"remove it: bourse produce {at} --remove-candle {record.place[1]}/{quote(record.key or b'')}"
+                raise _unreadable(record, f"not a candle ({error})", remedy) from error
 
 
-def _markers(cluster: Cluster) -> list[PollMarker]:
-    """Return the latest markers, those of the last one's whole day at least: the day's charged calls are counted."""
-    markers: list[PollMarker] = []
+def _unreadable(record: TopicRecord, fault: str, remedy: str = "restore the registry's schemas") -> ConfigurationError:
+    place = f"{'-'.join(map(str, record.place))} at offset {record.offset}, key {record.key or b''!r}"
+    return ConfigurationError(f"{place}: {fault}; the state cannot be read\n{remedy}")
+
+
+def _markers(cluster: Cluster) -> tuple[list[PollMarker], int]:
+    """Return the latest markers, and how many foreign records were skipped among them.
+
+    They are those of the last one's whole day at least: the day's charged calls are counted.
+    """
     for tail in TAILS:
-        markers = list(_last_markers(cluster, tail))
+        markers, foreign = _last_markers(cluster, tail)
         ends = (*markers[:1], *markers[-1:])
         days = {marker.requested_at.astimezone(TEHRAN).date() for marker in ends}
         # A session's final poll can be days ago, if closed days are polled too.
         sessions = {marker.session_day for marker in ends}
         if tail is None or len(days) == len(sessions) == 2 or len(markers) < tail // 3:
             break
-    return markers
+    return markers, foreign
 
 
-def _last_markers(cluster: Cluster, tail: int | None) -> Iterator[PollMarker]:
-    decode = cluster.registry().deserializer(PollMarker)
+def _last_markers(cluster: Cluster, tail: int | None) -> tuple[list[PollMarker], int]:
+    decode, markers, foreign = cluster.registry().deserializer(PollMarker), list[PollMarker](), 0
     for record in _committed(cluster, POLLS, tail):
         try:
-            yield decode(record.value)
+            markers.append(decode(record.value))
+        except UnknownSchema as error:
+            raise _unreadable(record, f"unreadable ({error})") from error
         except Undecodable as error:
+            foreign += 1
             place = "-".join(map(str, record.place))
             get_logger().warning("foreign record skipped", place=place, offset=record.offset, error=str(error))
+    return markers, foreign
 
 
 def _committed(cluster: Cluster, topic: Topic, tail: int | None = None) -> Iterator[TopicRecord]:

@@ -19,10 +19,10 @@ from bourse_producer.beats import Beats
 from bourse_producer.calendar import Calendar
 from bourse_producer.capture import Head, read_capture
 from bourse_producer.diff import InstrumentCode
-from bourse_producer.markers import History, Poll, Timing, mark
+from bourse_producer.markers import COUNTS, History, Poll, Timing, mark
 from bourse_producer.responses import PROFILES, Answer, Derived, Reading, derive
-from bourse_schemas.errors import ConfigurationError, ExchangeError, counted
-from bourse_schemas.events import Candle, Op, PollMarker, TradeEvent
+from bourse_schemas.errors import ConfigurationError, ExchangeError, Undecodable, UnknownSchema, counted
+from bourse_schemas.events import Candle, PollMarker, TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.topics import POLLS, TRADES, Topic
 
@@ -104,9 +104,8 @@ class Replay:
             derived = derive(self._known, answers)
         except ExchangeError as error:
             raise ConfigurationError(f"poll {answers[0][1].poll_sequence} cannot be derived again: {error}") from error
-        changes = derived.changes
-        self._known.update((candle.instrument, candle) for candle in changes.candles)
-        self.events += changes.events
+        self._known.update((candle.instrument, candle) for candle in derived.changes.candles)
+        self.events += derived.changes.events
         self.polls.add(answers[0][1].poll_sequence)
         if marked:
             self._mark(answers, derived)
@@ -119,17 +118,22 @@ class Replay:
         poll = Poll(0, at, 0.0, list(answers), ids)
         timing = Timing(self._beats, last, last + timedelta(seconds=self._beats.interval(last)))
         history = replace(self._history, poll_sequence=readings[0].poll_sequence - 1)
-        source = PROFILES[readings[0].profile].source
-        markers, self._history = mark(poll, derived, history, timing, source)
+        markers, self._history = mark(poll, derived, history, timing, PROFILES[readings[0].profile].source)
         self.markers += markers
 
 
 def _committed(cluster: Cluster, topic: Topic, event: type[Any]) -> Iterator[tuple[bytes, Any]]:
     from bourse_schemas.reading import read
 
-    decode = cluster.registry().deserializer(event)
-    for record in read(cluster, topic.full_name(cluster.prefix)):
-        yield (record.value or b"")[5:], decode(record.value)
+    name, decode = topic.full_name(cluster.prefix), cluster.registry().deserializer(event)
+    for record in read(cluster, name):
+        try:
+            yield (record.value or b"")[5:], decode(record.value)
+        except UnknownSchema as error:
+            # Without the polls of a lost schema nothing would be compared, and nothing would differ.
+            raise UnknownSchema(f"{name}-{record.place[1]}-{record.offset}: {error}") from error
+        except Undecodable as error:
+            click.echo(f"{name}-{record.place[1]}-{record.offset}: {error}", err=True)
 
 
 def _track_ids(cluster: Cluster) -> set[str]:
@@ -210,7 +214,7 @@ def replay(
     by_day: dict[date, Counter[str]] = {}
     for event in derived.events:
         by_day.setdefault(event.trading_day, Counter())[event.op] += 1
-    ops = (Op.OPENED, Op.TRADED, Op.REVISED, Op.CANCELLED)
     for day, count in sorted(by_day.items()):
-        click.echo(f"{day}  {counted(count.total(), 'event'):>15}  " + "  ".join(f"{count[op]:>7,} {op}" for op in ops))
+        ops = "  ".join(f"{count[op]:>7,} {op}" for op in COUNTS.values())
+        click.echo(f"{day}  {counted(count.total(), 'event'):>15}  {ops}")
     click.echo(f"{counted(len(derived.polls), 'poll')}, {counted(len(derived.events), 'event')}")

@@ -251,6 +251,7 @@ class Producer:
             self._last_started = None
             self._reason = NEVER_RAN if self._reason == IN_FLIGHT else self._reason
         self._know(state)
+        self._metrics.foreign_records.inc(state.foreign)
         last, now = self._history.last, self._clock.now()
         self._not_before = 0.0
         if last is not None and self._beats.served(last.requested_at, now) and not self._in_hand:

@@ -277,6 +277,29 @@ def test_the_last_poll(place: Place) -> None:
     assert place.look().status("last poll") == "ok"
 
 
+def test_records_on_polls_that_are_no_markers(place: Place) -> None:
+    """They are named by their place and hide nothing; one of a lost schema stops every producer."""
+
+    def produce_plain(value: bytes) -> None:
+        producer = place.cluster.transactional_producer(f"{place.cluster.prefix}-test")
+        producer.init_transactions(10)
+        producer.begin_transaction()
+        producer.produce(POLLS.full_name(place.cluster.prefix), value, b"x", 0)
+        producer.commit_transaction()
+        producer.close()
+
+    produce_plain(b"junk")
+    found = place.look()
+    assert (found.code, found.status("polls"), found.status("last poll")) == (0, "warning", "ok")
+    assert f"{POLLS.full_name(place.cluster.prefix)}-0 at offset 2: " in found.words("polls")
+    assert found.words("sources") == f"{SOURCE}; "
+    produce_plain(b"\0\0\x0f\x42\x3f\x02")
+    found = place.look()
+    assert (found.code, found.status("polls"), found.status("last poll")) == (1, "failed", "ok")
+    assert "schema id 999999 is unknown" in found.words("polls")
+    assert "restore the registry's schemas" in found.words("polls")
+
+
 def test_a_second_source(place: Place) -> None:
     """A prefix belongs to one producer at a time."""
     place.publish(poll_sequence=2, source="finnotech/other")

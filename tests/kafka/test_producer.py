@@ -725,12 +725,14 @@ def produce_plain(cluster: Cluster, topic: Topic, value: bytes | None, key: byte
 
 
 def test_a_foreign_record_on_polls_is_skipped(cluster: Cluster) -> None:
-    """It is logged with its place, and the polls go on."""
+    """It is logged with its place and counted, and the polls go on."""
     with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
         poll(in_process(cluster, server.url, client), 2)
         produce_plain(cluster, POLLS, b"junk", b"x", 0)
         with capture_logs() as lines:
-            poll(in_process(cluster, server.url, client), 2)
+            again = in_process(cluster, server.url, client)
+            poll(again, 2)
+    assert again._metrics.foreign_records._value.get() == 1
     found = [line for line in lines if line["event"] == "foreign record skipped"]
     assert [line["place"] for line in found] == [f"{cluster.prefix}.polls-0"]
     assert found[0]["offset"] in {3, 4}  # the broker may write the end of the transaction before it after it
@@ -762,6 +764,19 @@ def test_a_candle_whose_schema_the_registry_lost_is_not_to_be_removed(cluster: C
         broken = in_process(cluster, server.url, client)
         with pytest.raises(
             ConfigurationError, match=r"(?s)schema id 999999 is unknown .*restore the registry's schemas"
+        ):
+            broken.poll()
+        broken._close()
+
+
+def test_a_marker_whose_schema_the_registry_lost_is_not_skipped(cluster: Cluster) -> None:
+    """Without the markers a poll's sequence would be published twice, and the day's charged calls begin at 0 again."""
+    with practice_exchange("real", "poll").serve() as server, httpx2.Client() as client:
+        produce_plain(cluster, POLLS, b"\0\0\x0f\x42\x3f\x02", b"x", 0)
+        broken = in_process(cluster, server.url, client)
+        with pytest.raises(
+            ConfigurationError,
+            match=r"(?s)polls-0 at offset 0, .*id 999999 is unknown .*restore the registry's schemas",
         ):
             broken.poll()
         broken._close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bourse_sandbox.processes import spawn
 from bourse_schemas.events import TradeEvent
 from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import read
-from bourse_schemas.topics import TRADES
+from bourse_schemas.topics import POLLS, TRADES
 
 pytestmark = pytest.mark.kafka
 BOURSE = [sys.executable, "-m", "bourse_cli"]
@@ -78,16 +79,34 @@ def test_a_captured_run_is_what_the_topics_hold(cluster: Cluster, tmp_path: Path
         "extra": 0,
     }, notes
     assert code == 0
-    # A topic that holds something else is found out, event by event and field by field.
-    registry = cluster.registry()
-    event = registry.deserializer(TradeEvent)(values[0])
-    producer = cluster.transactional_producer("forger")
+    # A foreign record is named and changes nothing.
+    registry, producer = cluster.registry(), cluster.transactional_producer("forger")
     producer.init_transactions(10)
+    for topic in (TRADES, POLLS):
+        producer.begin_transaction()
+        producer.produce(topic.full_name(cluster.prefix), b"junk", b"x", 0)
+        producer.commit_transaction()
+    code, again, notes = replayed(cluster, folder)
+    assert (code, again) == (0, counts)
+    for topic in (TRADES, POLLS):
+        assert re.search(
+            rf"{re.escape(topic.full_name(cluster.prefix))}-0-\d+: not in the Confluent wire format", notes
+        )
+    # A topic that holds something else is found out, event by event and field by field.
+    event = registry.deserializer(TradeEvent)(values[0])
     producer.begin_transaction()
     record = registry.serializer(TRADES, cluster.prefix)(event)
     producer.produce(record.topic, record.value, record.key, timestamp=record.timestamp, headers=record.headers)
     producer.commit_transaction()
-    producer.close()
     code, counts, notes = replayed(cluster, folder)
     assert (code, counts["extra"], counts["equal"]) == (1, 1, len(values))
     assert f"{event.event_id}: on the topic, and not derived again" in notes
+    # A record whose schema is lost may be a poll's: nothing is proved without it.
+    producer.begin_transaction()
+    producer.produce(POLLS.full_name(cluster.prefix), b"\0\0\x0f\x42\x3f\x02", b"x", 0)
+    producer.commit_transaction()
+    producer.close()
+    command = [*BOURSE, "replay", str(folder), "--against", cluster.bootstrap_servers]
+    run = subprocess.run(command, env=environment(cluster), capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.search(r"Error: \S+\.polls-0-\d+: schema id 999999 is unknown to the registry", run.stderr)

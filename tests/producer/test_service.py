@@ -426,11 +426,11 @@ def test_the_final_poll_before_a_closed_weekend_is_read_back(clock: FakeClock, m
     clock.until("16:58:00")
     run_until(service(clock, log, always=True, calendar=lambda: weekend), clock, "10:00:00", DAY + timedelta(days=2))
 
-    def tail(cluster: object, offsets: int | None) -> list[PollMarker]:
-        return log.markers[-offsets // 2 :] if offsets else log.markers
+    def tail(cluster: object, offsets: int | None) -> tuple[list[PollMarker], int]:
+        return log.markers[-offsets // 2 :] if offsets else log.markers, 0
 
     monkeypatch.setattr(publisher, "_last_markers", tail)
-    found = publisher._markers(None)  # type: ignore[arg-type]
+    found, _ = publisher._markers(None)  # type: ignore[arg-type]
     assert [m.requested_at for m in found if m.day_final] == [at("17:00:00")]
 
 
