@@ -176,7 +176,7 @@ def units_answers(browser: Browser) -> dict[str, Any]:
 
 
 def test_persian_from_right_to_left_and_english_from_left_to_right(visit: Callable[..., Page], url: str) -> None:
-    """Persian is the default; the choice is kept; every heading names the unit."""
+    """Persian is the default; the choice is kept."""
     page = visit(url)
     assert page.evaluate("document.dir + getComputedStyle(document.body).direction") == "rtlrtl"
     first, last = (page.locator("#scroll thead th").nth(n).bounding_box() for n in (0, -1))
@@ -199,6 +199,73 @@ def test_persian_from_right_to_left_and_english_from_left_to_right(visit: Callab
         page.evaluate("document.body.innerText.includes('undefined') || document.body.innerText.includes('{}')")
         is False
     )
+
+
+@pytest.mark.parametrize(("lang", "unit", "size"), [("fa", "ریال", 1), ("fa", "تومان", 10), ("en", "toman", 10)])
+def test_money_is_in_the_chosen_unit_and_every_heading_names_it(
+    visit: Callable[..., Page], url: str, feed: Feed, lang: str, unit: str, size: int
+) -> None:
+    """Of table, instrument, events and movers; also at the pointer of the chart and of the map."""
+    page = visit(f"{url}/#/{FOLD}", width=2600)
+    page.click("#source summary")
+    if lang == "en":
+        page.click("#lang")
+    if size == 10:
+        page.click("#unit")
+    expect(page.locator("#source tbody tr")).to_have_count(20)
+    words = page.evaluate("import('/page/words.js').then(m => m.WORDS)")
+    for place, keys in {
+        "#scroll th": "- symbol last* - closing* - volume value* count time",
+        "#quote div:not(.title) small": "last* closing*",
+        "#facts dt": "yesterday* first* high* low* volume value* count marketValue*",
+        "#source th": "observed kind last* priceChange* volume value* count event place track",
+        "#which button": "up down byValue*",
+    }.items():
+        shown = page.locator(place).all_text_contents()
+        for text, key in zip(shown, keys.split(), strict=True):
+            if key != "-":
+                word = words[key.strip("*")][lang == "en"]
+                assert text == (f"{word} ({unit})" if key.endswith("*") else word)
+
+    def shows(number: float) -> str:
+        text = f"{number:,.1f}".removesuffix(".0")
+        return text if lang == "en" else text.translate(str.maketrans("0123456789,.", "۰۱۲۳۴۵۶۷۸۹٬٫"))
+
+    def change(number: float) -> str:
+        return ("+" if number > 0 else "−" if number < 0 else "") + shows(abs(number))
+
+    mine = [each for _, these in polls_of_day()[:BEGIN] for each in these if each.instrument == FOLD][:-21:-1]
+    assert any(each.last_price_delta for each in mine)
+    for number, each in enumerate(mine):
+        cells = page.locator("#source tbody tr").nth(number).locator("td").all_text_contents()
+        assert [cells[2], *cells[4:6]] == [
+            shows(each.last_price / size),
+            change(each.volume_delta),
+            change(each.value_delta / size),
+        ]
+        assert cells[3] == ("–" if each.last_price_delta is None else change(each.last_price_delta / size))
+    expect(page.locator("#turnover")).to_have_text(re.compile(f"{unit}$|{words['hemmat'][lang == 'en']}$"))
+    page.hover("#tree canvas")
+    expect(page.locator("#tree canvas")).to_have_attribute("title", re.compile(f"[0-9۰-۹] {unit}"))
+    page.focus("#plot canvas")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#tip")).to_contain_text(f"{words['last'][lang == 'en']} ({unit})")
+
+
+def test_a_change_that_is_not_known_is_none_of_up_same_and_down(
+    visit: Callable[..., Page], url: str, feed: Feed
+) -> None:
+    """Without a previous close there is nothing to compare with."""
+    page = visit(url)
+    page.click("#lang")
+    changes = [change for change, _ in feed.state.movers()]
+    known = [sum(each > 0 for each in changes), sum(each == 0 for each in changes), sum(each < 0 for each in changes)]
+    counts = page.locator("#breadth i")
+    expect(counts).to_have_text([str(each) for each in known])
+    new = {"trading_day": feed.state.day, "last_price": 1000}
+    feed.add(event(instrument="NEW1", previous_close=None, **new), event(instrument="NEW2", previous_close=0, **new))
+    feed.add(event(instrument="NEW3", **new))
+    expect(counts).to_have_text([str(known[0]), str(known[1] + 1), str(known[2])])
 
 
 def test_search_markets_sort_and_watch_list(visit: Callable[..., Page], url: str, feed: Feed) -> None:
@@ -603,6 +670,7 @@ def test_nothing_is_cut_off_at_any_size(
         page.click("#lang")
     if theme == "light":
         page.click("#theme")
+        page.click("#unit")
     tabs = ["market", "instrument", "map", "alerts"] if width < 700 else [""]
     for tab in tabs:
         if tab:

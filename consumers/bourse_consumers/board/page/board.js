@@ -29,6 +29,10 @@ let words = {};
 const t = (key, value) => { const text = words[key] ?? key; return value === undefined ? text : text.replace("{}", value); };
 const int = n => units.int(n, chosen.lang), price = n => units.price(n, chosen.unit, chosen.lang), percent = p => units.percent(p, chosen.lang);
 const amount = n => units.amount(n, chosen.lang, words), money = n => units.money(n, chosen.unit, chosen.lang, words);
+// What has an amount of money below or after it names the unit; hemmat is one itself.
+const MONEY = new Set(["last", "closing", "yesterday", "first", "high", "low", "value", "marketValue", "priceChange", "byValue"]);
+const heading = key => t(key) + (MONEY.has(key) ? ` (${t(chosen.unit)})` : "");
+const sum = n => { const text = money(n); return text.includes(t("hemmat")) ? text : `${text} ${t(chosen.unit)}`; };
 const digits = text => units.localise(text, chosen.lang), clock = ms => digits(units.clock(ms));
 const span = s => s < 100 ? t("seconds", int(s)) : s < 7200 ? t("minutes", int(s / 60)) : t("hours", int(s / 3600));
 const joined = parts => parts.filter(Boolean).join(chosen.lang === "fa" ? "، " : " · ");   // a dot is Persian's zero
@@ -164,10 +168,9 @@ function headline() {
   const age = p?.latest_traded_at ? ((p.received_at ?? p.requested_at) - p.latest_traded_at) / 1000 + (p.simulated ? 0 : (head.poll_age ?? 0) + lately()) : null;
   put($("#newest"), age == null ? "–" : t("ago", span(Math.max(0, age))));
   put($("#date"), units.date(day, chosen.lang));
-  put($("#turnover"), money(all.reduce((sum, r) => sum + r.value, 0)) + (chosen.unit === "toman" ? " " + t("toman") : " " + t("rial")));
-  if ($("#turnover").textContent.includes(t("hemmat"))) put($("#turnover"), money(all.reduce((sum, r) => sum + r.value, 0)));
+  put($("#turnover"), sum(all.reduce((total, r) => total + r.value, 0)));
   put($("#basis"), `${t("breadth")} ${t(chosen.basis === "last" ? "basisLast" : "basisClosing")}`);
-  const changes = all.map(r => changeOf(r)), counts = [changes.filter(c => c > 0).length, changes.filter(c => !c).length, changes.filter(c => c < 0).length];
+  const changes = all.map(r => changeOf(r)), counts = [changes.filter(c => c > 0).length, changes.filter(c => c === 0).length, changes.filter(c => c < 0).length];
   fill($("#breadth"), counts, (e, n, i) => { e.className = ["up", "same", "down"][i]; e.style.flexGrow = n; put(e, n ? int(n) : ""); e.hidden = !n; });
   const most = Math.max(1, ...polls.map(x => x.opened + x.traded + x.revised + x.cancelled));
   fill($("#strip"), polls, (e, x) => {
@@ -211,11 +214,10 @@ let columns = [];
 function layout() {
   const width = $("#scroll").clientWidth;
   columns = COLUMNS.filter(c => width >= c[2]);
-  const unit = ` (${t(chosen.unit)})`;
-  const name = { change: `${t("last")} ${digits("%")}`, closing_change: `${t("closing")} ${digits("%")}`, star: "★", last: t("last") + unit, closing: t("closing") + unit, value: t("value") + unit };
+  const name = { change: `${t("last")} ${digits("%")}`, closing_change: `${t("closing")} ${digits("%")}`, star: "★" };
   $("#scroll colgroup").replaceChildren(...columns.map(c => { const e = el("col"); if (c[1]) e.style.width = c[1] + "px"; return e; }));
   $("#scroll thead tr").replaceChildren(...columns.map(c => {
-    const e = el("th", undefined, c[3] ? "n" : "", c[0]), b = el("button", name[c[0]] ?? t(c[0]), "plain");
+    const e = el("th", undefined, c[3] ? "n" : "", c[0]), b = el("button", name[c[0]] ?? heading(c[0]), "plain");
     b.dataset.sort = c[0]; e.scope = "col"; b.title = b.textContent;
     if (chosen.sort[0] === c[0]) e.setAttribute("aria-sort", chosen.sort[1] > 0 ? "ascending" : "descending");
     e.append(b);
@@ -293,8 +295,8 @@ function star(id) {
 // --- instrument -------------------------------------------------------------------------------------------------------
 
 const fromHash = () => { try { const id = decodeURIComponent(location.hash.slice(2)); return rows.has(id) ? id : undefined; } catch { return undefined; } };
-const FACTS = [["yesterday", r => price(r.previous_close), 1], ["first", r => price(r.open_price), 1], ["high", r => price(r.high_price), 1], ["low", r => price(r.low_price), 1],
-  ["volume", r => amount(r.volume)], ["value", r => money(r.value), 1], ["count", r => int(r.trade_count)], ["marketValue", r => money(r.market_value), 1]];
+const FACTS = [["yesterday", r => price(r.previous_close)], ["first", r => price(r.open_price)], ["high", r => price(r.high_price)], ["low", r => price(r.low_price)],
+  ["volume", r => amount(r.volume)], ["value", r => money(r.value)], ["count", r => int(r.trade_count)], ["marketValue", r => money(r.market_value)]];
 
 function select(id, go = true, moment = null) {
   if (!id || !rows.has(id)) return;
@@ -332,12 +334,12 @@ function quote() {
   $("#name").title = r.title;
   const on = watched.has(r.instrument);
   put($("#star"), on ? "★" : "☆"); $("#star").setAttribute("aria-pressed", on);
-  const part = (word, value, p) => { const e = el("div"); e.append(el("small", t(word)), bdi(price(value), "big", sign(p)), bdi(percent(p), sign(p))); return e; };
+  const part = (word, value, p) => { const e = el("div"); e.append(el("small", heading(word)), bdi(price(value), "big", sign(p)), bdi(percent(p), sign(p))); return e; };
   const title = el("div", undefined, "title");
   title.append(el("bdi", r.title), el("small", joined([t(r.market), r.instrument, `${t("lastTrade")} ${clock(r.traded_at)}`])));
   $("#quote").replaceChildren(title, part("last", r.last_price, r.change), part("closing", r.closing_price, r.closing_change));
-  $("#facts").replaceChildren(...FACTS.map(([word, text, unit]) => { const e = el("div"); e.append(el("dt", t(word) + (unit ? ` (${t(chosen.unit)})` : "")), el("dd")); e.lastChild.append(bdi(text(r))); if (text(r) === "–") e.lastChild.title = t("notSent"); return e; }));
-  $("#plot canvas").setAttribute("aria-label", `${t("chart")}: ${r.symbol}, ${t("last")} ${price(r.last_price)}, ${percent(r.change)}`);
+  $("#facts").replaceChildren(...FACTS.map(([word, text]) => { const e = el("div"); e.append(el("dt", heading(word)), el("dd")); e.lastChild.append(bdi(text(r))); if (text(r) === "–") e.lastChild.title = t("notSent"); return e; }));
+  $("#plot canvas").setAttribute("aria-label", `${t("chart")}: ${r.symbol}, ${heading("last")} ${price(r.last_price)}, ${percent(r.change)}`);
 }
 
 function redraw() {
@@ -350,12 +352,13 @@ function redraw() {
 
 function provenance() {
   if (!$("#source").open || !selected?.changes) return;
-  const compact = (selected.day ?? "").replaceAll("-", ""), list = selected.changes.slice(-20).reverse(), signed = n => n == null ? "–" : digits((n > 0 ? "+" : "") + n.toLocaleString("en-US").replace("-", "\u2212"));
+  const compact = (selected.day ?? "").replaceAll("-", ""), list = selected.changes.slice(-20).reverse(), unit = chosen.unit === "rial" ? 1 : 10;
+  const signed = (n, size = 1) => n == null ? "–" : digits((n > 0 ? "+" : "") + (n / size).toLocaleString("en-US").replace("-", "\u2212"));
   const heads = ["observed", "kind", "last", "priceChange", "volume", "value", "count", "event", "place", "track"];
-  $("#source thead tr").replaceChildren(...heads.map(h => el("th", t(h))));
+  $("#source thead tr").replaceChildren(...heads.map(h => el("th", heading(h))));
   $("#source tbody").replaceChildren(...list.map(c => {
     const e = el("tr"), id = `${selected.id}-${compact}-${c.sequence}`;
-    const cells = [clock(c.observed_at), t(c.op), price(c.last_price), signed(c.last_price_delta), signed(c.volume_delta), signed(c.value_delta), signed(c.trade_count_delta), id, `${c.partition} / ${c.offset}`, selected.polls[c.poll_sequence] ?? "–"];
+    const cells = [clock(c.observed_at), t(c.op), price(c.last_price), signed(c.last_price_delta, unit), signed(c.volume_delta), signed(c.value_delta, unit), signed(c.trade_count_delta), id, `${c.partition} / ${c.offset}`, selected.polls[c.poll_sequence] ?? "–"];
     e.append(...cells.map((text, i) => { const cell = el("td"); cell.append(i === 1 ? el("span", text, c.op === "CANCELLED" ? "down" : "") : bdi(text)); return cell; }));
     e.dataset.event = id;
     return e;
@@ -371,7 +374,7 @@ function map() {
   const key = valued ? chosen.area : "value";
   $$("#area button").forEach(b => b.setAttribute("aria-pressed", b.dataset.area === key));
   const items = all.filter(r => r[key] > 0).sort((a, b) => b[key] - a[key]).slice(0, 200);
-  tree.show(items.map(r => ({ id: r.instrument, size: r[key], percent: changeOf(r), label: r.symbol, value: percent(changeOf(r)), hint: () => `${r.symbol} · ${r.title}\n${joined([price(r.last_price), percent(changeOf(r)), money(r[key])])}` })));
+  tree.show(items.map(r => ({ id: r.instrument, size: r[key], percent: changeOf(r), label: r.symbol, value: percent(changeOf(r)), hint: () => `${r.symbol} · ${r.title}\n${joined([`${price(r.last_price)} ${t(chosen.unit)}`, percent(changeOf(r)), sum(r[key])])}` })));
 }
 
 function movers() {
@@ -471,7 +474,7 @@ function ops() {
 
 // --- choices ----------------------------------------------------------------------------------------------------------
 
-const chart = new Chart($("#plot canvas"), $("#tip"), key => t(key)), tree = new TreeMap($("#tree canvas"), id => select(id));
+const chart = new Chart($("#plot canvas"), $("#tip"), heading), tree = new TreeMap($("#tree canvas"), id => select(id));
 
 function tab(name) { document.body.dataset.tab = name; $$("nav button").forEach(b => b.setAttribute("aria-current", b.dataset.tab === name)); resize(); }
 function resize() { layout(); arrange(); redraw(); map(); }
@@ -481,7 +484,7 @@ function speak() {
   words = Object.fromEntries(Object.entries(WORDS).map(([key, pair]) => [key, pair[chosen.lang === "fa" ? 0 : 1]]));
   const root = document.documentElement;
   root.lang = chosen.lang; root.dir = chosen.lang === "fa" ? "rtl" : "ltr"; root.dataset.theme = chosen.theme;
-  $$("[data-t]").forEach(e => put(e, t(e.dataset.t)));
+  $$("[data-t]").forEach(e => put(e, heading(e.dataset.t)));
   $("#search").placeholder = t("search"); $("#search").setAttribute("aria-label", t("search"));
   put($("#lang"), chosen.lang === "fa" ? "EN" : "فا"); put($("#unit"), t(chosen.unit));
   $("#theme").title = t(chosen.theme === "dark" ? "light" : "dark"); $("#theme").setAttribute("aria-label", $("#theme").title);
