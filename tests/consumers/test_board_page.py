@@ -238,6 +238,7 @@ def test_money_is_in_the_chosen_unit_and_every_heading_names_it(
     assert any(each.last_price_delta for each in mine)
     for number, each in enumerate(mine):
         cells = page.locator("#source tbody tr").nth(number).locator("td").all_text_contents()
+        assert each.last_price is not None
         assert [cells[2], *cells[4:6]] == [
             shows(each.last_price / size),
             change(each.volume_delta),
@@ -650,7 +651,7 @@ CLIPPED = """() => {
       if (!scrolls && (r.top < box.top - 1 || r.bottom > box.bottom + 1)) out.push([card.id, e.tagName, e.textContent.slice(0, 30), "below"]);
       if (/^(BUTTON|DD|BDI|H2)$/.test(e.tagName) && !e.closest(".symbol, .title, .alert, #name, th") && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline") out.push([card.id, e.tagName, e.textContent.slice(0, 30), "cut"]);
     }
-    for (const td of card.querySelectorAll("#scroll td.n")) if (td.scrollWidth > td.clientWidth + 1) out.push([card.id, "TD", td.textContent, "cut"]);
+    for (const e of card.querySelectorAll("#scroll td.n, #scroll th.n button, #facts dt")) if (e.scrollWidth > e.clientWidth + 1) out.push([card.id, e.tagName, e.textContent, "cut"]);
   }
   if (document.documentElement.scrollWidth > innerWidth) out.push(["page", document.documentElement.scrollWidth]);
   return out;

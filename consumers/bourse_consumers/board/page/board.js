@@ -204,7 +204,7 @@ function fill(parent, values, set) {
 const COLUMNS = [
   ["star", 34, 0], ["symbol", 0, 0],
   ["last", 86, 0, r => price(r.last_price), r => sign(r.change)], ["change", 78, 0, r => percent(r.change), r => sign(r.change)],
-  ["closing", 86, 520, r => price(r.closing_price), r => sign(r.closing_change)], ["closing_change", 78, 600, r => percent(r.closing_change), r => sign(r.closing_change)],
+  ["closing", 104, 520, r => price(r.closing_price), r => sign(r.closing_change)], ["closing_change", 78, 600, r => percent(r.closing_change), r => sign(r.closing_change)],
   ["volume", 104, 720, r => amount(r.volume)], ["value", 112, 400, r => money(r.value)], ["count", 76, 800, r => int(r.trade_count)], ["time", 78, 880, r => clock(r.traded_at)],
 ];
 const KEYS = { last: r => r.last_price, closing: r => r.closing_price, change: r => r.change, closing_change: r => r.closing_change, volume: r => r.volume, value: r => r.value, count: r => r.trade_count, time: r => r.traded_at };
