@@ -697,6 +697,28 @@ def test_a_bad_file_keeps_its_rules_while_others_load(tmp_path: Path) -> None:
     assert [rule.name for rule in files.rules] == ["x"]
 
 
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Their rules would have the same names. While it runs, the file that was read first stays in force."""
+    paths = [tmp_path / name for name in ("a/rules.yaml", "b/rules.yaml", "a/rules.yml")]
+    for n, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"version: 1\nrules: [{{name: r{n}, when: plp > 3}}]\n", "utf-8")
+    for given in ([paths[0], paths[1]], [paths[0], paths[2]], [tmp_path / "a"]):
+        done = invoke("alerts", "check", *map(str, given))
+        other = paths[1] if given[-1] == paths[1] else paths[2]
+        assert str(done.exception) == f"{paths[0]} and {other} have the same name, and so do their rules: rename one"
+    assert invoke("alerts", "check", str(paths[1]), str(tmp_path / "b")).output.endswith(": 1 rules, ok\n")
+    paths[0].unlink()
+    files = RuleFiles([tmp_path / "a"])
+    paths[0].write_text("version: 1\nrules: [{name: new, when: plp > 3}]\n", "utf-8")
+    assert not files.refresh()
+    assert [rule.name for rule in files.rules] == ["r2"]
+    assert f"{paths[2]} and {paths[0]} have the same name" in (files.trouble or "")
+    paths[2].unlink()
+    assert files.refresh()
+    assert ([rule.name for rule in files.rules], files.trouble) == (["new"], None)
+
+
 def test_random_files_are_mistakes_and_never_tracebacks(tmp_path: Path) -> None:
     """Mutated rules, tables and expressions; each within seconds."""
     chance = random.Random(5)  # repeatable on purpose

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -478,7 +479,7 @@ class RuleFiles:
         return f"the rules of before are in force: {'; '.join(wrong)}" if wrong else None
 
     def _errors(self) -> list[str]:
-        return [each.error for each in self._read.values() if each.error]
+        return self._same + [each.error for each in self._read.values() if each.error]
 
     def refresh(self, *, force: bool = False) -> bool:
         """Read what has changed; return whether the rules in force have."""
@@ -503,10 +504,15 @@ class RuleFiles:
 
     def _files(self) -> list[Path]:
         files: dict[str, Path] = {}
-        for path in self._paths:
-            for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]:
-                if not file.name.startswith("."):
-                    files.setdefault(file.stem, file)
+        each = (
+            sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path] for path in self._paths
+        )
+        self._same: list[str] = []
+        # Of two files the one that is in force stays in force.
+        for file in sorted(chain(*each), key=lambda file: file not in self._read):
+            first = file if file.name.startswith(".") else files.setdefault(file.stem, file)
+            if first.absolute() != file.absolute():
+                self._same.append(f"{first} and {file} have the same name, and so do their rules: rename one")
         return list(files.values())
 
 
