@@ -73,8 +73,7 @@ def tail(
             values |= _metadata(record, text_key)
         if names:
             values = {name: values[name] for name in names}
-        line = to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names))
-        click.echo(line if as_json else printable(line))
+        click.echo(to_json(values) if as_json else _line(values, text_key, declared, chosen=bool(names)))
         shown += 1
         if shown == limit:
             break
@@ -121,8 +120,8 @@ def _line(fields: Mapping[str, Any], key: str | None, topic: Topic, *, chosen: b
 
     plain = json.loads(to_json(fields))
     if chosen:
-        return " ".join(f"{name}={'-' if value is None else value}" for name, value in plain.items())
+        return printable(" ".join(f"{name}={'-' if value is None else value}" for name, value in plain.items()))
     instant = plain.get("observed_at") or plain.get("received_at") or plain.get("raised_at") or ""
     hidden = {"symbol_raw", "instrument", "observed_at", "event_id", topic.key_doc}
     shown = (f"{name}={value}" for name, value in plain.items() if name not in hidden and value not in (None, {}, []))
-    return f"{instant} {key or '-'} {' '.join(shown)}".strip()
+    return printable(f"{instant} {key or '-'} {' '.join(shown)}".strip())

@@ -18,6 +18,8 @@ from bourse_schemas.errors import ConfigurationError, printable
 
 LARGEST = 16 << 20
 MOST = 100
+# How alike a value and a choice must be for the choice to be proposed: another one would change what is meant.
+ALIKE = 0.7
 # Mistakes of a key, not of its value.
 AT_KEY = {"unknown_key", "let_name", "feed_match", "channel_name", "unfit"}
 # What pydantic finds, as a mistake without more to explain.
@@ -266,10 +268,10 @@ class Document:
 
 
 def known_channel(name: str, known: Collection[str] | None) -> str:
-    """Return the name of a channel; raise Mistake with the nearest, or else the first, if there is no such channel."""
+    """Return the name of a channel; raise Mistake with a name that is nearly this one if there is no such channel."""
     if known is not None and name not in known:
-        fix, first = (next(iter(some), None) for some in (get_close_matches(name, known, 1), known))
-        raise Mistake("channel", fix=fix, whole=first if fix is None else None, name=name, known=", ".join(known))
+        fix = next(iter(get_close_matches(name, known, 1, ALIKE)), None)
+        raise Mistake("channel", fix=fix, whole="" if fix is None else None, name=name, known=", ".join(known))
     return name
 
 
@@ -287,8 +289,8 @@ def _mistake(found: Mapping[str, Any], model: type[Strict]) -> Mistake:
     if kind in {"literal_error", "bool_parsing", "bool_type"}:
         expected = values.get("expected", "'true' or 'false'")
         known = re.findall(r"'([^']*)'", expected) or [expected]
-        fix = next(iter(get_close_matches(str(found["input"]).lower(), known, 1, 0.5)), known[0])
-        return Mistake("one_of", fix=fix, known=expected)
+        fix = next(iter(get_close_matches(str(found["input"]).lower(), known, 1, ALIKE if known[1:] else 0)), None)
+        return Mistake("one_of", fix=fix, whole="" if fix is None else None, known=expected)
     return Mistake("plain", why=str(found["msg"]).removeprefix("Value error, "))
 
 

@@ -506,7 +506,7 @@ rules:
     when: plp > 0550
     for: 1:30
     active: 9:30-12:15
-  - {name: three, when: percent(last_price, 5m) >= 3, severity: high}
+  - {name: three, when: percent(last_price, 5m) >= 3, severity: critcal}
   - name: four
     when: plp >= 3
     until: plp < 4
@@ -526,7 +526,7 @@ rules:
         "write: when: plp > 550",
         "write: for: 1m30s",
         "write: active: 09:30-12:15",
-        '    write: - {name: three, when: "percent(last_price, 5m) >= 3", severity: high}',
+        '    write: - {name: three, when: "percent(last_price, 5m) >= 3", severity: critcal}',
         "rules.yaml:13:12: four: until: `until` is true while `when` holds",
         "rules.yaml:16:10: five: for: `when` can hold for one poll only",
         "a brace without its partner",
@@ -539,6 +539,47 @@ rules:
     assert len(re.findall(r"^\S+:\d+:\d+: ", found, re.MULTILINE)) == len(
         re.findall(r"^    write: ", found, re.MULTILINE)
     )
+
+
+def test_no_other_rule_is_proposed(tmp_path: Path) -> None:
+    """If what is meant cannot be known, nothing is proposed: no other severity, channel, column or level."""
+    urgent = wrong(tmp_path, "version: 1\nrules:\n  - {name: a, when: plp > 3, severity: urgent}\n")
+    assert "rule a: Input should be 'info', 'warning' or 'critical'\n" in urgent
+    path = tmp_path / "rules.yaml"
+    path.write_text("version: 1\nrules:\n  - {name: a, when: plp > 3, notify: [mail, deks]}\n", "utf-8")
+    channels = load(path, ["risk", "desk"])[2] or ""
+    assert re.findall(r"no channel is called (.*)", channels) == [
+        "'mail'; there are risk, desk",
+        "'deks'; did you mean desk?",
+    ]
+    rule = "version: 1\nrules:\n  - {name: a, match: {MATCH}, when: last_price <= stop and plp > limt, message: '{stop}'}\n"
+    for match in ("table: missing.csv", "tabel: levels.csv", "table: empty.csv"):
+        unread = wrong(tmp_path, rule.replace("MATCH", match), empty_csv="")
+        assert "no column is called" not in unread
+        assert len(re.findall(r":\d+:\d+: ", unread)) == 1
+    assert "no column is called 'limt'" in wrong(
+        tmp_path, rule.replace("MATCH", "table: t.csv"), t_csv="symbol,stop\nنماد,5\n"
+    )
+    cells = ("خطایی", "5k", "1e5", "12,5", "۵ میلیون", "12x", "-5 %", "۱۲۰۰ ریال")
+    table = "symbol;stop\n" + "".join(f"نماد{n};{cell}\n" for n, cell in enumerate(cells))
+    levels = wrong(tmp_path, rule.replace("MATCH", "table: t.csv"), t_csv=table)
+    assert re.findall(r"write: نماد\d;(.*)", levels) == ["", "", "", "", "", "12", "-5", "1200"]
+    assert len(re.findall(r"is not a number", levels)) == len(cells)
+    assert all(text.count("write:") == 0 for text in (urgent, channels.partition("deks")[0]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "key"),
+    [("{name: a, wen: last_price >= 5}", "when"), ("{nmae: a, when: last_price >= 5}", "name")],
+)
+def test_a_misspelt_key_is_not_missing_too(tmp_path: Path, rule: str, key: str) -> None:
+    """It is one mistake, and the value that was written is kept."""
+    found = wrong(tmp_path, f"version: 1\nrules:\n  - {rule}\n")
+    assert re.findall(r":\d+:\d+: (.*)", found) == [f"rule{' a' * (key == 'when')}: unknown key; did you mean {key}?"]
+    assert "    write: - {name: a, when: last_price >= 5}" in found
+    found = wrong(tmp_path, "version: 1\nrles:\n  - {name: a, when: plp > 3}\n")
+    assert re.findall(r":\d+:\d+: (.*)", found) == ["unknown key; did you mean rules?"]
+    assert "'when' is missing" in wrong(tmp_path, "version: 1\nrules:\n  - {name: a, when: , other: 5}\n")
 
 
 def test_a_corrected_line_is_correct(tmp_path: Path) -> None:

@@ -492,10 +492,10 @@ defaults:
 channels:
   one:
     url: tgram://hidden-token/1
-    severity: urgent
+    severity: warnings
     labels: 5
-    resolved: maybe
-    language: de
+    resolved: flase
+    language: FA
     alerts: rule
     active: 8-17
     digest_above: 0
@@ -511,7 +511,7 @@ channels:
     alertmanager: {clear: "x"}
     key: {env: HOOK_KEY}
     severity:
-      - high
+      - crtical
   five: 5
 """
 

@@ -163,12 +163,7 @@ def test(
 
 
 @alerts.command("list")
-@click.option(
-    "--open",
-    "only_open",
-    is_flag=True,
-    help="Only what is firing now: episodes of the latest trading day on the topic.",
-)
+@click.option("--open", "only_open", is_flag=True, help="Only what is firing now, on the latest trading day there.")
 @click.option("--day", type=DAY, metavar="DATE", help="Of this trading day only.")
 @click.option("--json", "as_json", is_flag=True, help="One alert a line, with the fields of the topic.")
 @cluster_options
@@ -263,5 +258,5 @@ def _csv(found: Sequence[PriceAlert]) -> None:
         cells: dict[str, Any] = {name: getattr(alert, name) for name in names}
         for name in ("raised_at", "since"):
             cells[name] = cells[name].astimezone(TEHRAN).isoformat()
-        cells["values"] = json.dumps(alert.values, ensure_ascii=False)
-        writer.writerow(["" if cell is None else printable(str(cell)) for cell in cells.values()])
+        texts = (cell and printable(str(cell)) for cell in cells.values())
+        writer.writerow([*texts, json.dumps(alert.values, ensure_ascii=False)])

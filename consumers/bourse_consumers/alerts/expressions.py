@@ -327,11 +327,12 @@ class Compiler:
     """Compiles the expressions of one rule. `needs` collects what they need of a board.
 
     Numbers of conditions become places (`$0`), so that rules of one shape have one key and are judged together;
-    `numbers` holds what is in the places: a number, or the name of a table's column.
+    `numbers` holds what is in the places: a number, or the name of a table's column. If the table is None, it cannot be
+    read: any unknown name may be one of its columns.
     """
 
     def __init__(
-        self, scope: Scope, lets: Mapping[str, ast.expr], table: Sequence[str], needs: Needs, members: str = ""
+        self, scope: Scope, lets: Mapping[str, ast.expr], table: Sequence[str] | None, needs: Needs, members: str = ""
     ) -> None:
         self._scope, self._needs, self._members, self._table = scope, needs, members, table
         self._names = {**({} if scope == "feed" else BUILT_IN), **lets}
@@ -344,7 +345,7 @@ class Compiler:
         self._sides: dict[str, Side] = {}
         self._inside = self._deep = False
         try:
-            whole = _Expand(self._names, self._table).visit(tree)
+            whole = _Expand(self._names, self._table or ()).visit(tree)
             node = self._want(whole, *kinds)
         except RecursionError:
             raise Mistake("too_deep") from None
@@ -412,6 +413,8 @@ class Compiler:
         if name != "quiet" and name not in COLUMNS:
             if name in FUNCTIONS:
                 raise self._wrong("brackets", tree, FUNCTIONS[name], name=name)
+            if self._table is None:
+                return self._number(name)
             raise self._unknown("name", tree, name, ["quiet", *COLUMNS, *self._names, *self._table])
         if self._scope == "market" and not self._inside:
             raise self._wrong("of_one_instrument", tree, f"total({name})", name=name)

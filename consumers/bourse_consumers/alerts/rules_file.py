@@ -242,7 +242,7 @@ class _Reader:
         document, data = self.document, self.document.data
         head = document.check(_Head, data, context=self) or _Head()
         for key in ("version", "rules"):
-            if data.get(key) is None:
+            if data.get(key) is None and not get_close_matches(key, data.keys() - {key}):
                 document.mistake((), Mistake("missing", name=key))
         if data.get("rules") == []:
             document.mistake(("rules",), Mistake("no_rules"))
@@ -286,8 +286,9 @@ class _Reader:
         if own is None:
             return None
         scope, values = own.scope, {**given(defaults), **given(own)}
+        # What is misspelt is not missing too.
         for key in ("name", "when"):
-            if raw.get(key) is None:
+            if raw.get(key) is None and not get_close_matches(key, raw.keys() - {key}):
                 document.mistake(at, Mistake("missing", name=key), f"{what}: ", scope)
         match, table = _matched(defaults.match, own.match) if scope != "feed" else (Match(), Table())
         excluded = _matched(values["excluded"])[0] if values.get("excluded") and scope != "feed" else None
@@ -296,11 +297,15 @@ class _Reader:
         members = f"{match!r} {excluded!r}" if scope == "market" else ""
         own_lets, needs = self._lets(own.let, [*at, "let"]), Needs()
         names = {**lets, **own_lets}
-        alone = Compiler(scope, names, table.columns, Needs())
+        # If a table cannot be read, any name may be one of its columns.
+        written = [each.get("match") for each in (raw, document.data.get("defaults")) if isinstance(each, dict)]
+        unread = any(isinstance(match, dict) and get_close_matches("table", match) for match in written)
+        columns = table.columns or (None if unread else ())
+        alone = Compiler(scope, names, columns, Needs())
         for name, value in own.let.items() if scope != "market" else ():
             if identifier(name) in own_lets:
                 self._read([*at, "let", name], value, lambda text: alone(parse(text), KINDS), f"let {name}: ")
-        compiler = Compiler(scope, names, table.columns, needs, members)
+        compiler = Compiler(scope, names, columns, needs, members)
 
         def compiled(key: str, value: str | None) -> Expression | None:
             read = partial(self._read, [*at, key], value, lambda text: compiler(parse(text), ["truth"]))
@@ -415,7 +420,9 @@ def read_table(path: Path, lines: Sequence[str], language: str = "en") -> tuple[
             rows[name] = tuple(map(_number, [*cells[1:], *[""] * width][: width - 1]))
             for cell, value in zip(cells[1:], rows[name], strict=False):
                 if value == NOT_A_NUMBER:
-                    mistake(number, cell, "cell", re.sub(r"[^0-9.-]", "", cell.translate(PLAIN)) or "0", name=cell)
+                    # A part of what is not a number is another number: of 5k, 1e5, 12,5.
+                    fix = re.sub(r"^(-?\d+) ?(?:x|%|ریال)?$|.*", r"\1", cell.translate(PLAIN))
+                    mistake(number, cell, "cell", fix, name=cell)
     if columns is None:
         mistake(0, "", "no_columns", "symbol,stop")
     elif not rows and not wrong:
@@ -504,9 +511,7 @@ class RuleFiles:
 
     def _files(self) -> list[Path]:
         files: dict[str, Path] = {}
-        each = (
-            sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path] for path in self._paths
-        )
+        each = (sorted([*p.glob("*.yaml"), *p.glob("*.yml")]) if p.is_dir() else [p] for p in self._paths)
         self._same: list[str] = []
         # Of two files the one that is in force stays in force.
         for file in sorted(chain(*each), key=lambda file: file not in self._read):

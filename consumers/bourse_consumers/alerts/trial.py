@@ -281,8 +281,7 @@ class Trial:
         fired = [alert.raised_at.astimezone(TEHRAN) for each in found for alert in each.fired]
         minutes = Counter(f"{at:%Y-%m-%d %H:%M}" for at in fired)
         if minutes:
-            yield ""
-            yield f"{'episodes':>8}  {'instruments':>11}  {'median':>8}  {'first':<19}  rule"
+            yield from ("", f"{'episodes':>8}  {'instruments':>11}  {'median':>8}  {'first':<19}  rule")
         for each in found[: len(found) - len(silent)]:
             times = ", ".join(f"{alert.raised_at.astimezone(TEHRAN):%H:%M:%S}" for alert in each.fired[:2])
             yield f"{len(each.fired):>8,}  {each.instruments:>11,}  {each.median:>8}  {times:<19}  {each.rule.name}"
