@@ -28,7 +28,7 @@ from bourse_consumers.transactions import ASK_SECONDS, HANG_SECONDS, Transaction
 from bourse_schemas import reading
 from bourse_schemas.codec import Deserializer
 from bourse_schemas.errors import BourseError, ConfigurationError, Undecodable, Unreachable
-from bourse_schemas.kafka import Cluster, abandon
+from bourse_schemas.kafka import Cluster, Contact, abandon
 from bourse_schemas.topics import DEAD_LETTERS, Topic
 from bourse_schemas.watchdog import deadline
 
@@ -59,9 +59,16 @@ class KafkaBase:
         }
         # The same for the life of the process: its next producer settles what the one before left open.
         self._transactions = Transactions(cluster, transactional_id, publishes)
+        self._contact: Contact | None = None
 
     def _fetch(self, client: Client, timeout: float, limit: int) -> list[Message]:
-        """Return what comes within `timeout` seconds."""
+        """Return what comes within `timeout` seconds; raise StreamBroken if the client has lost its brokers."""
+        self._contact = self._contact or Contact()
+        try:
+            self._contact.require(client, self._reads[0])
+        except KafkaException as error:
+            self._contact = None
+            raise StreamBroken(error.args[0].str()) from error
         # `consume` waits for the whole batch or the whole time; a first `poll` returns as soon as there is anything.
         first = client.poll(timeout)
         return [] if first is None else [first, *client.consume(limit - 1, 0)]
@@ -163,8 +170,11 @@ class KafkaStream(KafkaBase):
         self.decoders = Decoders(self._by_topic)
         # A consumer that publishes only dead letters need not wait for a producer.
         self._emits, self._from_end = bool(emits), from_end
-        self._client: Client = cluster.consumer(
-            group,
+        self._join()
+
+    def _join(self) -> None:
+        self._client: Client = self._cluster.consumer(
+            self._group,
             # A committed offset that the topic no longer has is never skipped silently.
             auto_offset_reset="error",
             enable_partition_eof=True,
@@ -241,6 +251,10 @@ class KafkaStream(KafkaBase):
     def reset(self) -> None:
         """Begin with the same partitions again, with a producer that settles the last one's transaction."""
         self._transactions.suspect()
+        if self._contact is None:
+            lost = self._client
+            self._join()
+            abandon(lost)
         self._uncommitted = None
         self._changed = self._changed or bool(self._assigned)
 
@@ -263,7 +277,8 @@ class KafkaStream(KafkaBase):
         client.assign([TopicPartition(*partition, OFFSET_END) for partition in self._assigned])
 
     def _on_revoke(self, client: Client, _: list[TopicPartition]) -> None:
-        self._changes([])
+        if client is self._client:  # not one that was replaced, and is closed meanwhile
+            self._changes([])
         client.unassign()
 
     def _changes(self, assigned: list[Partition]) -> None:

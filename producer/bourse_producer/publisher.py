@@ -20,6 +20,8 @@ from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DAY_MS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import deadline
 
+# A client that cannot initialise within this time is replaced: it may have lost its brokers for good, see `Contact`.
+INITIALISE_SECONDS = 15.0
 RESTORE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 # Offsets of the polls topic, of which a marker's transaction takes two: days at a beat of a minute. If they do not hold
@@ -155,7 +157,7 @@ class Publisher:
         return committed_state(self._cluster)
 
     def _initialise(self) -> None:
-        until = time.monotonic() + RESTORE_SECONDS
+        until = time.monotonic() + INITIALISE_SECONDS
         while True:
             try:
                 with deadline("init_transactions", STUCK_SECONDS):

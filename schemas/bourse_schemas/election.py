@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 from confluent_kafka import OFFSET_END, KafkaError, KafkaException
 
-from bourse_schemas.kafka import Cluster
+from bourse_schemas.kafka import Cluster, Contact
 from bourse_schemas.topics import POLLS
 from bourse_schemas.watchdog import deadline
 
@@ -126,11 +126,13 @@ class Election:
         try:
             name = POLLS.full_name(self._cluster.prefix)
             consumer.subscribe([name], on_assign=self._elected, on_revoke=self._replaced, on_lost=self._lost)
+            contact = Contact()
             while not (self._stop or self._leave):
                 if self._term is not None and self.overdue():
                     self._log.error("leadership given up", reason="no work was done in time")
                     self._asked = False
                     break
+                contact.require(consumer, name)
                 message = consumer.poll(POLL_SECONDS)
                 error = message.error() if message is not None else None
                 if error is None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.topics import DEFAULT_PREFIX
+from bourse_schemas.watchdog import deadline
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Producer
@@ -34,6 +35,9 @@ ABANDON_SECONDS = 2.0
 METADATA_SECONDS, BROKER_SECONDS, STEP_SECONDS = 6.0, 5.0, 0.5
 # More than any request's own time-out: an answer that takes so long never comes.
 ANSWER_SECONDS = 10.0
+# librdkafka forgets its brokers when one that is starting or stopping reports an empty list of them, and may never find
+# them again (its issue 5301). A client that has reached no broker for this time is replaced.
+LOST_SECONDS, PROBE_EVERY_SECONDS, PROBE_SECONDS, HANG_SECONDS = 9.0, 3.0, 1.0, 30.0
 REGISTRY_KEYS = "schema.registry."
 # Kafka allows 249 characters in a topic's name; the longest of ours after the prefix is `.dead-letters`.
 PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,200}")
@@ -415,6 +419,31 @@ def abandon(*clients: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
+
+
+class Contact:
+    """Whether a client still reaches its brokers; asked by the thread that polls it."""
+
+    def __init__(self) -> None:
+        self._reached = self._asked = time.monotonic()
+
+    def require(self, client: Consumer, topic: str) -> None:
+        """Ask for the topic now and then; raise KafkaException if no broker has answered for LOST_SECONDS."""
+        from confluent_kafka import KafkaException
+
+        if (now := time.monotonic()) - self._asked < PROBE_EVERY_SECONDS:
+            return
+        # Another call may have taken long meanwhile: only time in which questions were asked counts.
+        self._reached += max(0.0, now - self._asked - 2 * PROBE_EVERY_SECONDS)
+        self._asked = now
+        try:
+            with deadline("list_topics", HANG_SECONDS):
+                client.list_topics(topic, PROBE_SECONDS)
+        except KafkaException:
+            if now - self._reached > LOST_SECONDS:
+                raise
+        else:
+            self._reached = now
 
 
 class _Failures(logging.Handler):

@@ -174,8 +174,11 @@ class _Reader:
         self.behind = {place: end for place, end in self.ends.items() if self.starts[place] < end}
         self.trouble: str | None = None
         self._at, self._waited = dict(self.starts), 0.0
+        self._begin()
+
+    def _begin(self) -> None:
         self._consumer = self.cluster.consumer(enable_partition_eof=True, auto_offset_reset=self.reset)
-        self._consumer.assign([TopicPartition(*place, at) for place, at in self.starts.items()])
+        self._consumer.assign([TopicPartition(*place, at) for place, at in self._at.items()])
 
     def __enter__(self) -> Self:
         return self
@@ -224,7 +227,10 @@ class _Reader:
         )
 
     def refresh(self, names: Iterable[str]) -> None:
-        """Read partitions that were added to these topics too; raise ConfigurationError if a topic was deleted."""
+        """Read partitions that were added to these topics too; raise ConfigurationError if a topic was deleted.
+
+        A client that reaches no broker is replaced: it may have lost them for good, see `Contact`.
+        """
         try:
             for name in names:
                 found = self._consumer.list_topics(name, REFRESH_TIMEOUT).topics[name]
@@ -236,10 +242,13 @@ class _Reader:
                     self._consumer.incremental_assign([TopicPartition(*place, 0) for place in added])
         except KafkaException as error:
             self.trouble = error.args[0].str()
+            abandon(self._consumer)
+            self._begin()
 
     def _reached(self, place: Partition, at: int) -> None:
+        self._at[place] = at
         if place in self.behind:
-            self._at[place], self._waited, self.trouble = at, 0.0, None
+            self._waited, self.trouble = 0.0, None
             if at >= self.behind[place]:
                 del self.behind[place]
 

@@ -139,6 +139,11 @@ def test_movers_are_of_this_day_only() -> None:
     ]
 
 
+def test_a_day_without_a_candle_is_summed_up() -> None:
+    """As of an exchange that failed all day."""
+    assert "0 instruments: 0 up, 0 down" in State().summary()
+
+
 def test_an_older_change_does_not_replace_a_newer_candle() -> None:
     """Candles and events come from different partitions, in any order."""
     state = State()

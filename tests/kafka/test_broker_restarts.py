@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException
+from structlog.testing import capture_logs
 
 from bourse_consumers.api import Batch, Consumer, Emit
+from bourse_consumers.kafka_market import KafkaMarket
 from bourse_consumers.kafka_stream import KafkaStream
 from bourse_consumers.runner import Runner
 from bourse_consumers.testing import trade
@@ -28,7 +30,8 @@ from bourse_schemas.kafka import Cluster
 from bourse_schemas.reading import read
 from bourse_schemas.topics import DEAD_LETTERS, POLLS, TRADES, Topic
 from reliability.brokers import Brokers
-from tests.kafka.test_market import Producing, declared, letter
+from tests.kafka.test_election import Lost
+from tests.kafka.test_market import Counting, Producing, declared, letter
 
 pytestmark = pytest.mark.kafka
 # Longer than the brokers leave a transaction open.
@@ -237,6 +240,35 @@ def test_a_signal_ends_it_within_five_seconds_while_the_broker_is_stopped(
         seconds = [child.stop()[1] for child in children]
         kafka._child.send(signal.SIGCONT)
         assert max(seconds) < 5.5
+
+
+@pytest.mark.parametrize("kind", ["stream", "market"])
+def test_a_client_that_has_lost_its_brokers_is_replaced(
+    single: tuple[Kafka, Cluster], kind: str, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
+) -> None:
+    """Otherwise the consumer is silent until it is started again."""
+    monkeypatch.setattr("bourse_schemas.kafka.LOST_SECONDS", 1.0)
+    _, cluster = single
+    lost, group = Lost(cluster.bootstrap_servers, cluster.registry_url, cluster.prefix), f"{cluster.prefix}-lost"
+    lost.consumer()  # those without a group are right
+    consumer: Any = Counting() if kind == "market" else Copy()
+    stream = (
+        KafkaMarket(lost, group, consumer.emits)
+        if kind == "market"
+        else KafkaStream(lost, group, [TRADES], consumer.emits)
+    )
+    runner = Runner(consumer, stream, name="test")
+    thread = threading.Thread(target=runner.run)
+    with capture_logs() as lines:
+        thread.start()
+        try:
+            begun = "active" if kind == "market" else "assigned"
+            wait_for(lambda: any(line["event"] == begun for line in lines), 60)
+            Producing(cluster).polls(1, 1)
+            wait_for(lambda: messages(cluster), 30)
+        finally:
+            runner.stop()
+            thread.join(15)
 
 
 def test_an_event_that_is_too_large_ends_the_consumer_and_is_named(

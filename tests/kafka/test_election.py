@@ -141,6 +141,29 @@ def test_the_mock_cluster_elects_too(mock_kafka: MockKafka, prefix: str) -> None
     election.close()
 
 
+class Lost(Cluster):
+    """The first consumer of each group reaches no broker, as after an empty list of brokers."""
+
+    def consumer(self, group: str | None = None, **pinned: Any) -> Any:
+        """Return one."""
+        made: set[str | None] = self.__dict__.setdefault("made", set())
+        servers = self.bootstrap_servers if group in made else "127.0.0.1:9"
+        made.add(group)
+        return Cluster(servers, self.registry_url, self.prefix).consumer(group, **pinned)
+
+
+def test_a_member_that_has_lost_its_brokers_joins_with_a_new_client(
+    kafka: Kafka, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look like a standby for ever."""
+    monkeypatch.setattr("bourse_schemas.kafka.LOST_SECONDS", 1.0)
+    cluster = Lost(kafka.bootstrap_servers, "http://127.0.0.1:9", prefix)
+    apply_topics(cluster, plan_topics(cluster, {}, 1, any_time=True))
+    election = Election(cluster, f"{prefix}-producer", 600)
+    assert election.term(30) == 1
+    election.close()
+
+
 class Mistaken(Cluster):
     """Whatever nobody has thought of."""
 

@@ -17,6 +17,7 @@ from bourse_schemas.errors import ConfigurationError, Unreachable
 from bourse_schemas.kafka import Cluster, abandon
 from bourse_schemas.reading import LAST, Batch, GroupLag, Partition, day_start, follow, group_lag, offsets, read
 from bourse_schemas.topics import TRADES
+from tests.kafka.test_election import Lost
 
 pytestmark = pytest.mark.kafka
 # 07:00 on Saturday, 2026-11-21, in Tehran.
@@ -243,6 +244,17 @@ def test_following(topic: Topic, prefix: str) -> None:
     assert next(batch.records for batch in new if not batch.behind) == []
     topic.publish("c", partition=1)
     assert [until(batches, "c") for batches in (whole, some, new)] == [["c"]] * 3
+
+
+def test_following_with_a_client_that_has_lost_its_brokers(topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replaced; nothing is missing."""
+    monkeypatch.setattr(reading, "REFRESH_SECONDS", 0.2)
+    topic.publish("a")
+    lost = Lost(topic.cluster.bootstrap_servers, topic.cluster.registry_url, topic.cluster.prefix)
+    batches = follow(lost, {topic.name: None})
+    assert [record.value for record in next(batch.records for batch in batches if batch.records)] == [b"a"]
+    topic.publish("b")
+    assert [record.value for record in next(batch.records for batch in batches if batch.records)] == [b"b"]
 
 
 def test_where_a_day_starts(topic: Topic) -> None:

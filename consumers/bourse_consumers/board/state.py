@@ -269,7 +269,7 @@ class State:
         movers, today = self.movers(), list(self.today())
         rose, fell = sum(change > 0 for change, _ in movers), sum(change < 0 for change, _ in movers)
         ended = [resolved for alert, resolved in self.episodes.values() if alert.trading_day == self.day]
-        most = [("up", movers[0])] * bool(rose) + [("down", movers[-1])] * bool(fell)
+        most = [("up", each) for each in movers[:1] if rose] + [("down", each) for each in movers[-1:] if fell]
         return [
             *(f"{self.totals[op]:,} {op.lower()}" for op in OPS),
             f"{counted(len(today), 'instrument')}: {rose} up, {fell} down",
