@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from bourse_sandbox.processes import Child, interruptible, spawn
 from bourse_sandbox.stack import Stack, private_file, program
 from bourse_schemas.errors import BourseError, ConfigurationError, Unreachable, counted, printable
 from bourse_schemas.events import TEHRAN, AlertState, Op, Outcome, PollMarker, PriceAlert
-from bourse_schemas.reading import follow, group_lag, read
+from bourse_schemas.reading import Partition, follow, group_lag, read
 from bourse_schemas.topics import ALERTS, DEAD_LETTERS, POLLS, TRADES, Topic
-from bourse_schemas.watchdog import stop_on_signals
+from bourse_schemas.watchdog import stop_on_signals, unwatched
 
 WARM_UP_POLLS = 5
 START_SECONDS, SETTLE_SECONDS = 30.0, 60.0
-END_SECONDS, LONGEST_END_SECONDS = 2.0, 15.0  # for the services after Ctrl-C; for the proof too, on a busy machine
+END_SECONDS, LONGEST_END_SECONDS = 2.0, 15.0  # after Ctrl-C: for the services; for all but the comparison
 BOARD_PORT = 8090
 PERSIAN = str.maketrans("0123456789,", "۰۱۲۳۴۵۶۷۸۹٬")
 # What each service imports while it waits for others.
@@ -118,6 +119,8 @@ class Demo:
     _children: dict[str, Child] = field(default_factory=dict)
     _board: str = ""
     _last: PollMarker | None = None
+    # By partition and offset, so that each is read once.
+    _events: dict[tuple[Partition, int], dict[str, Any]] = field(default_factory=dict)
     _alerts: int = 0
     _dead_letters: int = 0
     # When the newest event of a poll was seen here, and when the exchange had sent a response: epoch milliseconds.
@@ -181,7 +184,8 @@ class Demo:
         with self._step("Kafka, registry, topics"):
             self._stack.__enter__()
         if not self.as_json:
-            port = _free(BOARD_PORT)  # not earlier: another demo may have taken it meanwhile
+            # Not earlier: another demo may have taken it meanwhile.
+            port = next(port for port in count(BOARD_PORT) if are_free([port]))
             self._board = f"http://127.0.0.1:{port}"
             self._let("board", BOURSE_BOARD_HTTP=str(port))
         self._let("archive", "alerts")
@@ -293,7 +297,8 @@ class Demo:
         for record in batch.records:
             topic = self._topics[record.place[0]]
             if topic is TRADES:
-                self._seen_ms[self._decode[topic].fields(record.value)["poll_sequence"]] = arrived
+                event = self._events[record.place, record.offset] = self._decode[topic].fields(record.value)
+                self._seen_ms[event["poll_sequence"]] = arrived
             elif topic is DEAD_LETTERS:
                 self._dead_letters += 1
             elif topic is ALERTS:
@@ -320,6 +325,7 @@ class Demo:
             self._take_batch()
         self._ask_exchange()
         if self.stop.is_set():
+            self._show("\nStopping; comparing every event …")
             self._signal(*(name for name in self._children if name != "board"))
         self._end("producer", "standby")
         self._derive()
@@ -347,10 +353,7 @@ class Demo:
         children = [self._children.pop(name) for name in names if name in self._children]
         deadline = time.monotonic() + (END_SECONDS if self.stop.is_set() else 10)
         for child in children:
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                child.kill()
+            child.terminate(max(0.0, deadline - time.monotonic()))
 
     def _ask_exchange(self) -> None:
         """Note what the practice exchange has served; it may be too busy to answer."""
@@ -385,25 +388,27 @@ class Demo:
 
         return Table.open(str(self._folder / "archive" / TRADES.full_name(self._stack.cluster.prefix)))
 
-    def _read(self, topic: Topic) -> Iterator[bytes | None]:
-        return (record.value for record in read(self._stack.cluster, topic.full_name(self._stack.cluster.prefix)))
-
     def _derive(self) -> None:
-        """Read what the ended producers published, and derive it again from the bytes that they captured."""
+        """Read the rest of what the ended producers published, and derive all from the bytes that they captured."""
         from bourse_producer.replay import Replay
 
-        self._markers: list[PollMarker] = [self._decode[POLLS](value) for value in self._read(POLLS)]
-        self._events = [self._decode[TRADES].fields(value) for value in self._read(TRADES)]
+        cluster, (trades, polls, *_) = self._stack.cluster, self._topics
+        start = {(trades, number): 0 for number in range(cluster.require_topics([trades])[trades])}
+        start |= {place: offset + 1 for place, offset in self._events}  # in the order of offsets
+        for record in read(cluster, trades, start=start):
+            self._events[record.place, record.offset] = self._decode[TRADES].fields(record.value)
+        self._markers: list[PollMarker] = [self._decode[POLLS](record.value) for record in read(cluster, polls)]
         derived = Replay({each for marker in self._markers for each in (marker.poll_id, marker.rights_poll_id) if each})
         captures = (self._folder / "capture").glob("*/capture-*.gz")
-        derived.capture(sorted(captures, key=lambda path: path.name))
+        with unwatched:
+            derived.capture(sorted(captures, key=lambda path: path.name))
         self._derived = [event.event_id for event in derived.events]
 
     def _proof(self) -> dict[str, int]:
         """Compare the events derived again with those on Kafka and in the archive, by id."""
         table = self._archive()
         archived = table.arrow(table.files(), ["event_id"])["event_id"].to_pylist() if table else []
-        events, kafka = {*self._derived}, [event["event_id"] for event in self._events]
+        events, kafka = {*self._derived}, [event["event_id"] for event in self._events.values()]
         return {
             "derived": len(self._derived),
             "kafka": len(kafka),
@@ -416,7 +421,7 @@ class Demo:
 
     def _summary(self) -> dict[str, Any]:
         """Return the result, counted from the topics, the captures and the archive."""
-        proof, ops, sent = self._proof(), Counter(Op(event["op"]) for event in self._events), self._served["sent"]
+        proof, sent, ops = self._proof(), self._served["sent"], Counter(each["op"] for each in self._events.values())
         visible = sorted(
             self._seen_ms[marker.poll_sequence] - sent[marker.poll_id]
             for marker in self._markers[WARM_UP_POLLS:]
@@ -447,13 +452,6 @@ class Demo:
 
 def _has_desktop() -> bool:
     return sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
-
-
-def _free(port: int) -> int:
-    """Return this port, or the next one that is free."""
-    while not are_free([port]):
-        port += 1
-    return port
 
 
 def _poll(marker: PollMarker) -> str:

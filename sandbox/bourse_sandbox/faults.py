@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from bourse_schemas.errors import ConfigurationError
+from bourse_schemas.errors import ConfigurationError, did_you_mean
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -127,11 +127,10 @@ class Fault:
         fault = cls(kind, float(share or 1), int(first or 1), int(last or first) if first else float("inf"))
         if kind in KINDS and fault.probability and 1 <= fault.first <= fault.last:
             return fault
-        kinds = "\n".join(f"  {kind:<20}{doc}" for kind, doc in KINDS.items())
-        how = "give KIND, KIND:PROBABILITY (0 to 1), KIND@CALL or KIND@FIRST-LAST"
-        if re.split("[:@]", text)[0] in KINDS:
-            raise ConfigurationError(f"--fault {text}: {how}")
-        raise ConfigurationError(f"--fault {text}: {how}, with a KIND of\n{kinds}")
+        given, how = re.split("[:@]", text)[0], "give KIND, KIND:PROBABILITY (0 to 1), KIND@CALL or KIND@FIRST-LAST"
+        if given not in KINDS:
+            how = f"unknown kind of fault{did_you_mean(given, KINDS)}\n`--fault help` lists the kinds"
+        raise ConfigurationError(f"--fault {text}: {how}")
 
 
 class Faults:

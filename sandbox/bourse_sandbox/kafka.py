@@ -38,7 +38,8 @@ BOOTSTRAP = Path(__file__).parent / "data" / "bootstrap.checkpoint"
 # A small, short-lived JVM: the first compiler only (start-up 1.5 s instead of 2.4 s), no files under /tmp.
 _JVM = (
     *("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+PerfDisableSharedMem"),
-    *("--sun-misc-unsafe-memory-access=allow", "-Djava.io.tmpdir=.", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"),
+    *("--sun-misc-unsafe-memory-access=allow", "--enable-native-access=ALL-UNNAMED"),
+    *("-Djava.io.tmpdir=.", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"),
 )
 _SETTINGS = "server.properties"
 
@@ -92,6 +93,11 @@ class Kafka:
     def pid(self) -> int | None:
         """Return the broker's process id, None while it does not run."""
         return self._child.pid if self._child and self._child.poll() is None else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the code with which the broker ended by itself."""
+        return self._child.poll() if self._child else None
 
     def start(self) -> None:
         """Start it and return when it answers a client.
@@ -177,7 +183,8 @@ class Kafka:
             cluster, directory = (base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[:22] for _ in range(2))
             meta.write_text(f"version=1\nnode.id=1\ncluster.id={cluster}\ndirectory.id={directory}\n")
         command: list[str | Path] = [program, *_JVM, "kafka.Kafka", _SETTINGS]
-        self._child = spawn(command, env=environment, cwd=self.data, stdout=self.log, stderr=self.log)
+        scratch = self.data if self._temporary else None
+        self._child = spawn(command, env=environment, cwd=self.data, stdout=self.log, stderr=self.log, scratch=scratch)
         cluster = _properties(meta)["cluster.id"]
         settings: dict[str, str | int | float | bool] = {"bootstrap.servers": self.bootstrap_servers, "log_level": 0}
         client = AdminClient(settings | {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 50})

@@ -31,11 +31,12 @@ def spawn(
     stdout: Path | None = None,
     stderr: Path | None = None,
     inherit_terminal: bool = False,
+    scratch: Path | None = None,
 ) -> Child:
     """Start a program that ends with this process; its output is appended to the files given, or discarded.
 
-    `env` replaces the environment. With `inherit_terminal` an output without a file goes to this process's. Raises
-    OSError if the program cannot be started.
+    `env` replaces the environment. With `inherit_terminal` an output without a file goes to this process's. The folder
+    `scratch` is removed if this process dies. Raises OSError if the program cannot be started.
     """
     elsewhere = None if inherit_terminal else subprocess.DEVNULL
     report, status = os.pipe()
@@ -44,7 +45,7 @@ def spawn(
         with contextlib.ExitStack() as ours:
             ours.callback(os.close, status)
             guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(status)],
+                [sys.executable, "-I", "-S", __file__, str(status), str(scratch or "")],
                 stdin=subprocess.PIPE,
                 stdout=ours.enter_context(stdout.open("ab")) if stdout else elsewhere,
                 stderr=ours.enter_context(stderr.open("ab")) if stderr else elsewhere,
@@ -155,8 +156,9 @@ def tail(log: Path, lines: int = 10) -> str:
         return ""
 
 
-def _guard(status: int) -> None:
+def _guard(status: int, scratch: str) -> None:
     """Be the guardian: read the command, a line of JSON, then a byte per signal to pass on, until the parent ends."""
+    parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the child would inherit
     command = b""
@@ -187,6 +189,8 @@ def _guard(status: int) -> None:
     os.close(status)
     code = child.wait()
     signal_group(signal.SIGKILL)  # what the child left behind in its group
+    if scratch and os.getppid() != parent:
+        subprocess.run(["rm", "-rf", scratch], check=False)
     if code < 0:  # end as the child did, so that the parent's waitpid reports it
         with contextlib.suppress(OSError, ValueError):
             signal.signal(-code, signal.SIG_DFL)
@@ -196,4 +200,4 @@ def _guard(status: int) -> None:
 
 
 if __name__ == "__main__":
-    _guard(int(sys.argv[1]))
+    _guard(int(sys.argv[1]), sys.argv[2])

@@ -63,8 +63,9 @@ class Stack:
 
     def require_running(self) -> None:
         """Raise BourseError if Kafka or the registry has ended."""
-        if self._kafka is not None and self._kafka.pid is None:
-            raise BourseError(f"Apache Kafka has ended; the last lines of its log:\n{tail(self._kafka.log)}")
+        if self._kafka is not None and (code := self._kafka.exit_code) is not None:
+            log = tail(self._kafka.log)
+            raise BourseError(f"Apache Kafka has ended with exit code {code}; the last lines of its log:\n{log}")
         if self._registry is not None and not self._registry.running:
             raise BourseError("the schema registry has ended")
 

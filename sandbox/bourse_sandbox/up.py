@@ -66,7 +66,7 @@ def up(
             port=exchange_port
         ) as exchange,
         Stack("kafka", data=data, kafka_port=kafka_port, registry_port=registry_port) as stack,
-        ExitStack() as running,
+        ExitStack() as ours,
     ):
         secret_file = private_file(Path(folder) / "client-secret", SECRET)
         nid_file = private_file(Path(folder) / "nid", NID)
@@ -89,9 +89,7 @@ def up(
                 "Ctrl-C ends it."
             )
         command = [*BOURSE, "--log-level", "warning", "produce", "--poll-seconds", "1", *timing]
-        child = (
-            running.enter_context(spawn(command, env=stack.environment, inherit_terminal=True)) if producing else None
-        )
+        child = ours.enter_context(spawn(command, env=stack.environment, inherit_terminal=True)) if producing else None
         while not stop.wait(CHECK_SECONDS):
             stack.require_running()
             if not exchange.running:

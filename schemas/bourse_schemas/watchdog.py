@@ -36,6 +36,8 @@ class _Call:
 
 _calls: dict[_Call, None] = {}
 _starting = threading.Lock()
+unwatched = threading.Lock()
+"""To hold while something long only computes, and so cannot hang: no call's time passes meanwhile."""
 
 
 def _arm(name: str, seconds: float) -> _Call:
@@ -54,7 +56,8 @@ def _start() -> None:
 
 def _watch() -> None:
     while True:
-        began = time.monotonic()
+        with unwatched:
+            began = time.monotonic()
         time.sleep(TICK_SECONDS)
         # No call can return while the process is stopped or the machine sleeps: that time does not count.
         passed = min(time.monotonic() - began, 2 * TICK_SECONDS)

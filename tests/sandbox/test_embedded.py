@@ -56,12 +56,14 @@ def _gone(pid: int) -> bool:
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path, wait_for: WaitFor) -> None:
-    """Even one that ignores SIGTERM: no JVM is left behind by kill -9."""
+    """Even one that ignores SIGTERM, and with its folder: neither a JVM nor its data are left behind by kill -9."""
+    scratch = tmp_path / "scratch"
+    (scratch / "data").mkdir(parents=True)
     parent = subprocess.Popen(
         _python(
             "import sys, time; from pathlib import Path; from bourse_sandbox.processes import spawn\n"
-            f"children = [spawn([sys.executable, '-c', code], stdout=Path({str(tmp_path / 'log')!r}))"
-            f" for code in ({SLEEPER!r}, {STUBBORN!r})]\n"
+            f"children = [spawn([sys.executable, '-c', code], stdout=Path({str(tmp_path / 'log')!r}), scratch=scratch)"
+            f" for code, scratch in (({SLEEPER!r}, None), ({STUBBORN!r}, Path({str(scratch)!r})))]\n"
             "print(*[child.pid for child in children], flush=True); time.sleep(600)"
         ),
         stdout=subprocess.PIPE,
@@ -72,9 +74,11 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path, wait_for: Wai
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         wait_for(lambda: (tmp_path / "log").read_text() == "up\nup\n")
         assert [_gone(pid) for pid in pids] == [False, False]
+        assert scratch.exists()
         parent.kill()
     for pid in pids:
         wait_for(lambda pid=pid: _gone(pid))
+    wait_for(lambda: not scratch.exists())
 
 
 def test_a_childs_fate_is_told_as_it_was(tmp_path: Path, wait_for: WaitFor) -> None:
@@ -117,7 +121,7 @@ def test_a_child_ends_with_a_parent_that_was_interrupted_while_it_started(tmp_pa
     """Nobody reads the child's process id any more; its guardian goes on all the same."""
     report, status = os.pipe()
     os.close(report)
-    command = [sys.executable, "-I", "-S", bourse_sandbox.processes.__file__, str(status)]
+    command = [sys.executable, "-I", "-S", bourse_sandbox.processes.__file__, str(status), ""]
     with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[status]) as guardian:
         os.close(status)
         file = tmp_path / "pid"

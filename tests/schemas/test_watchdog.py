@@ -18,6 +18,15 @@ with deadline("quick", 0.1):
 with deadline("commit_transaction", 0.5):
     time.sleep(60)
 """
+BUSY = """
+import sys, time
+from bourse_schemas.watchdog import deadline, unwatched
+with deadline("the stop", 1):
+    with unwatched:
+        time.sleep(2.5)
+    print("computed", flush=True)
+    time.sleep(60)
+"""
 CROWD = """
 import sys, threading
 from bourse_schemas.watchdog import deadline
@@ -71,6 +80,13 @@ def test_a_call_that_hangs_ends_the_process_whose_log_has_no_reader(gone: str) -
     command = f"{sys.executable} -c '{HANG}' {gone}; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20, check=False)
     assert ran.stdout == "1\n"
+
+
+def test_what_only_computes_takes_no_time_of_a_call() -> None:
+    """Afterwards the call's time goes on."""
+    ran = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=30, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "computed\n")
+    assert "the stop did not return within 1 s" in ran.stderr
 
 
 def test_one_thread_watches_all_calls() -> None:
