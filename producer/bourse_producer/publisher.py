@@ -15,7 +15,7 @@ from bourse_producer.diff import Changes, InstrumentCode
 from bourse_schemas.codec import Record, candle_and_event_records
 from bourse_schemas.errors import ConfigurationError, Fenced, PublishError, Undecodable, UnknownSchema
 from bourse_schemas.events import TEHRAN, Candle, DeadLetter, PollMarker
-from bourse_schemas.kafka import FENCED, Cluster, abandon, producer_id
+from bourse_schemas.kafka import FENCED, Cluster, Contact, abandon, producer_id
 from bourse_schemas.reading import TopicRecord, read
 from bourse_schemas.topics import CANDLES, DAY_MS, DEAD_LETTERS, POLLS, TRADES, Topic
 from bourse_schemas.watchdog import deadline
@@ -146,6 +146,7 @@ class Publisher:
         self._settings = cluster.require_sizes(writes).get(writes[0], {})
         self._transactional_id = producer_id(cluster.prefix)
         self._producer: Producer = cluster.transactional_producer(self._transactional_id)
+        self._contact = Contact()
 
     def restore(self) -> State:
         """Fence any older instance, then return what is committed.
@@ -197,8 +198,15 @@ class Publisher:
         self._do(lambda: self._producer.commit_transaction(COMMIT_SECONDS))
 
     def idle(self) -> None:
-        """Serve the client's callbacks: statistics of a client that nobody polls pile up."""
+        """Serve the client's callbacks: statistics of a client that nobody polls pile up.
+
+        Raises PublishError if the client has lost its brokers: a successor must not find that out first.
+        """
         self._producer.poll(0)
+        try:
+            self._contact.require(self._producer, POLLS.full_name(self._cluster.prefix))
+        except KafkaException as error:
+            raise self._error(error.args[0]) from error
 
     def require_room_for(self, instant: datetime) -> None:
         """Raise NoRoom if records of this time would be deleted at once or refused by the brokers."""

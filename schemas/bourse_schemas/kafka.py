@@ -427,7 +427,7 @@ class Contact:
     def __init__(self) -> None:
         self._reached = self._asked = time.monotonic()
 
-    def require(self, client: Consumer, topic: str) -> None:
+    def require(self, client: Consumer | Producer, topic: str) -> None:
         """Ask for the topic now and then; raise KafkaException if no broker has answered for LOST_SECONDS."""
         from confluent_kafka import KafkaException
 

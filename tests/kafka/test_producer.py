@@ -452,6 +452,33 @@ def test_closing_without_a_broker_does_not_hang(own_kafka: Callable[..., Kafka],
         assert read(cluster, TRADES).events == []
 
 
+class Lost(Cluster):
+    """Its producers reach no broker, as after an empty list of brokers."""
+
+    def transactional_producer(self, transactional_id: str, *how: Any, **callbacks: Any) -> Any:
+        """Return one."""
+        return Cluster("127.0.0.1:9", "http://127.0.0.1:9").transactional_producer(transactional_id, *how, **callbacks)
+
+
+def test_a_standby_that_has_lost_its_brokers_does_not_wait_for_its_election(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor
+) -> None:
+    """Only then it would need a new client, and the market would wait."""
+    monkeypatch.setattr("bourse_schemas.kafka.LOST_SECONDS", 0.5)
+    monkeypatch.setattr("bourse_schemas.kafka.PROBE_EVERY_SECONDS", 0.1)
+    publisher = Publisher(Lost(cluster.bootstrap_servers, cluster.registry_url, cluster.prefix))
+
+    def lost() -> bool:
+        try:
+            publisher.idle()
+        except PublishError:
+            return True
+        return False
+
+    wait_for(lost, 20)
+    publisher.close()
+
+
 def test_a_poll_is_there_although_the_broker_died_at_once(own_kafka: Callable[..., Kafka], prefix: str) -> None:
     """A broker answers a commit before it writes the transaction's end; some versions never write it after a kill."""
     broker = own_kafka()
